@@ -23,7 +23,8 @@ class TaskScore:
             that always says the same; None elsewhere.
         correct: one value per row, in the order of the rows: 1.0 or 0.0; for `loss` the row's mean -log p.
         detail: more about it, all of it fit for JSON: `interval` (95 %, low and high); for choices
-            `predicted_shares` and `normalization`; for generated answers `examples` and `unfinished`; for `loss` `tokens`.
+            `predicted_shares` and `normalization`; for generated answers `examples` and `unfinished`; for `loss`
+            `tokens`.
     """
 
     task: str
