@@ -1,0 +1,192 @@
+"""Base models: from the hub, from a local folder, or from a GGUF file that is turned into safetensors once.
+
+Weights are only ever read from safetensors or GGUF; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: ``$HEADWATER_CACHE``, else ``~/.cache/headwater``. May not exist yet."""
+    chosen = os.environ.get("HEADWATER_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "headwater"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_base_model(
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name_or_path: a hub id, a local folder in the transformers layout, or a ``.gguf`` file. A GGUF file is
+            dequantised to float32 safetensors under `cache_dir` the first time and loaded from there afterwards.
+        dtype: ``auto`` (as stored; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run model code that comes with a hub repository or folder.
+        device_map: handed to transformers; None loads on the CPU.
+        attn_implementation: handed to transformers; None lets it choose.
+
+    Returns:
+        The model in eval mode and the tokenizer. The tokenizer always has a pad token (the end-of-sequence token where
+        it had none), so padding must be masked by length, never by id. Embeddings are never resized.
+
+    Raises:
+        HeadwaterError: missing or unusable file or folder, unreachable hub, broken GGUF, missing ``gguf`` package, or
+            an unknown `dtype`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise HeadwaterError(Problem(f"unknown dtype {dtype!r}", "model.dtype", f"one of: {', '.join(DTYPES)}"))
+    source = _resolve(name_or_path)
+    tokenizer = _load_tokenizer(source, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise _explained(error, source) from error
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of what `load_base_model` would load. Its arguments, result and errors are the same."""
+    return _load_tokenizer(_resolve(name_or_path), trust_remote_code)
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _explained(error, source) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise HeadwaterError(Problem("the tokenizer has neither a pad token nor an end-of-sequence token", source))
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _resolve(name_or_path: str) -> str:
+    """A hub id unchanged, or the path of a folder that transformers can load."""
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".gguf") or name_or_path.count("/") > 1:
+            where = f"model_name_or_path: {name_or_path}"
+            raise HeadwaterError(Problem("no such file or folder", where, f"looked for {path.absolute()}"))
+        return name_or_path
+    if path.is_file():
+        return str(_from_gguf(path))
+    if not (path / "config.json").is_file():
+        fix = "give the folder that holds config.json, the tokenizer and *.safetensors"
+        if (path / "adapter_config.json").is_file():
+            fix = "this is an adapter; give its base model here"
+        raise HeadwaterError(Problem("no config.json in this folder", str(path), fix))
+    return str(path)
+
+
+def _explained(error: Exception, source: str) -> HeadwaterError:
+    """Say in one screen why transformers could not load `source`."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(source).exists():
+        weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.safetensors.index.json")]
+        fix = "" if weights else "there is no *.safetensors here; save the model with save_pretrained() first"
+        return HeadwaterError(Problem(f"could not load the model: {reason}", source, fix))
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    fix = "check the name and the connection (`hf auth login` for a gated model), or give a local folder or a GGUF file"
+    if offline:
+        fix = "HF_HUB_OFFLINE is set, so nothing is fetched: give a local folder or a GGUF file, or unset it"
+    return HeadwaterError(Problem(f"could not load the model from the hub: {reason}", source, fix))
+
+
+def _from_gguf(path: Path) -> Path:
+    """The folder with `path` dequantised to safetensors, made on first use. Keyed by content: the file may move."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise HeadwaterError(
+                Problem("not a GGUF file", str(path), "give a hub id, a model folder, or a .gguf file that is complete")
+            )
+    target = cache_dir() / "gguf" / f"{path.stem}-{sha256_of(path)[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise HeadwaterError(
+            Problem("reading a GGUF file needs the gguf package", str(path), "pip install 'headwater[gguf]'")
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _dequantise(path, work)
+        work.chmod(0o755)
+        try:
+            work.rename(target)
+        except OSError:
+            # Another process finished the same file first; its folder has the same content.
+            if not (target / "config.json").is_file():
+                raise
+    except HeadwaterError:
+        raise
+    except Exception as error:
+        reason = f"could not dequantise this GGUF file: {error or type(error).__name__}"
+        fix = f"fetch the file again if it is cut short; make sure {target.parent} has room for the float32 weights"
+        raise HeadwaterError(Problem(reason, str(path), fix)) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _dequantise(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    parent = str(path.parent.resolve())
+    tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    # The weights are dense now. Left in place, these make save_pretrained and Trainer refuse the model as quantised.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
