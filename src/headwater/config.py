@@ -1,0 +1,278 @@
+"""A run's file: what may stand in it, and how it is read so that every error names its file, line and field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import os
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PrivateAttr, ValidationError, field_validator
+from pydantic_core import core_schema
+from typing_extensions import TypedDict
+
+from headwater._pending import DataSpec, MixtureSpec, TaskSpec
+from headwater.errors import HeadwaterError, Problem
+from headwater.evaluation.spec import EvaluationSpec
+from headwater.marked_yaml import Document, KeyPath, apply_overrides, read_document
+
+DEFAULT_METHOD = "rlora"
+# Written by PEFT into an adapter's own file; a run's file has no say in them.
+_NOT_METHOD_KEYS = {
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+}
+# They stand at the top of the file, once.
+_TOP_LEVEL_TRAINING_KEYS = {"output_dir", "seed"}
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without its `str` arm where it has an enum: `IntervalStrategy | str` would take any text."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        arms = typing.get_args(annotation)
+        if any(isinstance(arm, type) and issubclass(arm, enum.Enum) for arm in arms):
+            arms = tuple(arm for arm in arms if arm is not str)
+        return Union[arms]  # noqa: UP007  (arms are only known here)
+    return annotation
+
+
+def _keys_of(config_class: type, *, without: set[str], extra: dict[str, Any] | None = None) -> Any:
+    """A TypedDict whose keys are a dataclass's fields, all optional: pydantic then checks keys and types one by one."""
+    hints = typing.get_type_hints(config_class)
+    names = [f.name for f in dataclasses.fields(config_class) if f.init and f.name not in without]
+    keys = TypedDict("Keys", {**{n: _plain(hints[n]) for n in names}, **(extra or {})}, total=False)  # type: ignore[misc]
+    keys.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_enum_values=True)  # type: ignore[attr-defined]
+    return keys
+
+
+def _training_keys() -> Any:
+    from headwater._pending import HeadwaterArguments
+
+    # Trainer takes True for "the last checkpoint", though its annotation does not say so.
+    extra = {"resume_from_checkpoint": bool | str | None}
+    return _keys_of(HeadwaterArguments, without=_TOP_LEVEL_TRAINING_KEYS, extra=extra)
+
+
+def _method_configs() -> dict[str, type]:
+    from peft import LoraConfig
+
+    from headwater.methods.base import methods
+
+    return {**{m.name: m.config for m in methods()}, "lora": LoraConfig}
+
+
+def _method_keys(config_class: type) -> Any:
+    return _keys_of(config_class, without=_NOT_METHOD_KEYS, extra={"name": str})
+
+
+def _method_name(value: Any) -> Any:
+    return value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else None
+
+
+class _TrainingSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return handler.generate_schema(_training_keys())
+
+
+class _MethodSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        choices = {name: handler.generate_schema(_method_keys(cls)) for name, cls in _method_configs().items()}
+        return core_schema.tagged_union_schema(choices, discriminator=_method_name)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelSpec(_Strict):
+    """How the base model is loaded; the arguments of `headwater.base_model.load_base_model`."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    device_map: str | dict[str, int | str] | None = None
+    attn_implementation: str | None = None
+
+
+class RunConfig(BaseModel):
+    """All that a run is told. Every key is described in docs/config.md.
+
+    Args:
+        model_name_or_path: hub id, local folder or GGUF file; relative to the current folder.
+        model: how the base model is loaded.
+        method: `name` and the fields of that method's config.
+        tasks: at least one; their paths are relative to `base_dir`. A task's position is its task id.
+        mixture: how tasks are mixed.
+        data: how rows become tokens.
+        training: keys of `transformers.TrainingArguments` and `headwater.training.HeadwaterArguments`.
+        evaluation: how held-out rows are scored.
+        output_dir: the run folder; relative to the current folder.
+        seed: of the initial weights, the sampler and the dropout.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
+
+    model_name_or_path: str = Field(min_length=1)
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    method: Annotated[dict[str, Any], _MethodSchema()] = {"name": DEFAULT_METHOD}
+    tasks: list[TaskSpec] = Field(min_length=1)
+    mixture: MixtureSpec = Field(default_factory=MixtureSpec)
+    data: DataSpec = Field(default_factory=DataSpec)
+    training: Annotated[dict[str, Any], _TrainingSchema()] = {}
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    output_dir: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+
+    _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _document: Document = PrivateAttr(default_factory=lambda: Document({}))
+
+    @field_validator("method", mode="after")
+    @classmethod
+    def _method_is_sound(cls, method: dict[str, Any]) -> dict[str, Any]:
+        from headwater.methods.base import make_config
+
+        name = method.get("name", DEFAULT_METHOD)
+        fields = {key: value for key, value in method.items() if key != "name"}
+        make_config(name, **fields)
+        return {"name": name, **fields}
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder that the tasks' relative paths start from: the file's, else the current one."""
+        return self._base_dir
+
+    def where(self, *path: str | int) -> str:
+        """``file:line: field`` of a value, e.g. ``where("tasks", 0, "train")``."""
+        return self._document.where(path)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file.
+
+    Args:
+        path: the file. Its folder is the `base_dir`.
+        overrides: texts like ``training.max_steps=10`` or ``tasks.0.weight=2``, applied in order on top of the file.
+
+    Raises:
+        HeadwaterError: with every problem of the file and the overrides, each with file, line and field.
+    """
+    document = read_document(path)
+    problems = apply_overrides(document, overrides)
+    try:
+        config = RunConfig.model_validate(document.data)
+    except ValidationError as error:
+        raise HeadwaterError(*problems, *explain(error, document, RunConfig)) from None
+    if problems:
+        raise HeadwaterError(*problems)
+    config._base_dir = Path(path).resolve().parent
+    config._document = document
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML with all defaults written out and local paths made absolute, so that it can be moved."""
+    data = config.model_dump(mode="json")
+    data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
+    data["output_dir"] = str(Path(data["output_dir"]).absolute())
+    for task in data["tasks"]:
+        for split in ("train", "validation", "test"):
+            if task.get(split):
+                task[split] = _absolute(config.base_dir, task[split])
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _absolute(base: Path, name: str) -> str:
+    """A local path made absolute; a hub name, which is no path here, unchanged."""
+    path = base / Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def explain(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
+    """Pydantic's errors as problems with file, line and field, one per field."""
+    texts: dict[KeyPath, list[str]] = {}
+    problems: list[Problem] = []
+    for item in error.errors(include_url=False):
+        path = _path_in(document.data, item["loc"], missing=item["type"] == "missing")
+        where = document.where(path)
+        cause = item.get("ctx", {}).get("error")
+        if item["type"] == "extra_forbidden":
+            problems.append(_unknown_key(path, where, model, document.data))
+        elif item["type"] == "missing":
+            problems.append(Problem(f"`{path[-1]}` is missing", where))
+        elif item["type"] == "union_tag_invalid":
+            name = item["ctx"]["tag"]
+            problems.append(_nearest("method", name, list(_method_configs()), document.where((*path, "name"))))
+        elif isinstance(cause, HeadwaterError):
+            for problem in cause.problems:
+                inner = (*path, problem.where) if problem.where else path
+                problems.append(dataclasses.replace(problem, where=document.where(inner)))
+        else:
+            texts.setdefault(path, []).append(_plain_text(item["msg"]))
+    for path, found in texts.items():
+        value = _at(document.data, path)
+        given = f", not {value!r}" if not isinstance(value, dict | list) else ""
+        problems.append(Problem(" or ".join(dict.fromkeys(found)) + given, document.where(path)))
+    return problems
+
+
+def _plain_text(message: str) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    return message.partition(", unable to parse")[0]
+
+
+def _path_in(data: Any, loc: tuple[str | int, ...], *, missing: bool) -> KeyPath:
+    """The part of a pydantic location that names values of the file, without the names of union arms."""
+    path: KeyPath = ()
+    for part in loc[:-1] if missing else loc:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]  # type: ignore[index]
+            path = (*path, part)
+    return (*path, loc[-1]) if missing else path
+
+
+def _at(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        data = data[part]
+    return data
+
+
+def _known_keys(model: type[BaseModel], path: KeyPath, data: Any) -> list[str]:
+    """The keys that may stand in the mapping at `path`."""
+    if path[:1] == ("training",):
+        return sorted(_training_keys().__annotations__)
+    if path[:1] == ("method",):
+        return list(_method_keys(_method_configs()[_method_name(data["method"])]).__annotations__)
+    for part in path:
+        annotation = model.model_fields[part].annotation if isinstance(part, str) else None
+        for candidate in (annotation, *typing.get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)
+
+
+def _unknown_key(path: KeyPath, where: str, model: type[BaseModel], data: Any) -> Problem:
+    key = str(path[-1])
+    if path[:-1] == ("training",) and key in _TOP_LEVEL_TRAINING_KEYS:
+        return Problem(f"`{key}` does not stand under training", where, f"move `{key}` to the top of the file")
+    known = _known_keys(model, path[:-1], data)
+    if len(path) == 1 and key not in known and key in _known_keys(model, ("training",), data):
+        return Problem(f"unknown key `{key}`", where, f"write it under training: as training.{key}")
+    return _nearest("key", key, known, where)
+
+
+def _nearest(kind: str, name: Any, known: Sequence[str], where: str) -> Problem:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    if close:
+        fix = f"did you mean `{close[0]}`?"
+    else:
+        fix = f"known here: {', '.join(known)}" if len(known) <= 20 else "docs/config.md lists all keys"
+    return Problem(f"unknown {kind} `{name}`", where, fix)
