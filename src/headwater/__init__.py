@@ -1,3 +1,26 @@
 """headwater: one adapter, many tasks. Importing it registers its methods with PEFT."""
 
+from . import methods as _methods
+from .errors import HeadwaterError, Problem
+from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
+from .tuner import merge_with_gates, observe, task_ids
+
 __version__ = "0.1.0"
+
+# A method's config is public as soon as its file is there: headwater.RLoraConfig and so on.
+_CONFIGS = {m.config.__name__: m.config for m in _methods.methods()}
+globals().update(_CONFIGS)
+
+__all__ = [
+    "HeadwaterError",
+    "Heads",
+    "MethodConfig",
+    "NotMergeable",
+    "Problem",
+    "make_config",
+    "merge_with_gates",
+    "methods",
+    "observe",
+    "task_ids",
+    *_CONFIGS,
+]

@@ -1,0 +1,12 @@
+"""The methods, one file each. Importing this package imports every method file, and so registers it."""
+
+import importlib
+import pkgutil
+
+from .base import Heads, Method, MethodConfig, NotMergeable, make_config, method, methods, register
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "base":
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Heads", "Method", "MethodConfig", "NotMergeable", "make_config", "method", "methods", "register"]

@@ -1,0 +1,21 @@
+"""The PEFT side, written once for all methods."""
+
+from ..methods.base import on_register
+from .context import Context
+from .layer import MethodLayer
+from .model import MethodModel, context_of, is_adapted, merge_with_gates, needs_task_ids, observe, task_ids
+from .registration import register_with_peft
+
+on_register(register_with_peft)
+
+__all__ = [
+    "Context",
+    "MethodLayer",
+    "MethodModel",
+    "context_of",
+    "is_adapted",
+    "merge_with_gates",
+    "needs_task_ids",
+    "observe",
+    "task_ids",
+]

@@ -1,0 +1,309 @@
+"""All that a method file may lean on: its config, its branch, the registry.
+
+A method is one file that defines a `MethodConfig` (what the user sets), a `Branch` (parameters, initialisation and what
+happens in rank space on one linear layer) and registers both. The PEFT side, written once, is in `headwater.tuner`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+
+from ..errors import HeadwaterError, Problem
+from ..ops import add_update, project
+
+if TYPE_CHECKING:
+    from ..tuner.context import Call
+
+
+@dataclass
+class MethodConfig(PeftConfig):
+    """Fields that every method has. Names are PEFT's wherever PEFT has the field.
+
+    Args:
+        r: rank of the down-projection.
+        lora_alpha: numerator of the scaling.
+        use_rslora: scaling is `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
+        lora_dropout: dropout on the layer's input x, before the down-projection.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`.
+        rank_pattern, alpha_pattern: module name or regular expression -> rank or alpha there.
+        init_seed: seed of the initial draw; None draws from torch's global generator, so `torch.manual_seed` rules it.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_seed: int | None = None
+
+    method_name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method_name:
+            self.peft_type = method(self.method_name).peft_type
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+        problems = [p for p in self.problems() if p is not None]
+        if problems:
+            raise HeadwaterError(*problems)
+
+    def problems(self) -> list[Problem | None]:
+        """What is wrong with the fields; a method extends the list with checks of its own."""
+        return [
+            self.check("r", self.r >= 1, "must be at least 1"),
+            self.check("lora_dropout", 0 <= self.lora_dropout < 1, "must be in [0, 1)"),
+            self.check("lora_alpha", self.lora_alpha > 0, "must be positive"),
+            *(
+                Problem(f"rank {rank} for {key!r} is not a positive rank", "rank_pattern")
+                for key, rank in self.rank_pattern.items()
+                if rank < 1
+            ),
+            Problem("cannot be used when `target_modules` is a regular expression", "layers_to_transform")
+            if isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and (self.layers_to_transform is not None or self.layers_pattern is not None)
+            else None,
+            Problem("needs `layers_to_transform`, which says which layers", "layers_pattern")
+            if self.layers_pattern and self.layers_to_transform is None
+            else None,
+        ]
+
+    def check(self, name: str, ok: bool, rule: str) -> Problem | None:
+        """A `Problem` that names the field and its value unless `ok`."""
+        return None if ok else Problem(f"{name} {rule}, not {getattr(self, name)!r}", name)
+
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> Problem | None:
+        """A `Problem` unless the field has one of the `allowed` values."""
+        value = getattr(self, name)
+        return None if value in allowed else Problem(f"{name} is one of {', '.join(allowed)}, not {value!r}", name)
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """The factor s on the whole update, for a layer of rank r."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The linear layer a branch is attached to: its name, sizes and rank-dependent settings after patterns."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    alpha: float
+    weight: Tensor | None = None  # (d_out, d_in) as floats, None where the base is quantised or on the meta device
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one adapted layer holds, for analysis.
+
+    Shapes: A `(r, d_in)`, B `(N, d_out, r)`, router `(N, d_in)`; A0 `(r, d_in)` and B0 `(d_out, r)` are the frozen
+    compensation of the starting offset, None where a method has none. `scaling` is the factor s.
+    """
+
+    A: Tensor
+    B: Tensor
+    router: Tensor | None
+    A0: Tensor | None
+    B0: Tensor | None
+    scaling: float
+
+
+class NotMergeable(HeadwaterError):  # noqa: N818, it states a fact about the method
+    """No single weight equals the adapted layer. Carries the reason and a way out."""
+
+
+class Branch(nn.Module):
+    """One adapter's parameters on one linear layer, and what it adds to that layer's output.
+
+    A subclass creates its tensors in `__init__`, float32 on the CPU, drawn from `generator`; frozen ones are buffers,
+    because PEFT turns the gradients of parameters back on. It says what it reads from x (`reads`), what happens in rank
+    space (`mix`) and what it writes to y (`writes`).
+    Keep parameters directly on the module: PEFT's file format has room for one name behind the adapter's.
+    """
+
+    needs_state: bool = False  # uses task ids, the padding mask or auxiliary losses of the forward pass
+
+    def __init__(self, config: Any, shape: LayerShape, generator: torch.Generator):
+        super().__init__()
+        self.lora_dropout = config.lora_dropout
+        self.scaling = config.scaling(shape.r, shape.alpha)
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Down-projections `(k, d_in)`: those behind the input dropout, and those that see x as it is."""
+        raise NotImplementedError
+
+    def mix(self, *ranks: Any, **call: Any) -> Tensor:
+        """`mix(u_1, u_2, ..., call=call)`: from what was read, in the order of `reads`, to what is written.
+
+        Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.tuner.context.Call`.
+        """
+        raise NotImplementedError
+
+    def writes(self) -> Tensor:
+        """The up-projections, `(m, d_out)`."""
+        raise NotImplementedError
+
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        dropped, clean = self.reads()
+        if self.training and self.lora_dropout > 0:
+            ranks = project(F.dropout(x, self.lora_dropout), dropped)
+            return ranks + project(x, clean) if clean else ranks
+        return project(x, dropped + clean)
+
+    def forward(self, y: Tensor, x: Tensor, call: Call, *, in_place: bool = False) -> Tensor:
+        """Adds the branch's update. y `(tokens, d_out)`, x `(tokens, d_in)`; returns y's shape and dtype."""
+        h = self.mix(*self.read(x), call=call)
+        return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
+
+    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+        """The update as one matrix `(d_out, d_in)`.
+
+        Args:
+            gate: `(N,)`, fixed gates to merge with where a method's gates depend on its input.
+
+        Raises:
+            NotMergeable: when no matrix equals the branch and no gate was given.
+        """
+        raise NotImplementedError
+
+    def heads(self) -> Heads | None:
+        """The branch's heads for analysis; None where a method has none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method.
+
+    `peft_type` is the method's name in capitals, in the file format as well; `family` groups methods in listings.
+    """
+
+    name: str
+    title: str
+    paper: str
+    family: str
+    config: type[MethodConfig]
+    branch: type[Branch]
+    needs_task_ids: bool = False
+    mergeable: bool = False
+
+    @property
+    def peft_type(self) -> str:
+        return self.name.upper()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `headwater methods --json` prints."""
+        keys = ("name", "title", "paper", "family", "config", "peft_type", "needs_task_ids", "mergeable")
+        return {key: self.config.__name__ if key == "config" else getattr(self, key) for key in keys}
+
+
+_METHODS: dict[str, Method] = {}
+_LISTENERS: list[Callable[[Method], None]] = []
+
+
+def register(new: Method) -> None:
+    """Makes a method known, to headwater and to PEFT. A third party's method file calls it just as ours do.
+
+    Raises:
+        HeadwaterError: if the name is taken by another config.
+    """
+    known = _METHODS.get(new.name)
+    if known is not None:
+        raise HeadwaterError(f"a method named {new.name!r} is registered already, by {known.config.__name__}")
+    new.config.method_name = new.name
+    _METHODS[new.name] = new
+    for listener in _LISTENERS:
+        listener(new)
+
+
+def on_register(listener: Callable[[Method], None]) -> None:
+    """Calls `listener` for every method known now and later. The tuner uses it to tell PEFT."""
+    _LISTENERS.append(listener)
+    for known in _METHODS.values():
+        listener(known)
+
+
+def methods() -> list[Method]:
+    """All registered methods, in order of registration."""
+    return list(_METHODS.values())
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        HeadwaterError: if there is none; names the nearest.
+    """
+    try:
+        return _METHODS[name]
+    except KeyError:
+        raise HeadwaterError(Problem(f"unknown method {name!r}", fix=_nearest(name, [*_METHODS, "lora"]))) from None
+
+
+def make_config(name: str, **fields: Any) -> PeftConfig:
+    """The config of a method by name: `make_config("rlora", r=8, num_heads=3)`. Name "lora" gives PEFT's own LoRA.
+
+    Raises:
+        HeadwaterError: on an unknown name or field (names the nearest), or a field out of range.
+    """
+    config_class: type[PeftConfig] = LoraConfig if name == "lora" else method(name).config
+    known = [f.name for f in dataclasses.fields(config_class) if f.init]
+    unknown = [f for f in fields if f not in known]
+    if unknown:
+        raise HeadwaterError(
+            *(Problem(f"unknown field {f!r} of method {name!r}", f, fix=_nearest(f, known)) for f in unknown)
+        )
+    try:
+        return config_class(**fields)
+    except HeadwaterError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise HeadwaterError(Problem(f"{error}", f"method {name!r}")) from error
+
+
+def merge_refusal(title: str) -> NotMergeable:
+    """The refusal of a method whose gates depend on the input, with the ways out."""
+    return NotMergeable(
+        Problem(
+            f"{title} cannot be merged exactly: its gates depend on the input, so no single weight equals it",
+            fix="keep the adapter unmerged, or merge approximately with fixed gates: "
+            "headwater.merge_with_gates(model, gates)",
+        )
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def kaiming(rows: int, columns: int, generator: torch.Generator, *, batch: tuple[int, ...] = ()) -> Tensor:
+    """`(*batch, rows, columns)` from U(-1/sqrt(columns), 1/sqrt(columns)): PEFT's Kaiming-uniform with a = sqrt(5)."""
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(*batch, rows, columns).uniform_(-bound, bound, generator=generator)
+
+
+def normal(std: float, *shape: int, generator: torch.Generator) -> Tensor:
+    """A float32 tensor from N(0, std^2), drawn on the CPU so that a seed means the same everywhere."""
+    return torch.empty(*shape).normal_(0, std, generator=generator)

@@ -1,0 +1,108 @@
+"""HydraLoRA: one shared down-projection, N up-projections mixed by a per-token softmax router.
+
+Tian et al., "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning", arXiv:2404.19245.
+
+    g = softmax(R x)                                  per token, in float32, x undropped
+    y = W x + s sum_n g_n B_n A dropout(x)
+
+The released code draws a fresh input mask for each head; most ports share one mask. Both are here (`input_dropout`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import Problem
+from ..ops import project, spread_heads
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, register
+
+if TYPE_CHECKING:
+    from ..tuner.context import Call
+
+
+@dataclass
+class HydraLoraConfig(MethodConfig):
+    """HydraLoRA. See `MethodConfig` for the other fields.
+
+    Args:
+        num_heads: N, the number of up-projections.
+        input_dropout: "shared" drops x once for all heads; "per_head" draws a mask for each head, as the released code
+            does, at N times the cost of reading x.
+        balance_loss_weight: weight of the multimodal variant's loss
+            `sum_n mean(g_n) mean(choice_n)`, choice = one-hot argmax; 0 is off, as in the paper.
+    """
+
+    lora_dropout: float = 0.05
+    num_heads: int = 3
+    input_dropout: str = "shared"
+    balance_loss_weight: float = 0.0
+
+    def problems(self) -> list[Problem | None]:
+        return [
+            *super().problems(),
+            self.check("num_heads", self.num_heads >= 1, "must be at least 1"),
+            self.check("balance_loss_weight", self.balance_loss_weight >= 0, "must not be negative"),
+            self.one_of("input_dropout", ("shared", "per_head")),
+        ]
+
+
+class HydraLoraBranch(Branch):
+    def __init__(self, config: HydraLoraConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        N, d_in = config.num_heads, shape.in_features
+        self.num_heads = N
+        self.per_head = config.input_dropout == "per_head"
+        self.balance_loss_weight = config.balance_loss_weight
+        self.needs_state = config.balance_loss_weight > 0
+        self.A = nn.Parameter(kaiming(shape.r, d_in, generator))
+        self.B = nn.Parameter(torch.zeros(N, shape.r, shape.out_features))
+        self.router = nn.Parameter(kaiming(N, d_in, generator))
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), (self.router,)
+
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not (self.per_head and self.training and self.lora_dropout > 0):
+            return super().read(x)
+        dropped = F.dropout(x.unsqueeze(1).expand(-1, self.num_heads, -1), self.lora_dropout)
+        (z,) = project(dropped.flatten(0, 1), (self.A,))
+        return z.unflatten(0, (-1, self.num_heads)), *project(x, (self.router,))
+
+    def mix(self, z: Tensor, logits: Tensor, *, call: Call) -> Tensor:
+        gate = torch.softmax(logits, dim=-1)
+        call.saw_gate(gate)
+        if self.training and self.balance_loss_weight > 0:
+            chosen = F.one_hot(gate.argmax(-1), self.num_heads).to(gate)
+            loss = (call.mean_over_tokens(gate) * call.mean_over_tokens(chosen)).sum()
+            call.add_loss("balance", loss, self.balance_loss_weight)
+        return spread_heads(z, gate)
+
+    def writes(self) -> Tensor:
+        return self.B.flatten(0, 1)
+
+    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            if self.num_heads > 1:
+                raise merge_refusal("HydraLoRA")
+            gate = torch.ones(1)
+        return self.scaling * torch.einsum("n,nro,ri->oi", gate.to(self.B), self.B, self.A)
+
+    def heads(self) -> Heads:
+        return Heads(self.A, self.B.transpose(1, 2), self.router, None, None, self.scaling)
+
+
+register(
+    Method(
+        name="hydralora",
+        title="HydraLoRA",
+        paper="arXiv:2404.19245",
+        family="multi-head",
+        config=HydraLoraConfig,
+        branch=HydraLoraBranch,
+    )
+)

@@ -1,0 +1,73 @@
+"""M-LoRA: R-LoRA without its router; the heads are simply combined, so it merges exactly.
+
+Liu et al., "Align, Don't Divide: Revisiting the LoRA Architecture in Multi-Task Learning", arXiv:2508.05078.
+
+    u   = A x
+    h_n = D_n * u                             an own dropout mask per head: without it all heads get equal gradients
+    y   = W x + s agg_n(B_n h_n) - s agg_n(B_n at start) (A at start) x
+
+The paper says "summation" in one place and "averaging" in another; a sum with alpha is a mean with N alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import Problem
+from .base import LayerShape, Method, register
+from .rlora import MultiHeadBranch, MultiHeadConfig
+
+if TYPE_CHECKING:
+    from ..tuner.context import Call
+
+
+@dataclass
+class MLoraConfig(MultiHeadConfig):
+    """M-LoRA. See `MultiHeadConfig` and `MethodConfig` for the other fields.
+
+    Args:
+        head_agg: "mean" keeps the scale of R-LoRA with equal gates; "sum" is the paper's other reading.
+    """
+
+    head_agg: str = "mean"
+
+    def problems(self) -> list[Problem | None]:
+        return [*super().problems(), self.one_of("head_agg", ("mean", "sum"))]
+
+
+class MLoraBranch(MultiHeadBranch):
+    def __init__(self, config: MLoraConfig, shape: LayerShape, generator: torch.Generator):
+        self.weight_of_head = 1.0 if config.head_agg == "sum" else 1 / config.num_heads
+        super().__init__(config, shape, generator)
+
+    def start_of(self, B: Tensor) -> Tensor:
+        return self.weight_of_head * B.sum(0)
+
+    def gate(self) -> Tensor:
+        return self.A.new_full((self.num_heads,), self.weight_of_head)
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), () if self.A0 is None else (self.A0,)
+
+    def mix(self, z: Tensor, *start: Tensor, call: Call) -> Tensor:
+        return self.gated(z, self.gate(), start)
+
+    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+        return self.merged(self.gate() if gate is None else gate)
+
+
+register(
+    Method(
+        name="mlora",
+        title="M-LoRA",
+        paper="arXiv:2508.05078",
+        family="multi-head",
+        config=MLoraConfig,
+        branch=MLoraBranch,
+        mergeable=True,
+    )
+)

@@ -1,0 +1,224 @@
+"""R-LoRA: multi-head random initialisation and multi-head dropout on HydraLoRA's skeleton.
+
+Liu et al., "R-LoRA: Randomized Multi-Head LoRA for Efficient Multi-Task Learning", arXiv:2502.15455.
+
+    u   = A x                                 one shared down-projection
+    g   = softmax(R x)                        a gate over N heads, per token, in float32
+    h_n = D_n * u                             an own dropout mask per head, token and rank
+    y   = W x + s sum_n g_n B_n h_n - s mean_n(B_n at start) (A at start) x
+
+The heads start from different Gaussians, so the model would start somewhere else; the last term takes that start out.
+It is kept as two frozen buffers in the adapter, so the base weights are never touched and the file is complete.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HeadwaterError, Problem
+from ..ops import spread_heads
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, normal, register
+
+if TYPE_CHECKING:
+    from ..tuner.context import Call
+
+
+@dataclass
+class MultiHeadConfig(MethodConfig):
+    """What R-LoRA and M-LoRA share.
+
+    Args:
+        num_heads: N, the number of up-projections.
+        head_dropout: dropout on the rank-r vector A x, with an own mask for each head.
+        init: how A and the heads start. "paper": Table 1, A ~ N(0, 1/d_in) and B_n ~ N(0, 1/d_out), each times
+            d_out^(1/4) / sqrt(gamma). "official_intended": the released script's r^(1/4) in place of d_out^(1/4).
+            "official_as_run": with that script's scaling applied once per head, for reproduction only.
+            "zeros": A Kaiming-uniform and B_n zero, as HydraLoRA.
+        gamma: the divisor of "paper" and "official_*" above.
+        compensation: "buffer" keeps the starting A and mean head as frozen buffers and subtracts their product;
+            "center" takes the mean out of the heads themselves and needs no buffer.
+        init_norm_clip: shrink A and B_n so that the starting offset has no entry larger than W's largest.
+    """
+
+    use_rslora: bool = True
+    num_heads: int = 3
+    head_dropout: float = 0.1
+    init: str = "paper"
+    gamma: float = 64.0
+    compensation: str = "buffer"
+    init_norm_clip: bool = False
+
+    def problems(self) -> list[Problem | None]:
+        return [
+            *super().problems(),
+            self.check("num_heads", self.num_heads >= 1, "must be at least 1"),
+            self.check("head_dropout", 0 <= self.head_dropout < 1, "must be in [0, 1)"),
+            self.check("gamma", self.gamma > 0, "must be positive"),
+            self.one_of("init", ("paper", "official_intended", "official_as_run", "zeros")),
+            self.one_of("compensation", ("buffer", "center")),
+        ]
+
+
+@dataclass
+class RLoraConfig(MultiHeadConfig):
+    """R-LoRA. See `MultiHeadConfig` and `MethodConfig` for the other fields.
+
+    Args:
+        router_init: "zeros" starts with equal gates, so that the model begins exactly unchanged; "kaiming" is the
+            released script's, with which it does not at paper scale.
+
+    Raises:
+        HeadwaterError: `init="zeros"` with `router_init="zeros"`: equal heads behind equal gates would stay equal.
+    """
+
+    router_init: str = "zeros"
+
+    def problems(self) -> list[Problem | None]:
+        return [
+            *super().problems(),
+            self.one_of("router_init", ("zeros", "kaiming")),
+            Problem(
+                "zero heads behind a zero router all receive the same gradient and stay equal",
+                "router_init",
+                "with init='zeros' set router_init='kaiming'",
+            )
+            if self.init == "zeros" and self.router_init == "zeros" and self.num_heads > 1
+            else None,
+        ]
+
+
+def draw_heads(
+    config: MultiHeadConfig, shape: LayerShape, generator: torch.Generator, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The starting A `(r, d_in)` and B `(N, r, d_out)`; spec and symbols as in `MultiHeadConfig.init`."""
+    r, N, d_in, d_out = shape.r, config.num_heads, shape.in_features, shape.out_features
+    if config.init == "zeros":
+        return kaiming(r, d_in, generator), torch.zeros(N, r, d_out)
+    paper = config.init == "paper"
+    factor = (d_out if paper else r) ** 0.25 / config.gamma**0.5
+    A = normal((d_in if paper else max(r, d_in)) ** -0.5, r, d_in, generator=generator)
+    B = normal((d_out if paper else max(r, d_out)) ** -0.5, N, r, d_out, generator=generator)
+    if config.init == "official_as_run":  # the script's loop rescales A, and every head, once per remaining head
+        A *= factor**N
+        B *= torch.tensor([factor ** (N - k) for k in range(N)]).view(N, 1, 1)
+    else:
+        A *= factor
+        B *= factor
+    if config.init_norm_clip:
+        if shape.weight is None:
+            raise HeadwaterError(Problem("init_norm_clip needs the base weight's values", shape.name, "leave it off"))
+        offset = scaling * (A.T @ B.mean(0))
+        clip = min(1.0, (shape.weight.abs().max() / offset.abs().max()).item()) ** 0.5
+        A *= clip
+        B *= clip
+    return A, B
+
+
+def starting_noise(config: MultiHeadConfig, shape: LayerShape, scaling: float) -> float:
+    """Size of the first steps' dropout noise relative to W x, for white x: heads start large, dropout acts on them.
+
+    `s std(A) std(B) sqrt(r) / std(W) * sqrt(p / (1 - p)) / sqrt(N)`; for `init="paper"` with rsLoRA the first factor is
+    alpha / (gamma sqrt(d_in)). 0 when W is not at hand.
+    """
+    if shape.weight is None or config.init != "paper" or config.head_dropout == 0:
+        return 0.0
+    update = scaling * shape.r**0.5 / (config.gamma * shape.in_features**0.5)
+    p = config.head_dropout
+    return update / shape.weight.std().item() * (p / (1 - p) / config.num_heads) ** 0.5
+
+
+class MultiHeadBranch(Branch):
+    """A shared, N heads, their start and its compensation; a subclass brings the gate."""
+
+    A: Tensor
+    B: Tensor
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(self, config: MultiHeadConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        self.head_dropout = config.head_dropout
+        self.num_heads = config.num_heads
+        A, B = draw_heads(config, shape, generator, self.scaling)
+        if (noise := starting_noise(config, shape, self.scaling)) > 0.5:
+            warnings.warn(
+                f"{shape.name}: head dropout on heads of this starting size adds noise of {noise:.0%} of the layer's "
+                "output at step 0; lower lora_alpha or head_dropout, or raise gamma",
+                stacklevel=2,
+            )
+        has_start = config.init != "zeros"
+        if has_start and config.compensation == "center":
+            B = B - B.mean(0)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)  # B as (N, r, d_out): stacking heads is then a view
+        buffered = has_start and config.compensation == "buffer"
+        self.register_buffer("A0", A.clone() if buffered else None)
+        self.register_buffer("B0", self.start_of(B) if buffered else None)
+
+    def start_of(self, B: Tensor) -> Tensor:
+        """What the heads add up to at the start, `(r, d_out)`."""
+        return B.mean(0)
+
+    def gated(self, z: Tensor, gate: Tensor, start: tuple[Tensor, ...]) -> Tensor:
+        h = spread_heads(z, gate, dropout=self.head_dropout, training=self.training)
+        return torch.cat([h, -start[0]], dim=-1) if start else h
+
+    def writes(self) -> Tensor:
+        stacked = self.B.flatten(0, 1)
+        return stacked if self.B0 is None else torch.cat([stacked, self.B0])
+
+    def merged(self, gate: Tensor) -> Tensor:
+        """`s sum_n gate_n B_n A - s B0 A0`, `(d_out, d_in)`, for a gate `(N,)`."""
+        delta = torch.einsum("n,nro,ri->oi", gate.to(self.B), self.B, self.A)
+        if self.A0 is not None and self.B0 is not None:
+            delta = delta - self.B0.T @ self.A0
+        return self.scaling * delta
+
+    def heads(self) -> Heads:
+        return Heads(
+            A=self.A,
+            B=self.B.transpose(1, 2),
+            router=getattr(self, "router", None),
+            A0=self.A0,
+            B0=None if self.B0 is None else self.B0.T,
+            scaling=self.scaling,
+        )
+
+
+class RLoraBranch(MultiHeadBranch):
+    def __init__(self, config: RLoraConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        zeros = config.router_init == "zeros"
+        N, d_in = config.num_heads, shape.in_features
+        self.router = nn.Parameter(torch.zeros(N, d_in) if zeros else kaiming(N, d_in, generator))
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), (self.router,) if self.A0 is None else (self.router, self.A0)
+
+    def mix(self, z: Tensor, logits: Tensor, *start: Tensor, call: Call) -> Tensor:
+        gate = torch.softmax(logits, dim=-1)
+        call.saw_gate(gate)
+        return self.gated(z, gate, start)
+
+    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            if self.num_heads > 1:
+                raise merge_refusal("R-LoRA")
+            gate = torch.ones(1)
+        return self.merged(gate)
+
+
+register(
+    Method(
+        name="rlora",
+        title="R-LoRA",
+        paper="arXiv:2502.15455",
+        family="multi-head",
+        config=RLoraConfig,
+        branch=RLoraBranch,
+    )
+)

@@ -1,0 +1,63 @@
+"""The three steps of every method: read ranks from x, mix them in rank space, write them to y.
+
+    y = W x + B_cat ( gate * mask * (A_cat x) )
+
+Only the first and the last step touch tensors as wide as the model; everything between is `r` to `N r` numbers a token.
+So the number of heads is nearly free, and nothing of width `d_out` is ever made per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Reads several down-projections from one pass over x.
+
+    Args:
+        x: `(tokens, d_in)`, any floating dtype.
+        weights: matrices `(k_i, d_in)`; stacked, so that x is read once. Cast to x's dtype.
+
+    Returns:
+        One `(tokens, k_i)` tensor per weight, at least float32: softmax and gates need the precision, and these tensors
+        are small. The matmul itself runs in x's dtype, because casting x would copy the widest tensor there is.
+    """
+    stacked = weights[0] if len(weights) == 1 else torch.cat([w.to(x.dtype) for w in weights])
+    u = F.linear(x, stacked.to(x.dtype))
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    return (u,) if len(weights) == 1 else torch.split(u, [w.shape[0] for w in weights], dim=-1)
+
+
+def spread_heads(z: Tensor, gate: Tensor, *, dropout: float = 0.0, training: bool = False) -> Tensor:
+    """Spreads ranks over gated heads, each under its own dropout mask: `h_n = gate_n * D_n * z`.
+
+    Args:
+        z: `(tokens, r)`, shared by all heads, or `(tokens, N, r)`, one block per head.
+        gate: `(tokens, N)`, or `(N,)` when it does not depend on the token.
+        dropout: probability of zeroing one rank of one head for one token; kept values are divided by `1 - dropout`.
+
+    Returns:
+        `(tokens, N r)`, ready for `add_update` with the heads' up-projections side by side.
+    """
+    if z.dim() == 2:
+        z = z.unsqueeze(-2)
+    h = gate.unsqueeze(-1) * z
+    return F.dropout(h, dropout, training).flatten(-2)
+
+
+def add_update(y: Tensor, h: Tensor, up: Tensor, *, scale: float = 1.0, in_place: bool = False) -> Tensor:
+    """Returns `y + scale * h @ up`.
+
+    Args:
+        y: `(tokens, d_out)`, the frozen layer's output.
+        h: `(tokens, m)`, gated ranks.
+        up: `(m, d_out)`, all heads' up-projections stacked; rows are ranks, which keeps the backward matmuls fast.
+        in_place: add into y's own memory. Allowed only where nobody else reads y, such as the fresh output of a plain
+            linear layer; saves one tensor of width `d_out`.
+    """
+    h, up = h.to(y.dtype), up.to(y.dtype)
+    return y.addmm_(h, up, alpha=scale) if in_place else torch.addmm(y, h, up, alpha=scale)

@@ -1,0 +1,134 @@
+"""The one adapted layer: a frozen linear layer plus the branches of its adapters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import HeadwaterError, Problem
+from ..methods.base import Branch
+from .context import Call, Context
+
+
+class MethodLayer(nn.Module, BaseTunerLayer):
+    """`base(x)` plus what the active adapters' branches add.
+
+    Args:
+        base_layer: any layer that maps `(..., d_in)` to `(..., d_out)` linearly: `nn.Linear`, quantised, `Conv1D`.
+        method_name: names the attribute that holds the branches, `<method>_branch`, and so the keys in the file.
+        context: the model's forward context.
+        name: the layer's name in the model, for messages and observers.
+    """
+
+    def __init__(self, base_layer: nn.Module, method_name: str, context: Context, name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer_names = (f"{method_name}_branch",)
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
+        self.context = context
+        self.name = name
+        self.merged_adapters: list[str] = []
+        self._weight_before_merge: Tensor | None = None
+        self.in_features, self.out_features = linear_sizes(self.get_base_layer())
+
+    @property
+    def branches(self) -> nn.ModuleDict:
+        """The branches by adapter name."""
+        return cast(nn.ModuleDict, self._modules[self.adapter_layer_names[0]])
+
+    def branch(self, adapter_name: str) -> Branch:
+        """One adapter's branch."""
+        return cast(Branch, self.branches[adapter_name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [self.branches[name] for name in self.active_adapters if name in self.branches]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+
+        lead = x.shape[:-1]
+        rows = x.reshape(-1, self.in_features)
+        # A plain linear layer's fresh output is nobody else's, so the update may be added in its memory; flat, because
+        # autograd copies the gradient of an in-place write through a view.
+        in_place = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        y = self.base_layer(rows, *args, **kwargs) if in_place else self.base_layer(x, *args, **kwargs)
+        y = y.reshape(-1, self.out_features)
+        call = Call(self.name, tuple(lead), self.context, self.context.state)
+        for branch in active:
+            y = branch(y, rows, call, in_place=in_place)
+        return call.attach(y).reshape(*lead, self.out_features)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters to the base weight; the weight before is kept, so `unmerge` restores it bit for bit.
+
+        Raises:
+            NotMergeable: if a branch equals no single matrix.
+            HeadwaterError: if the base is quantised, or (with `safe_merge`) the result is not finite.
+        """
+        self.merge_with_gate(None, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def merge_with_gate(
+        self, gate: Tensor | None, *, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """`merge`, with gates `(N,)` held fixed where they depend on the input."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.branches]
+        if not names:
+            return
+        base = self.get_base_layer()
+        weight = floating_weight(base)
+        if weight is None:
+            raise HeadwaterError(
+                Problem(
+                    f"cannot merge into {self.name}: its weight is quantised and would be rounded again",
+                    fix="load the base model unquantised to merge, or keep the adapter unmerged",
+                )
+            )
+        delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=weight.device)
+        for name in names:
+            delta += self.branch(name).delta_weight(gate).detach().float()
+        merged = (weight.data.float() + (delta.T if isinstance(base, Conv1D) else delta)).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise HeadwaterError(f"merging into {self.name} gives values that are not finite; it is left unchanged")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = weight.data
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts back the weight from before the merge."""
+        if self._weight_before_merge is not None:
+            self.get_base_layer().weight.data = self._weight_before_merge
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """`(d_in, d_out)` of a linear layer.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if isinstance(layer, nn.modules.conv._ConvNd | nn.Embedding | nn.Bilinear) or None in sizes:
+        raise TypeError(
+            f"cannot adapt a {type(layer).__name__}: headwater's methods adapt linear layers (also quantised ones); "
+            "name only such layers in `target_modules`"
+        )
+    return sizes  # type: ignore[return-value]
+
+
+def floating_weight(layer: nn.Module) -> nn.Parameter | None:
+    """The layer's weight if it holds plain floating-point numbers of the layer's own shape, else None."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return None
+    return weight if sorted(weight.shape) == sorted(linear_sizes(layer)) else None

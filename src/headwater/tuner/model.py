@@ -1,0 +1,207 @@
+"""The one PEFT tuner, for every method."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..errors import HeadwaterError, Problem
+from ..methods.base import LayerShape, Method, MethodConfig
+from .context import KEYWORD, Context, Observer
+from .layer import MethodLayer, floating_weight, linear_sizes
+
+_CONTEXT = "_headwater_context"
+_HOOKS = "_headwater_hooks"
+
+
+class MethodModel(BaseTuner):
+    """Wraps a base model's linear layers. PEFT makes it; the method-specific subclasses differ in name only."""
+
+    tuner_layer_cls = MethodLayer
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    method: Method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # PEFT 0.20 calls model.forward, which skips the hooks that open the context
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`; takes `headwater_task_ids`, one per prompt."""
+        ids = kwargs.pop(KEYWORD, None)
+        with contextlib.nullcontext() if ids is None else context_of(self.model).task_ids(ids):
+            return self.model.generate(*args, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if hasattr(model, _CONTEXT):
+            return
+        context = Context()
+        setattr(model, _CONTEXT, context)
+        hooks = (
+            model.register_forward_pre_hook(context.open, with_kwargs=True),
+            model.register_forward_hook(context.close, with_kwargs=True, always_call=True),
+        )
+        setattr(model, _HOOKS, hooks)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: MethodConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, MethodLayer):
+            layer = target
+        else:
+            layer = MethodLayer(target, self.method.name, context_of(self.model), current_key)
+        add_branch(layer, adapter_name, peft_config, self.method)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Branches are made in float32 and stay so, which keeps the start exact, unless the base's dtype is asked for.
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, MethodLayer) and adapter_name in module.branches:
+                weight = floating_weight(module.get_base_layer())
+                if weight is not None:
+                    module.branches[adapter_name].to(weight.dtype)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        if merge:  # refuse before the first layer is touched, so that a refusal leaves the model whole
+            names = kwargs.get("adapter_names") or self.active_adapters
+            for module in self.model.modules():
+                if isinstance(module, MethodLayer) and not module.merged:
+                    for name in set(names) & set(module.branches):
+                        module.branch(name).delta_weight()
+                    break
+        model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        for hook in model.__dict__.pop(_HOOKS, ()):
+            hook.remove()
+        model.__dict__.pop(_CONTEXT, None)
+        return model
+
+
+def add_branch(layer: MethodLayer, adapter_name: str, config: MethodConfig, method: Method) -> None:
+    """Makes an adapter's parameters on one layer, on the base weight's device.
+
+    Raises:
+        HeadwaterError: if the rank is larger than the layer.
+    """
+    base = layer.get_base_layer()
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer.name), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer.name), config.lora_alpha)
+    d_in, d_out = linear_sizes(base)
+    if r > min(d_in, d_out):
+        raise HeadwaterError(
+            Problem(
+                f"rank {r} is larger than layer {layer.name} ({d_in} -> {d_out}) allows",
+                "r",
+                f"use r <= {min(d_in, d_out)}, or lower it for this layer alone with rank_pattern",
+            )
+        )
+    weight = floating_weight(base)
+    known = weight is not None and weight.device.type != "meta"
+    shape = LayerShape(layer.name, d_in, d_out, r, alpha, weight.detach() if known else None)  # type: ignore[union-attr]
+    generator = torch.Generator()
+    if config.init_seed is None:
+        generator.manual_seed(int(torch.randint(2**62, ())))
+    else:  # the layer's name, not its turn, decides: the same layer starts the same whatever else is targeted
+        generator.manual_seed((config.init_seed << 32) ^ zlib.crc32(layer.name.encode()))
+    branch = method.branch(config, shape, generator)
+    any_weight = getattr(base, "weight", None)
+    if isinstance(any_weight, Tensor) and not any(p.device.type == "meta" for p in branch.parameters()):
+        branch.to(any_weight.device)
+    branch.train(layer.training)
+    layer.branches[adapter_name] = branch
+    layer.context.needs_state |= branch.needs_state
+    layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+
+def context_of(model: nn.Module) -> Context:
+    """The forward context of a model adapted by headwater, wrapped in PEFT or not.
+
+    Raises:
+        HeadwaterError: if it has none.
+    """
+    for module in (model, *(getattr(model, "modules", list)())):
+        if hasattr(module, "__dict__") and _CONTEXT in module.__dict__:
+            return module.__dict__[_CONTEXT]
+    raise HeadwaterError("this model has no headwater adapter")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """True if the model carries an adapter of one of headwater's methods."""
+    return any(_CONTEXT in module.__dict__ for module in model.modules())
+
+
+def needs_task_ids(model: nn.Module) -> bool:
+    """True if the model's active adapter needs the task of every row."""
+    layer = next((m for m in model.modules() if isinstance(m, MethodLayer)), None)
+    if layer is None:
+        return False
+    config = getattr(model, "peft_config", {})
+    from ..methods.base import method
+
+    names = {str(getattr(c.peft_type, "value", c.peft_type)).lower() for c in config.values()}
+    return any(method(name).needs_task_ids for name in names)
+
+
+@contextlib.contextmanager
+def task_ids(model: nn.Module, ids: Any) -> Iterator[None]:
+    """Gives the rows' task ids to every forward and `generate` inside, for code that cannot pass keywords.
+
+    Args:
+        ids: one integer per row, or a single one for all rows; repeated for beams and returned sequences.
+    """
+    with context_of(model).task_ids(ids):
+        yield
+
+
+@contextlib.contextmanager
+def observe(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Calls `observer(layer name, gate)` for every adapted layer of every forward inside.
+
+    The gate is detached float32, in the layer's leading shape plus the number of heads, e.g. `(batch, length, N)`.
+    """
+    observers = context_of(model).observers
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
+
+
+def merge_with_gates(model: nn.Module, gates: dict[str, Tensor] | str) -> nn.Module:
+    """Merges a routed adapter approximately, with gates held fixed, and returns the base model.
+
+    Args:
+        model: a `PeftModel` with a headwater adapter.
+        gates: layer name -> `(N,)`, for instance the mean gate over some rows; or "uniform".
+    """
+    tuner: Any = getattr(model, "base_model", model)
+    for module in tuner.model.modules():
+        if isinstance(module, MethodLayer):
+            if isinstance(gates, str):
+                held = module.branch(module.active_adapters[0]).heads()
+                N = 1 if held is None else held.B.shape[0]
+                gate = torch.full((N,), 1 / N)
+            elif module.name in gates:
+                gate = gates[module.name]
+            else:
+                raise HeadwaterError(Problem(f"no gate for layer {module.name}", fix="give one for each adapted layer"))
+            module.merge_with_gate(gate)
+    return tuner.unload()
