@@ -62,7 +62,6 @@ def load_base_model(
         HeadwaterError: missing or unusable file or folder, unreachable hub, broken GGUF, missing ``gguf`` package, or
             an unknown `dtype`.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
@@ -72,7 +71,7 @@ def load_base_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             device_map=device_map,
             attn_implementation=attn_implementation,
@@ -90,60 +89,23 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     return _load_tokenizer(_resolve(name_or_path), trust_remote_code)
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def dequantise_gguf(path: Path, cache: Path | None = None) -> Path:
+    """The folder with a GGUF file's model as float32 safetensors, and its tokenizer; made on first use.
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _explained(error, source) from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise HeadwaterError(Problem("the tokenizer has neither a pad token nor an end-of-sequence token", source))
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    Args:
+        path: a GGUF file of a causal language model that transformers knows.
+        cache: where the folder goes, under ``gguf/``; `cache_dir` by default. Its name holds the hash of the file's
+            content, so the file may move. It appears only when it is whole.
 
-
-def _resolve(name_or_path: str) -> str:
-    """A hub id unchanged, or the path of a folder that transformers can load."""
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".gguf") or name_or_path.count("/") > 1:
-            where = f"model_name_or_path: {name_or_path}"
-            raise HeadwaterError(Problem("no such file or folder", where, f"looked for {path.absolute()}"))
-        return name_or_path
-    if path.is_file():
-        return str(_from_gguf(path))
-    if not (path / "config.json").is_file():
-        fix = "give the folder that holds config.json, the tokenizer and *.safetensors"
-        if (path / "adapter_config.json").is_file():
-            fix = "this is an adapter; give its base model here"
-        raise HeadwaterError(Problem("no config.json in this folder", str(path), fix))
-    return str(path)
-
-
-def _explained(error: Exception, source: str) -> HeadwaterError:
-    """Say in one screen why transformers could not load `source`."""
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if Path(source).exists():
-        weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.safetensors.index.json")]
-        fix = "" if weights else "there is no *.safetensors here; save the model with save_pretrained() first"
-        return HeadwaterError(Problem(f"could not load the model: {reason}", source, fix))
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    fix = "check the name and the connection (`hf auth login` for a gated model), or give a local folder or a GGUF file"
-    if offline:
-        fix = "HF_HUB_OFFLINE is set, so nothing is fetched: give a local folder or a GGUF file, or unset it"
-    return HeadwaterError(Problem(f"could not load the model from the hub: {reason}", source, fix))
-
-
-def _from_gguf(path: Path) -> Path:
-    """The folder with `path` dequantised to safetensors, made on first use. Keyed by content: the file may move."""
+    Raises:
+        HeadwaterError: not a GGUF file, one that is cut short or unknown, or no ``gguf`` package.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise HeadwaterError(
                 Problem("not a GGUF file", str(path), "give a hub id, a model folder, or a .gguf file that is complete")
             )
-    target = cache_dir() / "gguf" / f"{path.stem}-{sha256_of(path)[:16]}"
+    target = (cache or cache_dir()) / "gguf" / f"{path.stem}-{sha256_of(path)[:16]}"
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
@@ -172,6 +134,52 @@ def _from_gguf(path: Path) -> Path:
     return target
 
 
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _explained(error, source) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise HeadwaterError(Problem("the tokenizer has neither a pad token nor an end-of-sequence token", source))
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _resolve(name_or_path: str) -> str:
+    """A hub id unchanged, or the path of a folder that transformers can load."""
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".gguf") or name_or_path.count("/") > 1:
+            where = f"model_name_or_path: {name_or_path}"
+            raise HeadwaterError(Problem("no such file or folder", where, f"looked for {path.absolute()}"))
+        return name_or_path
+    if path.is_file():
+        return str(dequantise_gguf(path))
+    if not (path / "config.json").is_file():
+        fix = "give the folder that holds config.json, the tokenizer and *.safetensors"
+        if (path / "adapter_config.json").is_file():
+            fix = "this is an adapter; give its base model here"
+        raise HeadwaterError(Problem("no config.json in this folder", str(path), fix))
+    return str(path)
+
+
+def _explained(error: Exception, source: str) -> HeadwaterError:
+    """Say in one screen why transformers could not load `source`."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(source).exists():
+        weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.safetensors.index.json")]
+        fix = "" if weights else "there is no *.safetensors here; save the model with save_pretrained() first"
+        return HeadwaterError(Problem(f"could not load the model: {reason}", source, fix))
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    fix = "check the name and the connection (`hf auth login` for a gated model), or give a local folder or a GGUF file"
+    if offline:
+        fix = "HF_HUB_OFFLINE is set, so nothing is fetched: give a local folder or a GGUF file, or unset it"
+    return HeadwaterError(Problem(f"could not load the model from the hub: {reason}", source, fix))
+
+
 def _dequantise(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -184,9 +192,5 @@ def _dequantise(path: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    # The weights are dense now. Left in place, these make save_pretrained and Trainer refuse the model as quantised.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -98,7 +98,7 @@ def test_gguf_is_converted_once_and_found_after_it_moved(gguf_file, tmp_path, mo
 
 
 def test_converted_model_can_be_saved_and_trained(gguf_file, tmp_path):
-    """A leftover quantisation record makes save_pretrained and Trainer refuse the model."""
+    """A model that still counts as quantised is refused by save_pretrained and Trainer."""
     model, _ = load_base_model(str(gguf_file[0]))
     assert getattr(model.config, "quantization_config", None) is None
     assert not getattr(model, "is_quantized", False)
