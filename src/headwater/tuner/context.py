@@ -2,15 +2,15 @@
 
 A pre-hook on the base model opens a `State` per forward and a hook closes it. Gradient checkpointing runs layers again
 in backward, long after the state is closed and perhaps after further forwards; so each checkpointed call remembers the
-state it ran under. Context variables keep threads apart.
+state it ran under. Thread-local storage keeps threads apart; context variables would, too, but break compiled graphs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,40 +49,39 @@ class Context:
     """Shared by a model's adapted layers."""
 
     def __init__(self) -> None:
-        self._state: ContextVar[State | None] = ContextVar("headwater_state", default=None)
-        self._requested: ContextVar[Tensor | None] = ContextVar("headwater_task_ids", default=None)
+        self._local = threading.local()
         self.observers: list[Observer] = []
         self.loss_scale = 1.0
         self.needs_state = False  # some branch reads the state, so checkpointed layers must carry it
         self.last_losses: dict[str, Tensor] = {}
 
     def __reduce__(self) -> tuple[type[Context], tuple[()]]:
-        return Context, ()  # context variables cannot be copied; a copied model starts with its own
+        return Context, ()  # thread-local storage cannot be copied; a copied model starts with its own
 
     @property
     def state(self) -> State | None:
-        return self._state.get()
+        return getattr(self._local, "state", None)
 
     @contextlib.contextmanager
     def use(self, state: State | None) -> Iterator[None]:
-        token = self._state.set(state)
+        before, self._local.state = self.state, state
         try:
             yield
         finally:
-            self._state.reset(token)
+            self._local.state = before
 
     @contextlib.contextmanager
     def task_ids(self, ids: Any) -> Iterator[None]:
-        token = self._requested.set(_as_ids(ids))
+        before, self._local.ids = getattr(self._local, "ids", None), _as_ids(ids)
         try:
             yield
         finally:
-            self._requested.reset(token)
+            self._local.ids = before
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook of the base model: takes the keyword out and opens the state."""
         ids = kwargs.pop(KEYWORD, None)
-        ids = self._requested.get() if ids is None else _as_ids(ids)
+        ids = getattr(self._local, "ids", None) if ids is None else _as_ids(ids)
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
@@ -96,7 +95,7 @@ class Context:
         if isinstance(labels, Tensor) and total is not None:
             # the trainer normalises by the tokens of the whole optimiser step: this micro-batch's share of them
             state.loss_scale = (labels[..., 1:] != -100).sum() / total
-        self._state.set(state)
+        self._local.state = state
         if self.needs_state and module.training:
             self.carry_through_checkpoints(module)
         return args, kwargs
@@ -107,7 +106,7 @@ class Context:
         if state is not None:
             state.closed = True
             self.last_losses = {name: total / count for name, (total, count) in state.losses.items()}
-        self._state.set(None)
+        self._local.state = None
 
     def carry_through_checkpoints(self, model: nn.Module) -> None:
         """Makes transformers' checkpointed layers remember the state of the forward they belong to."""
