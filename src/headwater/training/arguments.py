@@ -1,0 +1,57 @@
+"""Training settings: transformers' own, with defaults that suit low-rank adapters, and two more keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+from ..errors import HeadwaterError, Problem
+
+LossNormalization = Literal["example", "token"]
+
+
+@dataclass
+class HeadwaterArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, every key of it, with these changes.
+
+    Defaults: `learning_rate` 2e-4 on a cosine with 3 % warm-up, `logging_steps` 10; columns are kept, since the
+    collator needs them; the loss is watched by headwater, which stops at a non-finite one, so transformers' filter that
+    hides it is off; DDP does not broadcast buffers at each step, as those of an adapter are frozen. Setting
+    `eval_steps` alone turns evaluation during training on.
+
+    Args:
+        loss_normalization: `example` is the mean over the rows of an optimiser step of each row's mean over its
+            completion tokens, so that long answers do not outweigh short ones; `token` is the mean over all completion
+            tokens of the step, as in transformers and TRL. Both are exact under gradient accumulation and over ranks.
+        overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
+
+    Raises:
+        HeadwaterError: if `loss_normalization` is neither.
+        ValueError: from `TrainingArguments`, on settings that exclude each other.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule of the rate."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in logs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not name."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Broadcast buffers at each step."})
+    loss_normalization: LossNormalization = field(default="example", metadata={"help": "One of example, token."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
+
+    def __post_init__(self) -> None:
+        allowed = get_args(LossNormalization)
+        if self.loss_normalization not in allowed:
+            raise HeadwaterError(
+                Problem(
+                    f"loss_normalization is one of {', '.join(allowed)}, not {self.loss_normalization!r}",
+                    "training.loss_normalization",
+                )
+            )
+        if self.eval_steps and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            self.eval_strategy = "steps"
+        super().__post_init__()

@@ -1,0 +1,113 @@
+"""The loss on completions, with logits made only where it needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+
+
+def loss_positions(labels: Tensor) -> dict[str, Tensor]:
+    """Where the loss of a batch is.
+
+    Args:
+        labels: LongTensor `[batch, seq]`, -100 where there is no loss; `labels[b, s]` is predicted at s - 1.
+
+    Returns:
+        `completion_index`: LongTensor `[n]`, the positions that predict a label, counted through the flattened batch;
+        `completion_lengths`: LongTensor `[batch]`, how many of them each row has.
+    """
+    counted = labels[:, 1:] != IGNORED
+    return {
+        "completion_index": F.pad(counted, (0, 1)).flatten().nonzero().squeeze(1),
+        "completion_lengths": counted.sum(1),
+    }
+
+
+class CompletionCollator:
+    """Adds `loss_positions` to what `collate` returns: on the CPU, so that no step waits for the device to count."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]]):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        batch = self.collate(rows)
+        return {**batch, **loss_positions(batch["labels"])}
+
+
+class CompletionHead:
+    """Makes a model's output embedding compute logits only at chosen positions.
+
+    A forward pre-hook on the output embedding selects hidden rows, `[batch, seq, d]` -> `[1, n, d]`, so the matmul with
+    the vocabulary and everything elementwise behind it (soft-capping, casts) exist for those n rows alone.
+
+    Args:
+        model: a causal language model, wrapped by PEFT or not.
+    """
+
+    def __init__(self, model: nn.Module):
+        find = getattr(model, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        self._index: Tensor | None = None
+        self._selected = False
+        self._hook = head.register_forward_pre_hook(self._select) if isinstance(head, nn.Module) else None
+
+    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._index is None or not args:
+            return None
+        self._selected = True
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._index).unsqueeze(0), *args[1:])
+
+    @contextmanager
+    def at(self, index: Tensor) -> Iterator[None]:
+        """Forwards inside compute logits at the flattened positions `index`, LongTensor `[n]`, only."""
+        self._index, self._selected = index, False
+        try:
+            yield
+        finally:
+            self._index = None
+
+    def rows(self, logits: Tensor, index: Tensor) -> Tensor:
+        """The logits `[n, vocab]` at `index`, from the output of the last forward inside `at`."""
+        # A model that uses its output embedding's weight without calling the module never met the hook.
+        return logits[0] if self._selected else logits.flatten(0, 1).index_select(0, index)
+
+    def remove(self) -> None:
+        """Takes the hook off the model."""
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def completion_losses(
+    logits: Tensor, labels: Tensor, index: Tensor, lengths: Tensor, *, per_example: bool, label_smoothing: float = 0.0
+) -> Tensor:
+    """Each row's contribution to the loss before it is divided by the number of items.
+
+    Args:
+        logits: `[n, vocab]`, any float dtype; the softmax is computed in float32.
+        labels: LongTensor `[batch, seq]`.
+        index, lengths: from `loss_positions(labels)`.
+        per_example: a row counts as the mean over its completion tokens instead of their sum.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+    Returns:
+        Tensor `[batch]`, float32; 0 for a row without completion tokens.
+    """
+    targets = labels.flatten()[index + 1]
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    row_of = index // labels.shape[1]
+    if per_example:
+        losses = losses / lengths[row_of]
+    return losses.new_zeros(labels.shape[0]).index_add(0, row_of, losses)
+
+
+def count_items(lengths: Tensor, *, per_example: bool) -> Tensor:
+    """What the loss is divided by, a LongTensor `[batch]`: 1 per row that has completion tokens, or their number."""
+    return (lengths > 0).long() if per_example else lengths
