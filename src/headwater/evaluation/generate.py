@@ -1,16 +1,131 @@
-"""Generate text for a batch of prompts."""
+"""Generate answers in batches, each cut where it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from headwater.data.encode import DataSpec, encode_prompt
+from headwater.data.rows import Row
+from headwater.errors import HeadwaterError, Problem
+from headwater.evaluation.forward import (
+    base_of,
+    evaluating,
+    input_device,
+    max_positions,
+    pad,
+    pad_id,
+    task_keywords,
+)
+from headwater.tuner import needs_task_ids
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from headwater.data.encode import DataSpec
-    from headwater.data.rows import Row
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated answer: its text, and whether it came to an end of its own before the token limit."""
+
+    text: str
+    finished: bool
+
+
+class _Settled(StoppingCriteria):
+    """Ends a row as soon as `settled(prompt index, text so far)` holds, and notes how many tokens it had by then."""
+
+    def __init__(self, tokenizer: Any, settled: Callable[[int, str], bool], batch: Sequence[int], width: int):
+        self.tokenizer, self.settled, self.batch, self.width = tokenizer, settled, batch, width
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new = input_ids[:, self.width :]
+        for row, tokens in enumerate(new.tolist()):
+            if row not in self.lengths and self.settled(self.batch[row], decode(self.tokenizer, tokens)):
+                self.lengths[row] = len(tokens)
+        return torch.tensor([row in self.lengths for row in range(len(new))], device=input_ids.device)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of generated tokens, without special tokens, spaces as they are."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's eos, which training appends, and those of the model's own settings."""
+    settings = getattr(base_of(model), "generation_config", None)
+    own = getattr(settings, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
+
+
+def generate_from_ids(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    task_index: int | None = None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    settled: Callable[[int, str], bool] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """Continue token ids, padded on the left; the model's own sampling settings and penalties are not used.
+
+    Call it inside `evaluating(model)`.
+
+    Args:
+        prompts: token ids, at least one per prompt.
+        temperature: 0 takes the likeliest token each time; else tokens are sampled.
+        settled: ends prompt `i` early once `settled(i, its text so far)` holds.
+        on_batch: called with the number of prompts done after each batch.
+    """
+    ends = end_ids(model, tokenizer)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        min_length=0,
+        min_new_tokens=0,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends or None,
+        pad_token_id=pad_id(tokenizer),
+        return_dict_in_generate=False,
+    )
+    results = [Generated("", False)] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        padded = pad([prompts[i] for i in batch], pad_id(tokenizer), left=True).to(input_device(model))
+        width = padded.input_ids.shape[1]
+        stop = _Settled(tokenizer, settled or (lambda _i, _text: False), batch, width)
+        output = cast(Any, model).generate(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stop] if settled else []),
+            **task_keywords(model, task_index, len(batch)),
+        )
+        for row, tokens in enumerate(output[:, width:].tolist()):
+            length = stop.lengths.get(row, len(tokens))
+            end = next((at for at, token in enumerate(tokens[:length]) if token in ends), None)
+            finished = end is not None or row in stop.lengths
+            results[batch[row]] = Generated(decode(tokenizer, tokens[: length if end is None else end]), finished)
+        if on_batch is not None:
+            on_batch(len(batch))
+    return results
 
 
 def generate_text(
@@ -26,5 +141,69 @@ def generate_text(
     batch_size: int = 16,
     data_spec: DataSpec | None = None,
 ) -> list[str]:
-    """Continue each prompt; returns the continuations only, in the order of the prompts."""
-    raise NotImplementedError
+    """Continue each prompt; returns the continuations alone, verbatim, in the order of the prompts.
+
+    Prompts are tokenised as in training. The model's mode and torch's random state are afterwards as they were.
+
+    Args:
+        prompts: texts, or rows (whose completion is not looked at), e.g. rows of chat messages.
+        task_index: the task whose adapter route is taken; needed where the method goes by task.
+        max_new_tokens: most tokens per answer.
+        temperature: 0 for the likeliest token each time; else the sampling temperature.
+        top_p: when sampling, only the likeliest tokens that make up this probability are drawn from.
+        seed: of the sampling; the same seed, prompts and batch size give the same texts.
+        data_spec: how rows become tokens; the default is `DataSpec()`.
+
+    Raises:
+        HeadwaterError: a prompt is empty or too long for the model, a setting is out of range, or the method needs a
+            task and none is given.
+    """
+    spec = data_spec or DataSpec()
+    rows = [Row(prompt=p, completion="") if isinstance(p, str) else p for p in prompts]
+    encoded = [encode_prompt(row, tokenizer, spec) for row in rows]
+    problems = [
+        Problem(f"{name} is {value}, which is out of range", fix=fix)
+        for name, value, good, fix in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens > 0, "Give a whole number above 0."),
+            ("temperature", temperature, temperature >= 0, "Give 0, or the sampling temperature."),
+            ("top_p", top_p, 0 < top_p <= 1, "Give a number above 0 and at most 1."),
+            ("batch_size", batch_size, batch_size > 0, "Give a whole number above 0."),
+        )
+        if not good
+    ]
+    if task_index is None and needs_task_ids(model):
+        problems.append(Problem("the adapter goes by task, and no task was given", fix="Name one of its tasks."))
+    problems += length_problems(model, encoded, [f"prompt {i + 1}" for i in range(len(rows))], max_new_tokens)
+    if problems:
+        raise HeadwaterError(*problems)
+    with evaluating(model):
+        torch.manual_seed(seed)
+        generated = generate_from_ids(
+            model,
+            tokenizer,
+            encoded,
+            task_index=task_index,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+        )
+    return [answer.text for answer in generated]
+
+
+def length_problems(
+    model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[str], room: int | Sequence[int]
+) -> list[Problem]:
+    """What is wrong with the lengths of tokenised prompts, each of which needs `room` more tokens behind it."""
+    limit = max_positions(model)
+    rooms = [room] * len(prompts) if isinstance(room, int) else room
+    problems = []
+    for prompt, place, more in zip(prompts, places, rooms, strict=True):
+        if not prompt:
+            problems.append(Problem("the prompt has no tokens, so nothing predicts the answer", place))
+        elif limit is not None and len(prompt) + more > limit:
+            what = f"{len(prompt)} tokens of prompt and {more} of answer are more than the model's {limit}"
+            problems.append(
+                Problem(what, place, "Shorten the prompt, or lower max_new_tokens if answers are generated.")
+            )
+    return problems

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch import nn
+
+from headwater.data.encode import DataSpec, encode_completion, encode_prompt, encode_rows
+from headwater.data.rows import one_screen
+from headwater.errors import HeadwaterError, Problem
+from headwater.evaluation.forward import evaluating, pad_id
+from headwater.evaluation.generate import generate_from_ids, length_problems
+from headwater.evaluation.intervals import interval
+from headwater.evaluation.likelihood import choice_log_probs, completion_losses
+from headwater.evaluation.metrics import GENERATION_METRICS, reference_number
 from headwater.evaluation.scores import Progress, TaskScore
-from headwater.evaluation.spec import EvaluationSpec
+from headwater.evaluation.spec import ChoiceNormalization, EvaluationSpec
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from headwater.data.encode import DataSpec
     from headwater.data.rows import Row
     from headwater.data.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("choice_accuracy", *GENERATION_METRICS, "loss")
+_EXAMPLES = 3  # generated answers kept in a score's detail
 
 
 def score_task(
@@ -27,8 +44,34 @@ def score_task(
     *,
     progress: Progress | None = None,
 ) -> TaskScore:
-    """Score `rows` with the metric of `task`."""
-    raise NotImplementedError
+    """Score `rows` with the metric of `task`.
+
+    The model may be a plain transformers model or a PEFT model; where its method goes by task, the task's index is
+    passed. Its modes and torch's random state are afterwards as they were.
+
+    Args:
+        rows: the rows to score, e.g. `task.test`.
+        progress: called with the task's name, rows done and rows in all, after every batch.
+
+    Raises:
+        HeadwaterError: no rows, an unknown metric, rows that the metric cannot score, or prompts too long for the
+            model; every such row is named (the first 20).
+    """
+    done = 0
+
+    def on_batch(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(task.name, done, len(rows))
+
+    scorer = _SCORERS.get(task.metric)
+    if scorer is None:
+        raise HeadwaterError(Problem(f"unknown metric {task.metric!r}", task.name, f"Use one of {', '.join(METRICS)}."))
+    if not rows:
+        raise HeadwaterError(Problem("no rows to score", task.name, "Give the task a test file with at least one row."))
+    with evaluating(model):
+        return scorer(model, tokenizer, task, rows, spec, data_spec, on_batch)
 
 
 def score_tasks(
@@ -42,5 +85,208 @@ def score_tasks(
     max_rows: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TaskScore]:
-    """Score every task that has rows in `split`, at most `max_rows` of each (the same ones every time)."""
-    raise NotImplementedError
+    """Score every task that has rows in `split`.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        max_rows: at most so many rows of each task, drawn with a fixed seed, so that every call scores the same ones.
+        progress: as in `score_task`.
+
+    Returns:
+        Task name -> score, in the order of `tasks`.
+    """
+    scores = {}
+    for task in tasks:
+        rows = sample(getattr(task, split), max_rows)
+        if rows:
+            scores[task.name] = score_task(model, tokenizer, task, rows, spec, data_spec, progress=progress)
+    return scores
+
+
+def sample(rows: Sequence[Row], max_rows: int | None) -> list[Row]:
+    """At most `max_rows` of `rows`, in their order: the same ones every time, from everywhere in the file."""
+    if max_rows is None or len(rows) <= max_rows:
+        return list(rows)
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), max_rows))]
+
+
+def _score_choices(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+    on_batch: Callable[[int], None],
+) -> TaskScore:
+    tokens = {
+        text: encode_completion(text, tokenizer) for text in dict.fromkeys(c for row in rows for c in row.choices)
+    }
+    problems = [
+        Problem(
+            "the task is scored by its choices, and this row has none",
+            row.where,
+            "Add choices, or name another metric.",
+        )
+        for row in rows
+        if not row.choices
+    ]
+    problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
+    rooms = [max((len(tokens[c]) for c in row.choices), default=0) for row in rows]
+    prompts, cut = _prompts(tokenizer, rows, data_spec, rooms)
+    _refuse(task, problems + length_problems(model, prompts, [row.where for row in rows], rooms))
+    choices = [[tokens[c] for c in row.choices] for row in rows]
+    log_probs = choice_log_probs(
+        model,
+        prompts,
+        choices,
+        fill=pad_id(tokenizer),
+        task_index=task.index,
+        batch_size=spec.batch_size,
+        on_batch=on_batch,
+    )
+    picked = [
+        row.choices[_best(sums, row.choices, ids, spec.choice_normalization)]
+        for row, sums, ids in zip(rows, log_probs, choices, strict=True)
+    ]
+    detail: dict[str, Any] = {
+        "normalization": spec.choice_normalization,
+        "chance": sum(1 / len(r.choices) for r in rows) / len(rows),
+        **cut,
+    }
+    if len({frozenset(row.choices) for row in rows}) == 1:
+        counts = Counter(picked)
+        detail["predicted_shares"] = {choice: counts[choice] / len(rows) for choice in rows[0].choices}
+    correct = [float(choice == row.completion) for choice, row in zip(picked, rows, strict=True)]
+    return _score(task, correct, _majority(rows), detail)
+
+
+def _best(
+    log_probs: Sequence[float], texts: Sequence[str], ids: Sequence[Sequence[int]], by: ChoiceNormalization
+) -> int:
+    """Index of the likeliest choice; the first one among equals."""
+    sizes = {"none": [1] * len(ids), "tokens": [len(i) for i in ids], "bytes": [len(t.encode()) for t in texts]}[by]
+    values = [total / size for total, size in zip(log_probs, sizes, strict=True)]
+    return values.index(max(values))
+
+
+def _score_generated(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+    on_batch: Callable[[int], None],
+) -> TaskScore:
+    metric = GENERATION_METRICS[task.metric]
+    problems = []
+    if task.metric == "final_number":
+        problems += [
+            Problem("the answer holds no number after ####", row.where, "Add one, or name another metric.")
+            for row in rows
+            if reference_number(row.completion) is None
+        ]
+    prompts, cut = _prompts(tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows))
+    _refuse(task, problems + length_problems(model, prompts, [row.where for row in rows], spec.max_new_tokens))
+    answers = generate_from_ids(
+        model,
+        tokenizer,
+        prompts,
+        task_index=task.index,
+        max_new_tokens=spec.max_new_tokens,
+        batch_size=spec.batch_size,
+        settled=lambda i, text: metric.settled(text, rows[i].completion),
+        on_batch=on_batch,
+    )
+    correct = [metric.score(answer.text, row.completion) for answer, row in zip(answers, rows, strict=True)]
+    detail = {
+        "unfinished": sum(not answer.finished for answer in answers),
+        "examples": [
+            {"prompt": row.prompt, "reference": row.completion, "generated": answer.text}
+            for row, answer in list(zip(rows, answers, strict=True))[:_EXAMPLES]
+        ],
+        **cut,
+    }
+    return _score(task, correct, _majority(rows) if task.metric == "exact_match" else None, detail)
+
+
+def _score_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+    on_batch: Callable[[int], None],
+) -> TaskScore:
+    encoded, report = encode_rows(rows, tokenizer, data_spec, task.index)
+    losses = completion_losses(
+        model,
+        [row.input_ids for row in encoded],
+        [row.labels for row in encoded],
+        fill=pad_id(tokenizer),
+        task_index=task.index,
+        batch_size=spec.batch_size,
+        on_batch=on_batch,
+    )
+    tokens = sum(count for _, count in losses)
+    if not tokens:
+        raise HeadwaterError(Problem("no row has a token to score", task.name))
+    counted = [(total / count, count) for total, count in losses if count]
+    means, weights = zip(*counted, strict=True)
+    fates = {"dropped_rows": sum(report.dropped.values()), "shortened_prompts": sum(report.truncated.values())}
+    detail = {"tokens": tokens, **{fate: count for fate, count in fates.items() if count}}
+    return _score(task, list(means), None, detail, weights)
+
+
+_SCORERS: dict[str, Callable[..., TaskScore]] = {
+    "choice_accuracy": _score_choices,
+    **dict.fromkeys(GENERATION_METRICS, _score_generated),
+    "loss": _score_loss,
+}
+
+
+def _score(
+    task: Task,
+    correct: list[float],
+    majority: float | None,
+    detail: dict[str, Any],
+    weights: Sequence[float] | None = None,
+) -> TaskScore:
+    value = float(np.average(correct, weights=weights))
+    detail = {"interval": list(interval(correct, weights)), **detail}
+    return TaskScore(task.name, task.metric, value, len(correct), majority, correct, detail)
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], data_spec: DataSpec, rooms: Sequence[int]
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Prompts as token ids, and what a score's detail has to say about them.
+
+    Where training cuts long prompts from the left, so does scoring, to leave `rooms` tokens for the answers; else they
+    stay whole, since a prompt that does not fit into a training batch may well fit into the model.
+    """
+    prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
+    if data_spec.on_too_long != "truncate_prompt":
+        return prompts, {}
+    cut = 0
+    for i, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
+        excess = len(prompt) + room - data_spec.max_length
+        start = int(prompt[:1] == [tokenizer.bos_token_id])
+        if 0 < excess < len(prompt) - start:
+            prompts[i] = prompt[:start] + prompt[start + excess :]
+            cut += 1
+    if cut:
+        logger.warning("%s: %d prompts of %d were shortened from the left", rows[0].source, cut, len(rows))
+    return prompts, {"shortened_prompts": cut}
+
+
+def _majority(rows: Sequence[Row]) -> float:
+    """Share of the most frequent answer."""
+    return Counter(row.completion.strip() for row in rows).most_common(1)[0][1] / len(rows)
+
+
+def _refuse(task: Task, problems: Sequence[Problem]) -> None:
+    if problems:
+        raise HeadwaterError(*one_screen({task.name: problems}))

@@ -23,7 +23,7 @@ class EvaluationSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    batch_size: int = Field(16, gt=0)
-    max_new_tokens: int = Field(256, gt=0)
+    batch_size: int = Field(default=16, gt=0)
+    max_new_tokens: int = Field(default=256, gt=0)
     choice_normalization: ChoiceNormalization = "none"
-    max_rows_during_training: int = Field(100, gt=0)
+    max_rows_during_training: int = Field(default=100, gt=0)
