@@ -1,0 +1,93 @@
+"""A conversation through the tokenizer's chat template, cut into pieces where what is learned begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from headwater.errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a row's text.
+
+    Args:
+        learned: it carries loss.
+        content: it is a completion or an assistant's turn, without what closes it.
+        start: the text begins with it.
+        end: the end token follows it.
+        template: a chat template made it, with its own special tokens.
+    """
+
+    text: str
+    learned: bool = False
+    content: bool = False
+    start: bool = False
+    end: bool = False
+    template: bool = False
+
+
+def chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> list[Piece]:
+    """Render a conversation once, with a mark in place of each assistant's turn, and cut it at the marks.
+
+    So turns stand in the text exactly as written, templates that treat earlier turns differently need no special case,
+    and what the template itself puts before a turn (an empty thinking block, say) is context, not something to learn.
+    A turn is closed by what the template writes after the last one up to its first special token; that is learned
+    too. Where there is no such token, the end token closes the last turn.
+
+    Raises:
+        HeadwaterError: no template, a template that refuses the conversation, or one that does not show every turn.
+    """
+    if not tokenizer.chat_template:
+        fix = "use a model with one, set tokenizer.chat_template, or write prompt and completion"
+        raise HeadwaterError(Problem("the tokenizer has no chat template", where, fix))
+    marked = [dict(message) for message in messages]
+    turns = [message for message in marked if message["role"] == "assistant"]
+    contents = [turn["content"] for turn in turns]
+    for number, turn in enumerate(turns):
+        turn["content"] = _mark(number)
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False)
+    except TemplateError as error:
+        raise HeadwaterError(Problem(f"the chat template refuses the conversation: {error}", where)) from error
+    assert isinstance(text, str)
+    context: list[str] = []
+    for number in range(len(turns)):
+        before, found, text = text.partition(_mark(number))
+        if not found:
+            raise HeadwaterError(Problem(f"the chat template does not show assistant turn {number + 1}", where))
+        context.append(before)
+    closing = _closing(text, tokenizer)
+    pieces = [Piece(context[0], start=True, template=True)]
+    for number, content in enumerate(contents):
+        pieces.append(Piece(content, learned=True, content=True))
+        if number == len(contents) - 1:
+            pieces.append(Piece(closing, learned=True, end=not closing, template=True))
+        elif context[number + 1].startswith(closing):
+            pieces.append(Piece(closing, learned=True, template=True))
+            pieces.append(Piece(context[number + 1][len(closing) :], template=True))
+        else:
+            pieces.append(Piece(context[number + 1], template=True))
+    return [piece for piece in pieces if piece.text or piece.start or piece.content or piece.end]
+
+
+def _mark(number: int) -> str:
+    """A text that no conversation holds and no template changes."""
+    return f"\u27e6assistant-turn-{number}\u27e7"
+
+
+def _closing(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What closes a turn: the tail up to and with its first special token, if only white space stands before that."""
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = [(tail.find(token) + len(token), token) for token in specials if token and token in tail]
+    if not found:
+        return ""
+    end, token = min(found)
+    return tail[:end] if not tail[: end - len(token)].strip() else ""
