@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from ..ops import add_update, project
-
-if TYPE_CHECKING:
-    from ..tuner.context import Call
+from .call import Call
 
 
 @dataclass
@@ -103,7 +101,10 @@ class MethodConfig(PeftConfig):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The linear layer a branch is attached to: its name, sizes and rank-dependent settings after patterns."""
+    """The linear layer a branch is attached to: its name, sizes, and rank and alpha after patterns.
+
+    `shared` is one dictionary for all layers of an adapter, for what they have in common while they are being made.
+    """
 
     name: str
     in_features: int
@@ -111,6 +112,7 @@ class LayerShape:
     r: int
     alpha: float
     weight: Tensor | None = None  # (d_out, d_in) as floats, None where the base is quantised or on the meta device
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Branch(nn.Module):
     def mix(self, *ranks: Any, **call: Any) -> Tensor:
         """`mix(u_1, u_2, ..., call=call)`: from what was read, in the order of `reads`, to what is written.
 
-        Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.tuner.context.Call`.
+        Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.methods.call.Call`.
         """
         raise NotImplementedError
 
@@ -173,7 +175,10 @@ class Branch(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, call: Call, *, in_place: bool = False) -> Tensor:
         """Adds the branch's update. y `(tokens, d_out)`, x `(tokens, d_in)`; returns y's shape and dtype."""
-        h = self.mix(*self.read(x), call=call)
+        ranks = self.read(x)
+        if call.align is not None and self.training:
+            ranks = (call.align(call, ranks[0]), *ranks[1:])
+        h = self.mix(*ranks, call=call)
         return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
 
     def delta_weight(self, gate: Tensor | None = None) -> Tensor:

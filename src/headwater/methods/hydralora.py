@@ -11,7 +11,6 @@ The released code draws a fresh input mask for each head; most ports share one m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from ..errors import Problem
 from ..ops import project, spread_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, register
-
-if TYPE_CHECKING:
-    from ..tuner.context import Call
+from .call import Call
 
 
 @dataclass

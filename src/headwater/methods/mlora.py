@@ -12,17 +12,14 @@ The paper says "summation" in one place and "averaging" in another; a sum with a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import Problem
 from .base import LayerShape, Method, register
+from .call import Call
 from .rlora import MultiHeadBranch, MultiHeadConfig
-
-if TYPE_CHECKING:
-    from ..tuner.context import Call
 
 
 @dataclass

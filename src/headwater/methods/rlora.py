@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,7 @@ from torch import Tensor, nn
 from ..errors import HeadwaterError, Problem
 from ..ops import spread_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, normal, register
-
-if TYPE_CHECKING:
-    from ..tuner.context import Call
+from .call import Call
 
 
 @dataclass

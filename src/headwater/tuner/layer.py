@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import HeadwaterError, Problem
 from ..methods.base import Branch
-from .context import Call, Context
+from .context import Context
 
 
 class MethodLayer(nn.Module, BaseTunerLayer):
@@ -34,6 +34,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._weight_before_merge: Tensor | None = None
         self.in_features, self.out_features = linear_sizes(self.get_base_layer())
+        self.train(base_layer.training)  # a model in eval mode stays so, or dropout would run in it
 
     @property
     def branches(self) -> nn.ModuleDict:
@@ -60,7 +61,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         in_place = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
         y = self.base_layer(rows, *args, **kwargs) if in_place else self.base_layer(x, *args, **kwargs)
         y = y.reshape(-1, self.out_features)
-        call = Call(self.name, tuple(lead), self.context, self.context.state)
+        call = self.context.call(self.name, tuple(lead))
         for branch in active:
             y = branch(y, rows, call, in_place=in_place)
         return call.attach(y).reshape(*lead, self.out_features)

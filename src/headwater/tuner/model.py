@@ -64,11 +64,16 @@ class MethodModel(BaseTuner):
             layer = target
         else:
             layer = MethodLayer(target, self.method.name, context_of(self.model), current_key)
-        add_branch(layer, adapter_name, peft_config, self.method)
+        add_branch(layer, adapter_name, peft_config, self.method, self.__dict__["_shared"])
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_shared"] = {}  # what this adapter's layers have in common while they are being made
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self.__dict__["_shared"]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Branches are made in float32 and stay so, which keeps the start exact, unless the base's dtype is asked for.
@@ -95,7 +100,9 @@ class MethodModel(BaseTuner):
         return model
 
 
-def add_branch(layer: MethodLayer, adapter_name: str, config: MethodConfig, method: Method) -> None:
+def add_branch(
+    layer: MethodLayer, adapter_name: str, config: MethodConfig, method: Method, shared: dict[str, Any]
+) -> None:
     """Makes an adapter's parameters on one layer, on the base weight's device.
 
     Raises:
@@ -114,8 +121,8 @@ def add_branch(layer: MethodLayer, adapter_name: str, config: MethodConfig, meth
             )
         )
     weight = floating_weight(base)
-    known = weight is not None and weight.device.type != "meta"
-    shape = LayerShape(layer.name, d_in, d_out, r, alpha, weight.detach() if known else None)  # type: ignore[union-attr]
+    known_weight = None if weight is None or weight.device.type == "meta" else weight.detach()
+    shape = LayerShape(layer.name, d_in, d_out, r, alpha, known_weight, shared)
     generator = torch.Generator()
     if config.init_seed is None:
         generator.manual_seed(int(torch.randint(2**62, ())))

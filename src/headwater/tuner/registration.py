@@ -21,11 +21,12 @@ def register_with_peft(method: Method) -> None:
         (MethodModel,),
         {
             "__doc__": f"PEFT tuner of {method.title} ({method.paper}).",
-            "__module__": MethodModel.__module__,
+            "__module__": __name__,
             "prefix": f"{method.name}_",
             "method": method,
         },
     )
+    globals()[tuner.__name__] = tuner  # pickle and copy look classes up by module and name
     register_peft_method(name=method.name, config_cls=method.config, model_cls=tuner)
 
 

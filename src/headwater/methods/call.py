@@ -1,0 +1,145 @@
+"""What a branch can know of the forward pass it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import HeadwaterError, Problem
+from ..ops import attach_loss
+
+KEYWORD = "headwater_task_ids"
+Observer = Callable[[str, Tensor], None]
+Align = Callable[["Call", Tensor], Tensor]
+
+
+@dataclass
+class State:
+    """One forward pass of the whole model.
+
+    Args:
+        batch, length: rows and positions of the input, 0 when unknown.
+        task_ids: LongTensor `(batch,)`, or None.
+        valid: bool `(batch, length)`, False on padding, or None when no 2-D mask was given.
+        prompt: bool `(batch, length)`, True on tokens that are neither padding nor learned; None without labels.
+        past: positions already in the key-value cache; above 0 in cached decoding.
+        loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
+        losses: name -> [sum over layers, detached; number of layers].
+        closed: the forward is over; whatever still runs under this state is a recomputation in backward.
+    """
+
+    batch: int = 0
+    length: int = 0
+    task_ids: Tensor | None = None
+    valid: Tensor | None = None
+    prompt: Tensor | None = None
+    past: int = 0
+    loss_scale: float | Tensor = 1.0
+    losses: dict[str, list[Any]] = field(default_factory=dict)
+    closed: bool = False
+
+
+@dataclass
+class Call:
+    """One adapted layer's view of the forward pass. Activations come flattened, `(tokens, width)`.
+
+    Args:
+        name: the layer's name in the base model.
+        shape: x's leading dimensions, usually `(batch, length)`.
+        state: the forward's state; None for a layer run on its own.
+        observers: called with the layer's name and each gate.
+        align: an alignment loss; given A x, `(tokens, r)`, returns it with the loss attached.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    state: State | None = None
+    observers: list[Observer] = field(default_factory=list)
+    align: Align | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def first_time(self) -> bool:
+        """False while gradient checkpointing runs the layer again in backward: count and log only when True."""
+        return self.state is None or not self.state.closed
+
+    def task_of_row(self) -> Tensor:
+        """LongTensor `(rows,)`, the task of each row of the batch.
+
+        Raises:
+            HeadwaterError: if no ids were given, or the activations no longer show which row a token belongs to.
+        """
+        state = self.state
+        if state is None or state.task_ids is None:
+            raise HeadwaterError(
+                Problem(
+                    f"the adapter on {self.name} needs the task of every row, and none was given",
+                    fix=f"pass {KEYWORD}=LongTensor[batch] to the model, or wrap the call in "
+                    "`with headwater.task_ids(model, ids):`",
+                )
+            )
+        rows = state.task_ids.shape[0]
+        if self.shape[0] != rows and self.tokens != rows * max(state.length, 1):
+            raise HeadwaterError(
+                Problem(
+                    f"the activations at {self.name}, {tuple(self.shape)}, do not show which of {rows} rows a token "
+                    "belongs to",
+                    fix="do not target layers behind a token dispatch (mixture-of-experts blocks) with this method",
+                )
+            )
+        return state.task_ids
+
+    def task_of_token(self) -> Tensor:
+        """LongTensor `(tokens,)`, the task of each token. Raises as `task_of_row` does."""
+        tasks = self.task_of_row()
+        return tasks.repeat_interleave(self.tokens // tasks.shape[0])
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """`(tokens, k)` as `(rows, tokens per row, k)`."""
+        rows = self.shape[0] if self.state is None or not self.state.batch else self.state.batch
+        return values.unflatten(0, (rows, -1))
+
+    def valid_tokens(self) -> Tensor | None:
+        """bool `(tokens,)`, False on padding; None when every token counts."""
+        state = self.state
+        if state is None or state.valid is None or state.valid.numel() != self.tokens:
+            return None
+        return state.valid.reshape(-1)
+
+    def mean_over_tokens(self, values: Tensor) -> Tensor:
+        """Mean of `(tokens, k)` over tokens that are not padding, `(k,)`."""
+        valid = self.valid_tokens()
+        if valid is None:
+            return values.mean(0)
+        weight = valid.to(values).unsqueeze(-1)
+        return (values * weight).sum(0) / weight.sum().clamp_min(1)
+
+    def saw_gate(self, gate: Tensor) -> None:
+        """Shows a gate `(tokens, N)` to the observers, in x's leading shape."""
+        for observer in self.observers:
+            observer(self.name, gate.detach().float().unflatten(0, self.shape))
+
+    def add_loss(self, name: str, loss: Tensor, weight: float) -> None:
+        """Adds `weight * loss` to the training loss, whoever computes that, and logs `loss` under `name`."""
+        scale = 1.0 if self.state is None else self.state.loss_scale
+        self.losses.append(loss * weight * scale)
+        if self.state is not None and self.first_time:
+            entry = self.state.losses.setdefault(name, [0.0, 0])
+            entry[0] = entry[0] + loss.detach()
+            entry[1] += 1
+
+    def attach(self, y: Tensor) -> Tensor:
+        """Ties the losses added so far to the layer's output."""
+        for loss in self.losses:
+            y = attach_loss(y, loss)
+        return y
