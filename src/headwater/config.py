@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Private
 from pydantic_core import core_schema
 from typing_extensions import TypedDict
 
-from headwater._pending import DataSpec, MixtureSpec, TaskSpec
+from headwater.data.encode import DataSpec
+from headwater.data.mixture import MixtureSpec
+from headwater.data.tasks import TaskSpec
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.spec import EvaluationSpec
 from headwater.marked_yaml import Document, KeyPath, apply_overrides, read_document
@@ -56,7 +58,7 @@ def _keys_of(config_class: type, *, without: set[str], extra: dict[str, Any] | N
 
 
 def _training_keys() -> Any:
-    from headwater._pending import HeadwaterArguments
+    from headwater.training.arguments import HeadwaterArguments
 
     # Trainer takes True for "the last checkpoint", though its annotation does not say so.
     extra = {"resume_from_checkpoint": bool | str | None}
@@ -145,6 +147,16 @@ class RunConfig(BaseModel):
         make_config(name, **fields)
         return {"name": name, **fields}
 
+    @field_validator("training", mode="after")
+    @classmethod
+    def _training_is_sound(cls, training: dict[str, Any]) -> dict[str, Any]:
+        from headwater.training.arguments import HeadwaterArguments
+
+        # Settings that exclude each other show only when they meet; no folder is made by this.
+        resume = training.get("resume_from_checkpoint")
+        HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
+        return training
+
     @property
     def base_dir(self) -> Path:
         """The folder that the tasks' relative paths start from: the file's, else the current one."""
@@ -155,12 +167,22 @@ class RunConfig(BaseModel):
         return self._document.where(path)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+class TasksFile(RunConfig):
+    """A run's file of which only `tasks` is looked at, so that nothing else need be there."""
+
+    model_name_or_path: str = ""
+    output_dir: str = ""
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, model: type[RunConfig] = RunConfig
+) -> RunConfig:
     """Read a run's YAML file.
 
     Args:
         path: the file. Its folder is the `base_dir`.
         overrides: texts like ``training.max_steps=10`` or ``tasks.0.weight=2``, applied in order on top of the file.
+        model: which keys the file must have: those of a run, or only `tasks` (`TasksFile`).
 
     Raises:
         HeadwaterError: with every problem of the file and the overrides, each with file, line and field.
@@ -168,9 +190,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     document = read_document(path)
     problems = apply_overrides(document, overrides)
     try:
-        config = RunConfig.model_validate(document.data)
+        config = model.model_validate(document.data)
     except ValidationError as error:
-        raise HeadwaterError(*problems, *explain(error, document, RunConfig)) from None
+        raise HeadwaterError(*problems, *explain(error, document, model)) from None
     if problems:
         raise HeadwaterError(*problems)
     config._base_dir = Path(path).resolve().parent
@@ -225,7 +247,7 @@ def explain(error: ValidationError, document: Document, model: type[BaseModel]) 
 
 
 def _plain_text(message: str) -> str:
-    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    message = " ".join(message.removeprefix("Value error, ").removeprefix("Input ").split())
     return message.partition(", unable to parse")[0]
 
 

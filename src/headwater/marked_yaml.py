@@ -111,7 +111,13 @@ def parse_document(text: str, source: str) -> Document:
 
 def _parse(text: str, document: Document) -> Any:
     source = document.source
-    loader = _CoreLoader(text)
+    try:
+        loader = _CoreLoader(text)
+    except yaml.reader.ReaderError as error:
+        place = f"{source}:{text.count(chr(10), 0, error.position) + 1}" if source else ""
+        raise HeadwaterError(
+            Problem(f"not valid YAML: character {error.character!r} may not stand here", place)
+        ) from None
     builder = _Builder(loader, document)
     try:
         node = loader.get_single_node()
@@ -122,13 +128,14 @@ def _parse(text: str, document: Document) -> Any:
         column = f" (column {mark.column + 1})" if mark else ""
         what = f"not valid YAML{column}: {error.problem or error.context}"
         raise HeadwaterError(*builder.problems, Problem(what, place)) from None
-    except yaml.YAMLError as error:
-        raise HeadwaterError(*builder.problems, Problem(f"not valid YAML: {error}", source)) from None
     finally:
         loader.dispose()
     if builder.problems:
         raise HeadwaterError(*builder.problems)
     return value
+
+
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 class _Builder:
@@ -147,6 +154,8 @@ class _Builder:
             raise yaml.constructor.ConstructorError(None, None, "a value contains itself", node.start_mark)
         self._inside.append(id(node))
         try:
+            if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+                raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} has no use", node.start_mark)
             if isinstance(node, yaml.SequenceNode):
                 return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
             if isinstance(node, yaml.MappingNode):
