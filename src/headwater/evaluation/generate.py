@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -95,7 +95,6 @@ def generate_from_ids(
         **sampling,
         max_new_tokens=max_new_tokens,
         min_length=0,
-        min_new_tokens=0,
         num_beams=1,
         num_return_sequences=1,
         repetition_penalty=1.0,
@@ -146,7 +145,7 @@ def generate_text(
     Prompts are tokenised as in training. The model's mode and torch's random state are afterwards as they were.
 
     Args:
-        prompts: texts, or rows (whose completion is not looked at), e.g. rows of chat messages.
+        prompts: texts, or rows, e.g. of chat messages; what a row's last assistant turn says is not looked at.
         task_index: the task whose adapter route is taken; needed where the method goes by task.
         max_new_tokens: most tokens per answer.
         temperature: 0 for the likeliest token each time; else the sampling temperature.
@@ -159,7 +158,7 @@ def generate_text(
             task and none is given.
     """
     spec = data_spec or DataSpec()
-    rows = [Row(prompt=p, completion="") if isinstance(p, str) else p for p in prompts]
+    rows = [Row(prompt=p, completion="") if isinstance(p, str) else _answerable(p) for p in prompts]
     encoded = [encode_prompt(row, tokenizer, spec) for row in rows]
     problems = [
         Problem(f"{name} is {value}, which is out of range", fix=fix)
@@ -189,6 +188,13 @@ def generate_text(
             batch_size=batch_size,
         )
     return [answer.text for answer in generated]
+
+
+def _answerable(row: Row) -> Row:
+    """The row with an assistant's turn at the end, whose place the answer takes."""
+    if not row.messages or row.messages[-1]["role"] == "assistant":
+        return row
+    return replace(row, messages=(*row.messages, {"role": "assistant", "content": "?"}))
 
 
 def length_problems(

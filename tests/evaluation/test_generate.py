@@ -1,0 +1,127 @@
+"""Generation, against the plain way: one prompt at a time, no padding, no cache, the likeliest token each time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headwater.data.rows import Row
+from headwater.errors import HeadwaterError
+from headwater.evaluation import generate_text
+from headwater.evaluation.forward import evaluating
+from headwater.evaluation.generate import generate_from_ids
+
+PROMPTS = ["hello", "a much longer prompt than the other ones", "x", "two words"]
+
+
+def peaked(model):
+    """The same model with logits far enough apart that rounding never decides."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(8)
+    return model
+
+
+def plain_tokens(model, prompt, ends, limit) -> list[int]:
+    tokens: list[int] = []
+    with torch.no_grad():
+        while len(tokens) < limit:
+            token = int(model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            tokens.append(token)
+    return tokens
+
+
+@pytest.fixture
+def ending(tiny_llama, tiny_tokenizer):
+    """A model, its prompts as ids, and what it says to them when the third prompt's fourth token ends an answer."""
+    model = peaked(tiny_llama())
+    prompts = [tiny_tokenizer(text)["input_ids"] for text in PROMPTS]
+    end = plain_tokens(model, prompts[2], (), 4)[-1]
+    model.generation_config.eos_token_id = [end, 299]
+    ends = {end, 299, tiny_tokenizer.eos_token_id}
+    return model, prompts, [plain_tokens(model, prompt, ends, 12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_answers_equal_the_plain_way(ending, tiny_tokenizer, batch_size):
+    model, prompts, wanted = ending
+    model.generation_config.repetition_penalty = 5.0  # what the model would like does not matter
+    model.generation_config.temperature = 0.1
+    with evaluating(model):
+        found = generate_from_ids(model, tiny_tokenizer, prompts, max_new_tokens=12, batch_size=batch_size)
+    assert [answer.text for answer in found] == [tiny_tokenizer.decode(t, skip_special_tokens=True) for t in wanted]
+    assert [answer.finished for answer in found] == [len(tokens) < 12 for tokens in wanted]
+    assert found[2].finished
+
+
+def test_a_settled_row_stops_and_the_others_go_on(ending, tiny_tokenizer):
+    model, prompts, wanted = ending
+    running = next(i for i, tokens in enumerate(wanted) if len(tokens) == 12)
+    steps = []
+
+    def settled(i: int, text: str) -> bool:
+        steps.append(i)
+        return i != running
+
+    with evaluating(model):
+        found = generate_from_ids(model, tiny_tokenizer, prompts, max_new_tokens=12, settled=settled)
+    for i, (answer, tokens) in enumerate(zip(found, wanted, strict=True)):
+        kept = tokens if i == running else tokens[:1]
+        assert answer.text == tiny_tokenizer.decode(kept, skip_special_tokens=True)
+        assert answer.finished == (i != running)
+        assert steps.count(i) == (12 if i == running else 1)
+
+
+def test_text_prompts_and_rows_give_the_same(ending, tiny_tokenizer):
+    model, _, wanted = ending
+    rows = [PROMPTS[0], Row(prompt=PROMPTS[1], completion="something else"), *PROMPTS[2:]]
+    texts = generate_text(model, tiny_tokenizer, rows, max_new_tokens=12)
+    assert texts == [tiny_tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted]
+
+
+def test_a_conversation_is_answered_where_the_assistant_speaks(ending, tiny_tokenizer):
+    model, *_ = ending
+    asked = ({"role": "user", "content": "hi"},)
+    text = "<|user|>hi<eos><|assistant|>"
+    answered = (*asked, {"role": "assistant", "content": "never read"})
+    by_hand = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    wanted = plain_tokens(model, by_hand, {*model.generation_config.eos_token_id, 257}, 6)
+    found = generate_text(model, tiny_tokenizer, [Row("", "", messages=m) for m in (asked, answered)], max_new_tokens=6)
+    assert found == [tiny_tokenizer.decode(wanted, skip_special_tokens=True)] * 2
+
+
+def test_sampling_follows_its_seed_and_leaves_the_random_state(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()  # nearly flat logits: two seeds almost surely differ
+    before = torch.get_rng_state()
+
+    def draw(seed: int) -> list[str]:
+        return generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=10, temperature=1.0, seed=seed)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_top_p_near_zero_is_greedy(ending, tiny_tokenizer):
+    model, *_ = ending
+    greedy = generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6)
+    assert generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6, temperature=2.0, top_p=1e-6) == greedy
+
+
+def test_every_wrong_setting_is_named(tiny_llama, tiny_tokenizer):
+    with pytest.raises(HeadwaterError) as caught:
+        generate_text(
+            tiny_llama(max_position_embeddings=32),
+            tiny_tokenizer,
+            ["", "short", "long " * 10],
+            max_new_tokens=0,
+            temperature=-1,
+            top_p=0,
+            batch_size=0,
+        )
+    message = str(caught.value)
+    for named in ("max_new_tokens", "temperature", "top_p", "batch_size", "prompt 1: ", "prompt 3: ", "32"):
+        assert named in message
+    assert "prompt 2" not in message

@@ -1,0 +1,111 @@
+"""Head use per task and head similarity, against softmax and cosine done by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+
+import headwater
+from headwater.analysis import heads
+from headwater.analysis.routing import head_similarity, mean_gates, routing_by_task
+from headwater.data.encode import DataSpec
+from headwater.data.rows import Row
+from headwater.data.tasks import Task
+
+MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+
+
+def adapted(tiny_llama, method: str = "rlora", **fields):
+    if method != "lora":
+        fields["num_heads"] = 3
+    model = get_peft_model(
+        tiny_llama(),
+        headwater.make_config(method, r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", **fields),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=generator)
+    return model.eval()
+
+
+def gates_by_hand(model, sequences) -> dict[str, np.ndarray]:
+    """Softmax of the router over the inputs of each layer, one sequence at a time."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in MODULES}
+    hooks = [
+        model.get_base_model()
+        .get_submodule(name)
+        .register_forward_pre_hook(lambda _module, args, name=name: seen[name].append(args[0][0].double()))
+        for name in MODULES
+    ]
+    with torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=torch.tensor([sequence]))
+    for hook in hooks:
+        hook.remove()
+    routers = {name: held.router.double() for name, held in heads(model).items()}
+    return {
+        name: (torch.cat(inputs) @ routers[name].T).softmax(-1).mean(0).detach().numpy()
+        for name, inputs in seen.items()
+    }
+
+
+def test_mean_gates_leave_padding_out(tiny_llama):
+    model = adapted(tiny_llama)
+    sequences = [list(range(5, 5 + length)) for length in (1, 30, 4, 12, 2, 2, 9, 17, 3, 8)]
+    found = mean_gates(model, sequences, fill=258)
+    wanted = gates_by_hand(model, sequences)
+    assert list(found) == MODULES
+    for name in MODULES:
+        assert found[name].numpy() == pytest.approx(wanted[name], abs=1e-5)
+        assert np.ptp(wanted[name]) > 0.05  # the heads are used unequally, so a wrong mean would show
+
+
+def test_routing_tells_tasks_apart(tiny_llama, tiny_tokenizer):
+    model = adapted(tiny_llama).train()
+    texts = {"letters": "abc", "digits": "12345"}
+    tasks = [
+        Task(name, i, "loss", 1.0, train=[Row(text, text * 2)], validation=[], test=[])
+        for i, (name, text) in enumerate(texts.items())
+    ]
+    routing = routing_by_task(model, tiny_tokenizer, tasks, DataSpec())["routing"]
+    assert model.training
+    model.eval()
+    for name, text in texts.items():
+        wanted = gates_by_hand(model, [[*tiny_tokenizer(text * 3)["input_ids"], 257]])
+        assert list(routing[name]) == MODULES
+        for module in MODULES:
+            assert routing[name][module] == pytest.approx(wanted[module].tolist(), abs=1e-5)
+    assert routing["letters"][MODULES[0]] != pytest.approx(routing["digits"][MODULES[0]], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "mlora"])
+def test_without_a_router_there_is_no_routing(tiny_llama, tiny_tokenizer, method):
+    model = adapted(tiny_llama, method)
+    tasks = [Task("a", 0, "loss", 1.0, train=[], validation=[], test=[Row("a", "b")])]
+    assert routing_by_task(model, tiny_tokenizer, tasks, DataSpec()) == {"routing": {"a": {}}}
+
+
+def test_head_similarity(tiny_llama):
+    model = adapted(tiny_llama)
+    held = heads(model)[MODULES[0]]
+    held.B.data[1] = -2 * held.B.data[0]
+    held.B.data[2] = 0
+    found = head_similarity(model)
+    assert list(found) == MODULES
+    assert found[MODULES[0]] == [
+        pytest.approx([1, -1, 0], abs=1e-6),
+        pytest.approx([-1, 1, 0], abs=1e-6),
+        pytest.approx([0, 0, 0], abs=1e-6),
+    ]
+    flat = heads(model)[MODULES[1]].B.detach().double().numpy().reshape(3, -1)
+    for i in range(3):
+        for j in range(3):
+            cosine = flat[i] @ flat[j] / np.linalg.norm(flat[i]) / np.linalg.norm(flat[j])
+            assert found[MODULES[1]][i][j] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_plain_lora_has_no_heads_to_compare(tiny_llama):
+    assert head_similarity(adapted(tiny_llama, "lora")) == {}
