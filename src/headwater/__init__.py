@@ -3,7 +3,7 @@
 from . import methods as _methods
 from .errors import HeadwaterError, Problem
 from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
-from .tuner import merge_with_gates, observe, task_ids
+from .tuner import merge_task, merge_with_gates, observe, task_ids
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "NotMergeable",
     "Problem",
     "make_config",
+    "merge_task",
     "merge_with_gates",
     "methods",
     "observe",

@@ -22,6 +22,13 @@ from ..errors import HeadwaterError, Problem
 from ..ops import add_update, project
 from .call import Call
 
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # by annotation, of those fields that a range check would trip over
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a finite number"),
+    "bool": ((bool,), "true or false"),
+    "int | None": ((int, type(None)), "a whole number or nothing"),
+}
+
 
 @dataclass
 class MethodConfig(PeftConfig):
@@ -60,9 +67,21 @@ class MethodConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))
-        problems = [p for p in self.problems() if p is not None]
+        problems = [*self._wrong_types(), *(p for p in self.problems() if p is not None)]
         if problems:
             raise HeadwaterError(*problems)
+
+    def _wrong_types(self) -> list[Problem]:
+        """Fields of the wrong type; set to their defaults, so that `problems` can go on to check the others."""
+        wrong = []
+        for known in dataclasses.fields(self):
+            kinds, called = _TYPES.get(str(known.type), ((), ""))
+            value = getattr(self, known.name)
+            fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            if called and not (fits and (not isinstance(value, float) or math.isfinite(value))):
+                wrong.append(Problem(f"{known.name} must be {called}, not {value!r}", known.name))
+                setattr(self, known.name, known.default)
+        return wrong
 
     def problems(self) -> list[Problem | None]:
         """What is wrong with the fields; a method extends the list with checks of its own."""
@@ -71,9 +90,14 @@ class MethodConfig(PeftConfig):
             self.check("lora_dropout", 0 <= self.lora_dropout < 1, "must be in [0, 1)"),
             self.check("lora_alpha", self.lora_alpha > 0, "must be positive"),
             *(
-                Problem(f"rank {rank} for {key!r} is not a positive rank", "rank_pattern")
+                Problem(f"rank {rank!r} for {key!r} is not a positive whole number", "rank_pattern")
                 for key, rank in self.rank_pattern.items()
-                if rank < 1
+                if not isinstance(rank, int) or rank < 1
+            ),
+            *(
+                Problem(f"alpha {alpha!r} for {key!r} is not a positive number", "alpha_pattern")
+                for key, alpha in self.alpha_pattern.items()
+                if not isinstance(alpha, int | float) or not 0 < alpha < math.inf
             ),
             Problem("cannot be used when `target_modules` is a regular expression", "layers_to_transform")
             if isinstance(self.target_modules, str)
@@ -181,14 +205,15 @@ class Branch(nn.Module):
         h = self.mix(*ranks, call=call)
         return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
 
-    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
         """The update as one matrix `(d_out, d_in)`.
 
         Args:
             gate: `(N,)`, fixed gates to merge with where a method's gates depend on its input.
+            task: the task to merge for, where a method has an update for each.
 
         Raises:
-            NotMergeable: when no matrix equals the branch and no gate was given.
+            NotMergeable: when no matrix equals the branch and neither was given.
         """
         raise NotImplementedError
 

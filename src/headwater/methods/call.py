@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
@@ -28,6 +29,7 @@ class State:
         past: positions already in the key-value cache; above 0 in cached decoding.
         loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
         losses: name -> [sum over layers, detached; number of layers].
+        task_range: lowest and highest task id, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
     """
 
@@ -39,6 +41,7 @@ class State:
     past: int = 0
     loss_scale: float | Tensor = 1.0
     losses: dict[str, list[Any]] = field(default_factory=dict)
+    task_range: tuple[int, int] | None = None
     closed: bool = False
 
 
@@ -73,11 +76,15 @@ class Call:
         """False while gradient checkpointing runs the layer again in backward: count and log only when True."""
         return self.state is None or not self.state.closed
 
-    def task_of_row(self) -> Tensor:
+    def task_of_row(self, num_tasks: int | None = None) -> Tensor:
         """LongTensor `(rows,)`, the task of each row of the batch.
 
+        Args:
+            num_tasks: ids must be below it.
+
         Raises:
-            HeadwaterError: if no ids were given, or the activations no longer show which row a token belongs to.
+            HeadwaterError: if no ids were given, one is out of range, or the activations no longer show which row a
+                token belongs to.
         """
         state = self.state
         if state is None or state.task_ids is None:
@@ -97,11 +104,24 @@ class Call:
                     fix="do not target layers behind a token dispatch (mixture-of-experts blocks) with this method",
                 )
             )
+        if num_tasks is not None and not torch.compiler.is_compiling():
+            if state.task_range is None:  # once per forward, because reading it waits for an accelerator
+                state.task_range = (int(state.task_ids.min()), int(state.task_ids.max()))
+            low, high = state.task_range
+            if low < 0 or high >= num_tasks:
+                raise HeadwaterError(
+                    Problem(
+                        f"task id {low if low < 0 else high} is out of range: the adapter knows {num_tasks} tasks, "
+                        f"0 to {num_tasks - 1}",
+                        KEYWORD,
+                        "give each row the id its task was trained under",
+                    )
+                )
         return state.task_ids
 
-    def task_of_token(self) -> Tensor:
+    def task_of_token(self, num_tasks: int | None = None) -> Tensor:
         """LongTensor `(tokens,)`, the task of each token. Raises as `task_of_row` does."""
-        tasks = self.task_of_row()
+        tasks = self.task_of_row(num_tasks)
         return tasks.repeat_interleave(self.tokens // tasks.shape[0])
 
     def by_row(self, values: Tensor) -> Tensor:

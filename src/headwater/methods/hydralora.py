@@ -82,7 +82,7 @@ class HydraLoraBranch(Branch):
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 
-    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
         if gate is None:
             if self.num_heads > 1:
                 raise merge_refusal("HydraLoRA")

@@ -38,14 +38,11 @@ class MLoraConfig(MultiHeadConfig):
 
 class MLoraBranch(MultiHeadBranch):
     def __init__(self, config: MLoraConfig, shape: LayerShape, generator: torch.Generator):
-        self.weight_of_head = 1.0 if config.head_agg == "sum" else 1 / config.num_heads
+        self.total_weight = float(config.num_heads) if config.head_agg == "sum" else 1.0
         super().__init__(config, shape, generator)
 
-    def start_of(self, B: Tensor) -> Tensor:
-        return self.weight_of_head * B.sum(0)
-
     def gate(self) -> Tensor:
-        return self.A.new_full((self.num_heads,), self.weight_of_head)
+        return self.A.new_full((self.num_heads,), self.total_weight / self.num_heads)
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), () if self.A0 is None else (self.A0,)
@@ -53,8 +50,8 @@ class MLoraBranch(MultiHeadBranch):
     def mix(self, z: Tensor, *start: Tensor, call: Call) -> Tensor:
         return self.gated(z, self.gate(), start)
 
-    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
-        return self.merged(self.gate() if gate is None else gate)
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        return self.merged(self.gate())  # no gate depends on the input, so there is none to hold fixed
 
 
 register(

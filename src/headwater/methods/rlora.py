@@ -107,8 +107,10 @@ def draw_heads(
         A *= factor
         B *= factor
     if config.init_norm_clip:
-        if shape.weight is None:
-            raise HeadwaterError(Problem("init_norm_clip needs the base weight's values", shape.name, "leave it off"))
+        if shape.weight is None or not shape.weight.any():  # clipped to a zero weight, the adapter could never learn
+            raise HeadwaterError(
+                Problem("init_norm_clip needs the values of a base weight that is not zero", shape.name, "leave it off")
+            )
         offset = scaling * (A.T @ B.mean(0))
         clip = min(1.0, (shape.weight.abs().max() / offset.abs().max()).item()) ** 0.5
         A *= clip
@@ -116,21 +118,25 @@ def draw_heads(
     return A, B
 
 
-def starting_noise(config: MultiHeadConfig, shape: LayerShape, scaling: float) -> float:
+def starting_noise(weight: Tensor | None, A: Tensor, B: Tensor, p: float, scaling: float) -> float:
     """Size of the first steps' dropout noise relative to W x, for white x: heads start large, dropout acts on them.
 
     `s std(A) std(B) sqrt(r) / std(W) * sqrt(p / (1 - p)) / sqrt(N)`; for `init="paper"` with rsLoRA the first factor is
-    alpha / (gamma sqrt(d_in)). 0 when W is not at hand.
+    alpha / (gamma sqrt(d_in)). A `(r, d_in)`, B `(N, r, d_out)`. 0 when W is not at hand, or is zero.
     """
-    if shape.weight is None or config.init != "paper" or config.head_dropout == 0:
+    if weight is None or p == 0 or not weight.any():
         return 0.0
-    update = scaling * shape.r**0.5 / (config.gamma * shape.in_features**0.5)
-    p = config.head_dropout
-    return update / shape.weight.std().item() * (p / (1 - p) / config.num_heads) ** 0.5
+    N, r, _ = B.shape
+    size_W, size_A, size_B = (
+        torch.linalg.vector_norm(t, dtype=torch.float32).item() / t.numel() ** 0.5 for t in (weight, A, B)
+    )
+    return scaling * size_A * size_B * r**0.5 / size_W * (p / (1 - p) / N) ** 0.5
 
 
 class MultiHeadBranch(Branch):
     """A shared, N heads, their start and its compensation; a subclass brings the gate."""
+
+    total_weight: float = 1.0  # of all heads together; 1 for gates and for a mean
 
     A: Tensor
     B: Tensor
@@ -141,8 +147,9 @@ class MultiHeadBranch(Branch):
         super().__init__(config, shape, generator)
         self.head_dropout = config.head_dropout
         self.num_heads = config.num_heads
-        A, B = draw_heads(config, shape, generator, self.scaling)
-        if (noise := starting_noise(config, shape, self.scaling)) > 0.5:
+        scaling = self.scaling * self.total_weight  # of the heads' mean
+        A, B = draw_heads(config, shape, generator, scaling)
+        if (noise := starting_noise(shape.weight, A, B, config.head_dropout, scaling)) > 0.5:
             warnings.warn(
                 f"{shape.name}: head dropout on heads of this starting size adds noise of {noise:.0%} of the layer's "
                 "output at step 0; lower lora_alpha or head_dropout, or raise gamma",
@@ -158,7 +165,7 @@ class MultiHeadBranch(Branch):
 
     def start_of(self, B: Tensor) -> Tensor:
         """What the heads add up to at the start, `(r, d_out)`."""
-        return B.mean(0)
+        return self.total_weight * B.mean(0)
 
     def gated(self, z: Tensor, gate: Tensor, start: tuple[Tensor, ...]) -> Tensor:
         h = spread_heads(z, gate, dropout=self.head_dropout, training=self.training)
@@ -201,7 +208,7 @@ class RLoraBranch(MultiHeadBranch):
         call.saw_gate(gate)
         return self.gated(z, gate, start)
 
-    def delta_weight(self, gate: Tensor | None = None) -> Tensor:
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
         if gate is None:
             if self.num_heads > 1:
                 raise merge_refusal("R-LoRA")

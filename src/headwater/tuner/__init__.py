@@ -3,7 +3,7 @@
 from ..methods.base import on_register
 from .context import Context
 from .layer import MethodLayer
-from .model import MethodModel, context_of, is_adapted, merge_with_gates, needs_task_ids, observe, task_ids
+from .model import MethodModel, context_of, is_adapted, merge_task, merge_with_gates, needs_task_ids, observe, task_ids
 from .registration import register_with_peft
 
 on_register(register_with_peft)
@@ -14,6 +14,7 @@ __all__ = [
     "MethodModel",
     "context_of",
     "is_adapted",
+    "merge_task",
     "merge_with_gates",
     "needs_task_ids",
     "observe",

@@ -73,12 +73,17 @@ class MethodLayer(nn.Module, BaseTunerLayer):
             NotMergeable: if a branch equals no single matrix.
             HeadwaterError: if the base is quantised, or (with `safe_merge`) the result is not finite.
         """
-        self.merge_with_gate(None, safe_merge=safe_merge, adapter_names=adapter_names)
+        self.merge_with(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def merge_with_gate(
-        self, gate: Tensor | None, *, safe_merge: bool = False, adapter_names: list[str] | None = None
+    def merge_with(
+        self,
+        *,
+        gate: Tensor | None = None,
+        task: int | None = None,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> None:
-        """`merge`, with gates `(N,)` held fixed where they depend on the input."""
+        """`merge`, with gates `(N,)` held fixed where they depend on the input, or for one task."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.branches]
         if not names:
             return
@@ -93,7 +98,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
             )
         delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=weight.device)
         for name in names:
-            delta += self.branch(name).delta_weight(gate).detach().float()
+            delta += self.branch(name).delta_weight(gate, task).detach().float()
         merged = (weight.data.float() + (delta.T if isinstance(base, Conv1D) else delta)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise HeadwaterError(f"merging into {self.name} gives values that are not finite; it is left unchanged")

@@ -210,5 +210,18 @@ def merge_with_gates(model: nn.Module, gates: dict[str, Tensor] | str) -> nn.Mod
                 gate = gates[module.name]
             else:
                 raise HeadwaterError(Problem(f"no gate for layer {module.name}", fix="give one for each adapted layer"))
-            module.merge_with_gate(gate)
+            module.merge_with(gate=gate)
+    return tuner.unload()
+
+
+def merge_task(model: nn.Module, task: int) -> nn.Module:
+    """Merges what a task-conditioned adapter does for one task, exactly, and returns the base model.
+
+    Raises:
+        HeadwaterError: if the adapter does not know the task.
+    """
+    tuner: Any = getattr(model, "base_model", model)
+    for module in tuner.model.modules():
+        if isinstance(module, MethodLayer):
+            module.merge_with(task=task)
     return tuner.unload()

@@ -1,0 +1,132 @@
+"""MTL-LoRA: a shared down-projection, a small matrix per task in rank space, and shared up-projections mixed per task.
+
+Yang et al., "MTL-LoRA: Low-Rank Adaptation for Multi-Task Learning", arXiv:2410.09437.
+
+    v   = L_t A dropout(x)                    t is the task of x's row
+    m_t = softmax(w_t / temperature)          over the n up-projections; no input, so it merges per task
+    y   = W x + s (sum_k m_{t,k} B_k) v
+
+Only the batch's own rows of L and w are read, so the number of tasks costs memory but no time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Problem
+from ..ops import spread_heads
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, NotMergeable, kaiming, register
+from .call import Call
+
+
+@dataclass
+class MtlLoraConfig(MethodConfig):
+    """MTL-LoRA. See `MethodConfig` for the other fields.
+
+    Args:
+        num_tasks: T, the number of tasks; a row's task id is in [0, T).
+        num_heads: n, the number of shared up-projections.
+        temperature: of the softmax over up-projections; small is close to one-hot.
+        lambda_format: "full" has an r x r matrix per task, "diag" only its diagonal.
+        w_init: "kaiming" draws the mixing logits from U(-1/sqrt(n), 1/sqrt(n)); "zeros" starts with equal mixing, and
+            needs heads that differ (`head_init="kaiming"`), or they would stay equal.
+        head_init: "zeros" starts at the base model; "kaiming" draws the heads with their mean taken out, which also
+            starts at the base model where the mixing starts equal.
+    """
+
+    lora_dropout: float = 0.05
+    num_tasks: int = 1
+    num_heads: int = 3
+    temperature: float = 0.1
+    lambda_format: str = "full"
+    w_init: str = "kaiming"
+    head_init: str = "zeros"
+
+    def problems(self) -> list[Problem | None]:
+        return [
+            *super().problems(),
+            self.check("num_tasks", self.num_tasks >= 1, "must be at least 1"),
+            self.check("num_heads", self.num_heads >= 1, "must be at least 1"),
+            self.check("temperature", self.temperature > 0, "must be positive"),
+            self.one_of("lambda_format", ("full", "diag")),
+            self.one_of("w_init", ("kaiming", "zeros")),
+            self.one_of("head_init", ("zeros", "kaiming")),
+            Problem(
+                "equal mixing of zero heads gives every head the same gradient, so they stay equal",
+                "w_init",
+                "set head_init='kaiming', or keep w_init='kaiming'",
+            )
+            if self.num_heads > 1 and self.w_init == "zeros" and self.head_init == "zeros"
+            else None,
+        ]
+
+
+class MtlLoraBranch(Branch):
+    needs_state = True
+
+    def __init__(self, config: MtlLoraConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        T, n, r = config.num_tasks, config.num_heads, shape.r
+        self.num_tasks, self.temperature = T, config.temperature
+        self.A = nn.Parameter(kaiming(r, shape.in_features, generator))
+        B = torch.zeros(n, r, shape.out_features)
+        if config.head_init == "kaiming":
+            B.copy_(kaiming(shape.out_features, r, generator, batch=(n,)).transpose(1, 2))
+            B -= B.mean(0)
+        self.B = nn.Parameter(B)
+        # named L for the paper's Lambda
+        self.L = nn.Parameter(torch.eye(r).repeat(T, 1, 1) if config.lambda_format == "full" else torch.ones(T, r))
+        self.w = nn.Parameter(kaiming(T, n, generator) if config.w_init == "kaiming" else torch.zeros(T, n))
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), ()
+
+    def mix(self, z: Tensor, *, call: Call) -> Tensor:
+        task = call.task_of_row(self.num_tasks).to(z.device)
+        z = call.by_row(z)  # (rows, length, r): a task's tensors are gathered once a row, not once a token
+        L, gate = self.L[task].to(z.dtype), self.mixing(task).to(z.dtype)
+        v = z * L.unsqueeze(1) if L.dim() == 2 else z @ L.transpose(1, 2)
+        gate = gate.repeat_interleave(z.shape[1], dim=0)
+        call.saw_gate(gate)
+        return spread_heads(v.flatten(0, 1), gate)
+
+    def mixing(self, task: Tensor | int) -> Tensor:
+        """m_t, `(n,)` for one task or `(rows, n)` for a LongTensor of tasks."""
+        return torch.softmax(self.w[task] / self.temperature, dim=-1)
+
+    def writes(self) -> Tensor:
+        return self.B.flatten(0, 1)
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        """The update for one task, `s sum_k m_{t,k} B_k L_t A`; the task may be left out when there is only one."""
+        if task is None:
+            if self.num_tasks > 1:
+                raise NotMergeable(
+                    Problem(
+                        f"MTL-LoRA has one weight for each of its {self.num_tasks} tasks, so merging needs to know which",
+                        fix="headwater.merge_task(model, task)",
+                    )
+                )
+            task = 0
+        A = self.L[task] @ self.A if self.L.dim() == 3 else self.L[task].unsqueeze(1) * self.A
+        mixed = self.mixing(task) if gate is None else gate.to(self.B)
+        return self.scaling * torch.einsum("n,nro,ri->oi", mixed, self.B, A)
+
+    def heads(self) -> Heads:
+        return Heads(self.A, self.B.transpose(1, 2), None, None, None, self.scaling)
+
+
+register(
+    Method(
+        name="mtl_lora",
+        title="MTL-LoRA",
+        paper="arXiv:2410.09437",
+        family="task-conditioned",
+        config=MtlLoraConfig,
+        branch=MtlLoraBranch,
+        needs_task_ids=True,
+    )
+)
