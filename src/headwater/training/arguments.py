@@ -33,6 +33,7 @@ class HeadwaterArguments(TrainingArguments):
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
 
+    output_dir: str = field(default="trainer_output", metadata={"help": "Folder of the run."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule of the rate."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})

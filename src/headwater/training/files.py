@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
-def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Has `fill` write a new folder under a temporary name, then puts it in place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    fill(temporary)
+def replace_folder(new: Path, path: Path) -> None:
+    """Puts the folder `new`, which lies beside `path`, in its place."""
     shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
+    new.replace(path)

@@ -1,0 +1,96 @@
+"""`history.jsonl`: one line per log and per evaluation, written as the run goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..evaluation.scores import TaskScore
+from .files import finite, write_text
+
+TASK_LOSS = "task_loss/"
+
+
+class History:
+    """The lines of a run, each appended in one write: a run that is killed leaves at most one torn line, the last."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def start(self, checkpoint: Path | None = None) -> None:
+        """Begins a run: empty, or with what was written before the checkpoint that it is resumed from."""
+        step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step if checkpoint else -1
+        write_text(self.path, "".join(_line(line) for line in self.lines() if line["step"] <= step))
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Adds one line; non-finite numbers become null."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(entry))
+
+    def append_scores(self, step: int, scores: Mapping[str, TaskScore]) -> None:
+        """Adds an evaluation after `step` steps."""
+        tasks = {
+            name: {
+                "metric": score.metric,
+                "value": score.value,
+                "n": score.n,
+                "majority": score.majority,
+                "interval": score.detail.get("interval"),
+            }
+            for name, score in scores.items()
+        }
+        self.append({"kind": "eval", "step": step, "tasks": tasks})
+
+    def scores(self, step: int) -> dict[str, TaskScore]:
+        """The first evaluation after `step` steps, without the values of single rows; empty if there was none."""
+        for line in self.lines():
+            if line["kind"] == "eval" and line["step"] == step:
+                return {
+                    name: TaskScore(
+                        name, s["metric"], s["value"], s["n"], s["majority"], [], {"interval": s["interval"]}
+                    )
+                    for name, s in line["tasks"].items()
+                }
+        return {}
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(finite(entry), ensure_ascii=False) + "\n"
+
+
+class HistoryCallback(TrainerCallback):
+    """Writes each log of training losses to the history, on the first rank only."""
+
+    def __init__(self, history: History):
+        self.history = history
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        keys = ("epoch", "loss", "learning_rate", "tokens_per_second", "grad_norm")
+        self.history.append(
+            {
+                "kind": "train",
+                "step": state.global_step,
+                **{key: logs[key] for key in keys if key in logs},
+                "task_losses": {k.removeprefix(TASK_LOSS): v for k, v in logs.items() if k.startswith(TASK_LOSS)},
+            }
+        )

@@ -1,0 +1,206 @@
+"""One training run, from its config to its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import set_seed
+
+from .. import __version__
+from ..analysis.routing import head_similarity, routing_by_task
+from ..base_model import load_base_model
+from ..data.encode import Encoded, encode_rows
+from ..data.tasks import Task, load_tasks
+from ..errors import HeadwaterError, Problem
+from ..evaluation.forward import pad_id
+from ..evaluation.scores import TaskScore, mean_score
+from ..methods import make_config
+from .arguments import HeadwaterArguments
+from .files import replace_folder, write_json, write_text
+from .folder import check_folder, checkpoint_to_resume, clear_folder
+from .history import History, HistoryCallback
+from .progress import ProgressDisplay
+from .scorer import Scorer
+from .trainer import HeadwaterTrainer
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Args:
+        output_dir: the run folder.
+        results: the content of `results.json`.
+        before, after: task name -> score on all test rows, before and after training. A resumed run reads `before` from
+            the history, without the values of single rows.
+    """
+
+    output_dir: Path
+    results: dict[str, Any]
+    before: dict[str, TaskScore]
+    after: dict[str, TaskScore]
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The trained adapter, in PEFT's format."""
+        return self.output_dir / "adapter"
+
+
+def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
+    """Loads a base model and its tasks, scores it, trains an adapter, scores again, and writes the run folder.
+
+    The folder holds `adapter/`, `config.yaml`, `results.json`, `history.jsonl`, `analysis.json`, `report.html` and the
+    checkpoints; each file is written under a temporary name and then renamed. Started by torchrun or accelerate, every
+    rank calls it; the first one writes.
+
+    Args:
+        config: the run.
+        console: where progress is shown; standard output by default.
+
+    Raises:
+        HeadwaterError: whatever is wrong with the config, the data or the model; a folder that holds a run already; a
+            loss that is not finite.
+    """
+    args = training_arguments(config)
+    output = Path(args.output_dir)
+    resume = checkpoint_to_resume(args)
+    check_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
+    tasks = load_tasks(config.tasks, config.base_dir)
+    model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
+    encoded = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in tasks}
+    set_seed(config.seed)
+    adapted = add_adapter(model, config.method)
+
+    first = args.process_index == 0
+    console = (console or Console()) if first else Console(quiet=True)
+    history = History(output / "history.jsonl")
+    if first:
+        clear_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
+        from ..config import dump_config
+
+        write_text(output / "config.yaml", dump_config(config))
+        history.start(resume)
+    display = ProgressDisplay(console)
+    scorer = Scorer(tokenizer, tasks, config.evaluation, config.data, history if first else None, display)
+    trainer = HeadwaterTrainer(
+        adapted,
+        args,
+        train=encoded,
+        pad_token_id=pad_id(tokenizer),
+        mixture=config.mixture,
+        weights={task.name: task.weight for task in tasks},
+        evaluator=scorer.during,
+        callbacks=[HistoryCallback(history), display],
+    )
+    _say_what_is_trained(console, tasks, encoded, trainer)
+    try:
+        before = history.scores(0) or scorer.all_rows(trainer.model, 0)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        steps = trainer.state.global_step
+        # bf16 and fp16 training wrap the model's forward; what is scored is the model as it is saved.
+        adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        after = scorer.all_rows(adapted, steps)
+    finally:
+        display.close()
+    results = _results(config, trainer, before, after)
+    temporary = output / ".adapter"
+    trainer.save_model(str(temporary))  # every rank: weights that are sharded are gathered
+    if first:
+        (temporary / "training_args.bin").unlink(missing_ok=True)  # pickled, and said by config.yaml
+        replace_folder(temporary, output / "adapter")
+        routing = routing_by_task(adapted, tokenizer, tasks, config.data)
+        write_json(output / "analysis.json", {"head_similarity": head_similarity(adapted), **routing})
+        write_json(output / "results.json", results)
+        from ..report import write_report
+
+        write_report(output)
+    return RunResult(output, results, before, after)
+
+
+def training_arguments(config: RunConfig) -> HeadwaterArguments:
+    """The `training:` section as arguments, with the run's folder and seed.
+
+    Raises:
+        HeadwaterError: on keys that do not exist and settings that exclude each other.
+    """
+    keys = {key: value for key, value in config.training.items() if key not in ("output_dir", "seed")}
+    if keys.get("load_best_model_at_end") and "metric_for_best_model" not in keys:
+        keys["metric_for_best_model"] = "mean"
+    try:
+        return HeadwaterArguments(output_dir=config.output_dir, seed=config.seed, **keys)
+    except HeadwaterError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        raise HeadwaterError(Problem(str(error), "training")) from error
+
+
+def add_adapter(model: nn.Module, method: dict[str, Any]) -> nn.Module:
+    """Wraps a base model with the adapter that the `method:` section describes.
+
+    Raises:
+        HeadwaterError: if the method does not fit the model.
+    """
+    fields = {"task_type": "CAUSAL_LM", **method}
+    config = make_config(fields.pop("name"), **fields)
+    try:
+        return get_peft_model(model, config)
+    except HeadwaterError:
+        raise
+    except ValueError as error:
+        raise HeadwaterError(Problem(str(error), "method")) from error
+
+
+def _say_what_is_trained(
+    console: Console, tasks: list[Task], encoded: dict[str, list[Encoded]], trainer: HeadwaterTrainer
+) -> None:
+    for task, share in zip(tasks, trainer.shares, strict=True):
+        rows = f"{len(encoded[task.name]):,} training rows, {share:.1%} of draws; {len(task.test):,} test rows"
+        console.print(f"task {task.name}: {rows}", highlight=False, soft_wrap=True)
+        for note in (*task.notes, *task.warnings):
+            console.print(f"task {task.name}: {note}", highlight=False, soft_wrap=True, style="dim")
+
+
+def _results(
+    config: RunConfig, trainer: HeadwaterTrainer, before: dict[str, TaskScore], after: dict[str, TaskScore]
+) -> dict[str, Any]:
+    accounts, steps = trainer.accounts, trainer.state.global_step
+    return {
+        "schema": 1,
+        "method": config.method["name"],
+        "base_model": config.model_name_or_path,
+        "seed": config.seed,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "steps": steps,
+        "train_seconds": accounts.seconds,
+        "tokens_per_second": accounts.tokens / max(accounts.seconds, 1e-9),
+        "tasks": {
+            name: {
+                "metric": score.metric,
+                "n": score.n,
+                "before": before[name].value,
+                "after": score.value,
+            }
+            for name, score in after.items()
+        },
+        "mean": {"before": mean_score(before.values()), "after": mean_score(after.values())},
+        "extra": {
+            "tokens": accounts.tokens,
+            "padding_share": 1 - accounts.tokens / max(accounts.slots, 1),
+            "realised_shares": trainer.realised_shares(steps),
+            "intervals": {
+                name: {"before": before[name].detail.get("interval"), "after": score.detail.get("interval")}
+                for name, score in after.items()
+            },
+            "majority": {name: score.majority for name, score in after.items()},
+            "versions": {"headwater": __version__, **{p: version(p) for p in ("torch", "transformers", "peft")}},
+        },
+    }

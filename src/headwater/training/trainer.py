@@ -1,0 +1,255 @@
+"""transformers' Trainer for several tasks at once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from ..data.collate import Collator
+from ..data.mixture import MixtureSpec, shares
+from ..data.sampler import MixtureBatchSampler
+from ..errors import HeadwaterError
+from ..evaluation.scores import TaskScore, mean_score
+from ..tuner.context import KEYWORD
+from ..tuner.model import context_of, is_adapted
+from .accounts import Accounts
+from .arguments import HeadwaterArguments
+from .loss import CompletionCollator, CompletionHead, completion_losses, count_items
+
+if TYPE_CHECKING:
+    from ..data.encode import Encoded
+
+Evaluator = Callable[[nn.Module, int], dict[str, TaskScore]]
+"""Scores the model's tasks; called with the model and the number of steps it was trained."""
+
+
+class HeadwaterTrainer(Trainer):
+    """Trains one adapter on a mixture of tasks.
+
+    Every key of the arguments works as in `transformers.Trainer`, which does the work. New are: batches from a
+    `MixtureBatchSampler`; a loss on completions whose logits exist only there, normalised exactly over the whole
+    optimiser step (gradient accumulation and ranks included); each task's loss in the logs, as `task_loss/<name>`; task
+    ids for methods that take them; a stop at the first non-finite loss or gradient; checkpoints that know the mixture.
+
+    Args:
+        model: a causal language model; with an adapter, PEFT's wrapped model.
+        args: the settings.
+        train: task name -> its encoded rows, in the order of the task ids.
+        pad_token_id: fills short rows; any id will do, as padding is masked by length.
+        mixture: how tasks are mixed.
+        weights: task name -> its weight in the mixture; 1 where not given.
+        evaluator: scores the tasks when `eval_strategy` says so. Metrics are `eval_<task>` and `eval_mean`, or
+            `eval_loss` for the mean over tasks whose metric is the loss.
+        kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        HeadwaterError: if the model is an encoder-decoder, or no task has rows.
+    """
+
+    args: HeadwaterArguments
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: HeadwaterArguments,
+        *,
+        train: Mapping[str, Sequence[Encoded]],
+        pad_token_id: int,
+        mixture: MixtureSpec,
+        weights: Mapping[str, float] | None = None,
+        evaluator: Evaluator | None = None,
+        **kwargs: Any,
+    ):
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise HeadwaterError("headwater trains decoder-only language models; this one is an encoder-decoder")
+        self.task_names = list(train)
+        self.lengths = [[len(row) for row in rows] for rows in train.values()]
+        self.mixture = mixture
+        sizes = [len(rows) for rows in train.values()]
+        self.shares = shares(sizes, [(weights or {}).get(name, 1.0) for name in train], self.mixture)
+        self.evaluator = evaluator
+        self.excluded_seconds = 0.0
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would split a batch away from its loss positions; torchrun uses all devices
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(itertools.chain.from_iterable(train.values())),
+            # Trainer insists on a data set once `eval_strategy` is set; the evaluator has the tasks' rows.
+            eval_dataset=kwargs.pop("eval_dataset", [] if evaluator else None),
+            data_collator=CompletionCollator(Collator(pad_token_id)),
+            **kwargs,
+        )
+        # The loss is divided by the items of the whole optimiser step, so Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.accounts = Accounts(self)
+        self.add_callback(self.accounts)
+        self._context = context_of(model) if is_adapted(model) else None
+        self._head: CompletionHead | None = None
+        self._parameters: int | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of the mixture, split over ranks by accelerate."""
+        args = self.args
+        self.sampler = MixtureBatchSampler(
+            self.lengths,
+            self.shares,
+            self._train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            batching=self.mixture.batching,
+            drop_last=args.dataloader_drop_last,
+        )
+        loader: DataLoader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        prepared = self.accelerator.prepare(loader)
+        self.batches_per_epoch = len(prepared)  # of this rank
+        return prepared
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `transformers.Trainer.train`; resuming gives the trajectory of a run that was never stopped.
+
+        Raises:
+            HeadwaterError: at a non-finite loss or gradient, naming step and tasks; and if a checkpoint to be resumed
+                comes from another mixture.
+        """
+        if isinstance(resume_from_checkpoint, str) and self._restore_if_complete(resume_from_checkpoint):
+            return TrainOutput(self.state.global_step, math.nan, {})
+        self._head = CompletionHead(self.model)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._head.remove()
+            self._head = None
+
+    def _restore_if_complete(self, checkpoint: str) -> bool:
+        """Takes the weights of a checkpoint that has all steps: Trainer would add one more."""
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if state.global_step < steps:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        self.accounts.restore(state)
+        return True
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """The batches of one optimiser step, and over how many items its loss is the mean."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        counts = [count_items(b["completion_lengths"], per_example=self.per_example).sum() for b in batches]
+        items = torch.stack(counts).sum().to(device)
+        if self.averages_over_ranks:
+            items = self.accelerator.reduce(items, "sum")
+        return batches, items
+
+    def realised_shares(self, steps: int) -> dict[str, dict[str, float]]:
+        """What the first `steps` optimiser steps drew, counted: task -> rows, tokens and their shares."""
+        place = self.accounts.place(steps)
+        found = self.sampler.realised_shares(place["epoch"] * len(self.sampler) + place["batches"])
+        keys = {"rows": "rows", "row_share": "row_shares", "tokens": "tokens", "token_share": "token_shares"}
+        return {name: {key: found[source][i] for key, source in keys.items()} for i, name in enumerate(self.task_names)}
+
+    @property
+    def per_example(self) -> bool:
+        return self.args.loss_normalization == "example"
+
+    @property
+    def averages_over_ranks(self) -> bool:
+        return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This batch's part of the loss of its optimiser step; without `num_items_in_batch`, the batch's own loss."""
+        inputs = dict(inputs)
+        labels, tasks = inputs.pop("labels"), inputs.pop(KEYWORD)
+        index, lengths = inputs.pop("completion_index"), inputs.pop("completion_lengths")
+        items = count_items(lengths, per_example=self.per_example)
+        total = items.sum() if num_items_in_batch is None else num_items_in_batch
+        ranks = self.accelerator.num_processes if self.averages_over_ranks and num_items_in_batch is not None else 1
+        if self._context is not None:
+            inputs[KEYWORD] = tasks
+            self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
+        head = self._head or CompletionHead(self.model)
+        with head.at(index):
+            outputs = model(**inputs)
+        if head is not self._head:
+            head.remove()
+        losses = completion_losses(
+            head.rows(outputs.logits, index),
+            labels,
+            index,
+            lengths,
+            per_example=self.per_example,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if model.training:
+            self.accounts.add(losses.detach(), items, tasks, inputs)
+        # Every rank's gradient is averaged over ranks afterwards, hence times their number.
+        loss = losses.sum() * ranks / total
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Scores the tasks with the evaluator; without one, as `transformers.Trainer.evaluate`."""
+        started = time.perf_counter()
+        try:
+            if self.evaluator is None:
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            scores = self.evaluator(self.model, self.state.global_step)
+        finally:
+            self.excluded_seconds += time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": score.value for name, score in scores.items()}
+        losses = [score.value for score in scores.values() if score.metric == "loss"]
+        mean = mean_score(scores.values())
+        if mean is not None:
+            metrics[f"{metric_key_prefix}_mean"] = mean
+        if losses:
+            metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each task's loss since the last log, and tokens per second, to the training log."""
+        if "loss" in logs:
+            logs.update(self.accounts.close_window())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers' estimate, with the parameters counted once instead of at each step."""
+        if self._parameters is None:
+            self._parameters = super().floating_point_ops({"input_ids": torch.zeros(1)})
+        return self._parameters * inputs["input_ids"].numel()
