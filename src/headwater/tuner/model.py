@@ -127,7 +127,7 @@ def add_branch(
     if config.init_seed is None:
         generator.manual_seed(int(torch.randint(2**62, ())))
     else:  # the layer's name, not its turn, decides: the same layer starts the same whatever else is targeted
-        generator.manual_seed((config.init_seed << 32) ^ zlib.crc32(layer.name.encode()))
+        generator.manual_seed(zlib.crc32(f"{config.init_seed} {layer.name}".encode()))
     branch = method.branch(config, shape, generator)
     any_weight = getattr(base, "weight", None)
     if isinstance(any_weight, Tensor) and not any(p.device.type == "meta" for p in branch.parameters()):
