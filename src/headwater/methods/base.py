@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
@@ -62,7 +62,7 @@ class MethodConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method_name:
-            self.peft_type = method(self.method_name).peft_type
+            self.peft_type = PeftType(method(self.method_name).peft_type)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
