@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
@@ -16,22 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a row's text.
+    """A stretch of a row's text that is tokenised on its own.
 
     Args:
         learned: it carries loss.
         content: it is a completion or an assistant's turn, without what closes it.
-        start: the text begins with it.
-        end: the end token follows it.
-        template: a chat template made it, with its own special tokens.
+        opens: the row's text begins with it.
+        special: it is not text, but the tokenizer's start token (if the tokenizer uses one) or its end token.
     """
 
     text: str
     learned: bool = False
     content: bool = False
-    start: bool = False
-    end: bool = False
-    template: bool = False
+    opens: bool = False
+    special: Literal["", "start", "end"] = ""
+
+
+START = Piece("", special="start")
+END = Piece("", learned=True, special="end")
 
 
 def chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> list[Piece]:
@@ -60,22 +62,19 @@ def chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
     assert isinstance(text, str)
     context: list[str] = []
     for number in range(len(turns)):
-        before, found, text = text.partition(_mark(number))
-        if not found:
-            raise HeadwaterError(Problem(f"the chat template does not show assistant turn {number + 1}", where))
+        before, mark, after = text.partition(_mark(number))
+        if not mark or mark in after:
+            raise HeadwaterError(Problem(f"the chat template does not show assistant turn {number + 1} once", where))
         context.append(before)
+        text = after
     closing = _closing(text, tokenizer)
-    pieces = [Piece(context[0], start=True, template=True)]
-    for number, content in enumerate(contents):
+    pieces = [Piece(context[0], opens=True)]
+    for content, following in zip(contents, [*context[1:], closing], strict=True):
         pieces.append(Piece(content, learned=True, content=True))
-        if number == len(contents) - 1:
-            pieces.append(Piece(closing, learned=True, end=not closing, template=True))
-        elif context[number + 1].startswith(closing):
-            pieces.append(Piece(closing, learned=True, template=True))
-            pieces.append(Piece(context[number + 1][len(closing) :], template=True))
-        else:
-            pieces.append(Piece(context[number + 1], template=True))
-    return [piece for piece in pieces if piece.text or piece.start or piece.content or piece.end]
+        closed = closing if following.startswith(closing) else ""
+        pieces += [Piece(closed, learned=True), Piece(following[len(closed) :])]
+    # What follows the last turn's closing, a line break as a rule, teaches nothing.
+    return [*(p for p in pieces if p.text or p.content), *([] if closing else [END])]
 
 
 def _mark(number: int) -> str:

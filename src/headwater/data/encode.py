@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from headwater.data.chat import Piece, chat_pieces
+from headwater.data.chat import END, START, Piece, chat_pieces
 from headwater.data.rows import Row, one_screen
 from headwater.errors import HeadwaterError, Problem
 
@@ -117,7 +117,7 @@ def encode_rows(
         item = _join(found, ids, task_index)
         longest = max(longest, len(item))
         if len(item) > spec.max_length:
-            shorter = _cut(item, spec.max_length, len(ids.start)) if spec.on_too_long == "truncate_prompt" else None
+            shorter = _cut(item, spec.max_length, ids.start) if spec.on_too_long == "truncate_prompt" else None
             if spec.on_too_long == "drop":
                 dropped[row.source] += 1
                 continue
@@ -167,16 +167,15 @@ def encode_completion(
 
 def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, completion: str) -> list[Piece]:
     if spec.chat_template == "always" or (row.messages and spec.chat_template == "auto"):
-        turns = row.messages or (
-            {"role": "user", "content": row.prompt},
-            {"role": "assistant", "content": completion},
-        )
+        turns = row.messages or ({"role": "user", "content": row.prompt},)
+        if turns[-1]["role"] != "assistant":
+            turns = (*turns, {"role": "assistant", "content": completion})
         return chat_pieces(turns, tokenizer, row.where)
     if row.messages:
         what = "the row is a conversation, which needs the chat template"
         raise HeadwaterError(Problem(what, row.where, "set chat_template to auto, or write prompt and completion"))
-    first = Piece(row.prompt, start=True)
-    return [first, Piece(completion, learned=True, content=True), Piece("", learned=True, end=True)]
+    answer = Piece(completion, learned=True, content=True, opens=not row.prompt)
+    return [START, Piece(row.prompt, opens=True), answer, END]
 
 
 class _Ids:
@@ -199,21 +198,21 @@ class _Ids:
 
     def prepare(self, pieces: Iterable[Piece]) -> None:
         """Tokenise all pieces that are not known yet, in one call."""
-        new = list({(p.text, p.start): None for p in pieces if p.text and (p.text, p.start) not in self.known})
+        new = list({(p.text, p.opens): None for p in pieces if (p.text, p.opens) not in self.known})
         if not new:
             return
-        found = self._tokenise([text if start else self.guard + text for text, start in new])
-        for (text, start), ids in zip(new, found, strict=True):
-            if not start and ids[: len(self.guard_ids)] != self.guard_ids:
+        found = self._tokenise([text if opens else self.guard + text for text, opens in new])
+        for (text, opens), ids in zip(new, found, strict=True):
+            if not opens and ids[: len(self.guard_ids)] != self.guard_ids:
                 # The guard merged with the text; the text alone, with its added space, is the closest there is.
                 ids = [*self.guard_ids, *self._tokenise([text])[0]]
-            self.known[text, start] = ids if start else ids[len(self.guard_ids) :]
+            self.known[text, opens] = ids if opens else ids[len(self.guard_ids) :]
 
     def __getitem__(self, piece: Piece) -> list[int]:
+        if piece.special:
+            return self.start if piece.special == "start" else [self.end]
         self.prepare([piece])
-        ids = self.known[piece.text, piece.start] if piece.text else []
-        opening = self.start if piece.start and not piece.template else []
-        return [*opening, *ids, *([self.end] if piece.end else [])]
+        return self.known[piece.text, piece.opens]
 
     def _tokenise(self, texts: list[str], **options: Any) -> list[list[int]]:
         options = {"add_special_tokens": False, **options}
@@ -224,17 +223,16 @@ def _join(pieces: Sequence[Piece], ids: _Ids, task: int) -> Encoded:
     input_ids: list[int] = []
     labels: list[int] = []
     for piece in pieces:
-        if piece.content and not input_ids:
-            piece = replace(piece, start=True)
         found = ids[piece]
         input_ids += found
         labels += found if piece.learned else [IGNORED] * len(found)
     return Encoded(input_ids, labels, task)
 
 
-def _cut(item: Encoded, max_length: int, keep: int) -> Encoded | None:
-    """Leave out prompt tokens from the left, after the first `keep`; None if what is learned does not fit by itself."""
+def _cut(item: Encoded, max_length: int, start: list[int]) -> Encoded | None:
+    """Leave out prompt tokens from the left, after the start token; None if what is learned does not fit by itself."""
     excess = len(item) - max_length
+    keep = len(start) if item.input_ids[: len(start)] == start else 0
     prompt = next((i for i, label in enumerate(item.labels) if label != IGNORED), len(item))
     if prompt - keep < excess:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,25 +47,67 @@ class Row:
         return f"{self.source}:{self.line}" if self.source else ""
 
 
-def read_rows(source: str | Path, *, split: str | None = None, subset: str | None = None) -> list[Row]:
+@dataclass(frozen=True)
+class RowTemplate:
+    """Makes rows of records whose fields have other names, in the syntax of `str.format`: `"Question: {question}"`.
+
+    Args:
+        prompt, completion: text with fields in braces.
+        choices: the same for each choice; empty when the answer is free text.
+    """
+
+    prompt: str
+    completion: str
+    choices: tuple[str, ...] = ()
+
+    def fill(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The record with `prompt`, `completion` and `choices`.
+
+        Raises:
+            LookupError, ValueError, TypeError, AttributeError: the fields do not fit the template.
+        """
+        formatter = _NoNulls()
+        prompt, completion, *choices = (
+            formatter.vformat(text, (), fields) for text in (self.prompt, self.completion, *self.choices)
+        )
+        return {"prompt": prompt, "completion": completion, **({"choices": choices} if choices else {})}
+
+
+class _NoNulls(string.Formatter):
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        found = super().get_field(field_name, args, kwargs)
+        if found[0] is None:
+            raise ValueError(f"field '{field_name}' is null")
+        return found
+
+
+def read_rows(
+    source: str | Path, *, split: str | None = None, subset: str | None = None, template: RowTemplate | None = None
+) -> list[Row]:
     """Read all rows of a file or data set.
 
     Args:
         source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder that `datasets` can load, or a hub name.
         split: which split of a data set. Without it, the only one, or `train`.
         subset: which configuration of a hub data set.
+        template: how to make rows of records with other fields.
 
     Raises:
         HeadwaterError: the source cannot be read, or rows are malformed. The first 20 are listed, the others counted.
     """
-    rows, problems = collect_rows(source, split=split, subset=subset)
+    rows, problems = collect_rows(source, split=split, subset=subset, template=template)
     if problems:
         raise HeadwaterError(*one_screen({str(source): problems}))
     return rows
 
 
 def collect_rows(
-    source: str | Path, *, split: str | None = None, subset: str | None = None, name: str | None = None
+    source: str | Path,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    template: RowTemplate | None = None,
+    name: str | None = None,
 ) -> tuple[list[Row], list[Problem]]:
     """As `read_rows`, but returns the good rows and every problem. `name` is what messages call the source."""
     records, problems = read_records(source, split=split, subset=subset)
@@ -73,7 +116,7 @@ def collect_rows(
     label = name or str(source)
     rows: list[Row] = []
     for record in records:
-        row, errors = parse_row(record.fields)
+        row, errors = _fill(record.fields, template) if template else parse_row(record.fields)
         where = f"{label}:{record.line}"
         problems.extend(replace(error, where=where) for error in errors)
         if row is not None:
@@ -81,18 +124,30 @@ def collect_rows(
     return rows, problems
 
 
+def _fill(fields: Mapping[str, Any], template: RowTemplate) -> tuple[Row | None, list[Problem]]:
+    try:
+        return parse_row(template.fill(fields))
+    except KeyError as error:
+        what = f"the task's template asks for field {error}; the row has {', '.join(map(str, fields))}"
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        what = f"the row does not fit the task's template: {error}"
+    return None, [Problem(what)]
+
+
 def one_screen(problems: Mapping[str, Sequence[Problem]], limit: int = SHOWN) -> list[Problem]:
     """At most about `limit` problems, shared among the sources; the rest are counted, and an advice is given once."""
     wrong = {source: found for source, found in problems.items() if found}
-    share = max(2, limit // max(1, len(wrong)))
+    share = max(1, limit // max(1, len(wrong)))
     shown: list[Problem] = []
     given: set[str] = set()
-    for source, found in wrong.items():
+    for source, found in list(wrong.items())[:limit]:
         for problem in found[:share]:
             shown.append(replace(problem, fix="") if problem.fix in given else problem)
             given.add(problem.fix)
         if len(found) > share:
-            shown.append(Problem(f"and {len(found) - share:,} more problems in this source", source))
+            shown.append(Problem(f"and {len(found) - share:,} more problems", source))
+    if len(wrong) > limit:
+        shown.append(Problem(f"and problems with {len(wrong) - limit:,} more sources"))
     return shown
 
 
@@ -168,11 +223,9 @@ def _choices(fields: Mapping[str, Any], row: Row, errors: list[Problem]) -> tupl
         errors.append(Problem("field 'choices' does not hold two or more different texts"))
     elif row.completion and row.completion not in given:
         near = difflib.get_close_matches(row.completion, given, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        fix = f"{hint}the completion equals one of the choices, spaces included"
-        errors.append(
-            Problem(f"completion {_short(row.completion)} is not one of the choices {_short(given)}", fix=fix)
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        what = f"completion {_short(row.completion)} is not one of the choices {_short(given)}{hint}"
+        errors.append(Problem(what, fix="the completion must equal one of the choices, spaces included"))
     else:
         return tuple(given)
     return ()

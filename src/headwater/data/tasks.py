@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from headwater.data.rows import Row, collect_rows, one_screen
+from headwater.data.rows import Row, RowTemplate, collect_rows, one_screen
+from headwater.data.sources import HUB_NAME, SUFFIXES
 from headwater.errors import HeadwaterError, Problem
 
 Metric = Literal["choice_accuracy", "exact_match", "final_number", "loss"]
@@ -26,6 +28,8 @@ class TaskSpec(BaseModel):
         train, validation, test: a file, folder or hub data set each; a task without `train` is only evaluated.
         subset: configuration of a hub data set.
         train_split, validation_split, test_split: split of a data set to read for each of the three.
+        prompt, completion, choices: for records with other field names, texts with fields in braces to make rows of:
+            `prompt: "Question: {question}"`.
         metric: how held-out rows are scored. Without it `choice_accuracy` where rows have choices, else `loss`.
         weight: multiplies the task's share of the mixture.
         max_train_rows, max_test_rows: take this many rows at random, the same ones in every run.
@@ -41,10 +45,33 @@ class TaskSpec(BaseModel):
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
+    prompt: str | None = None
+    completion: str | None = None
+    choices: tuple[str, ...] = ()
     metric: Metric | None = None
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     max_train_rows: int | None = Field(None, ge=1)
     max_test_rows: int | None = Field(None, ge=1)
+
+    @field_validator("prompt", "completion", "choices")
+    @classmethod
+    def _braces_match(cls, value: Any) -> Any:
+        for text in (value,) if isinstance(value, str) else value or ():
+            list(string.Formatter().parse(text))
+        return value
+
+    @model_validator(mode="after")
+    def _template_is_whole(self) -> TaskSpec:
+        if (self.prompt is None) != (self.completion is None) or (self.choices and self.prompt is None):
+            raise ValueError("prompt and completion come together, and choices need both")
+        return self
+
+    @property
+    def template(self) -> RowTemplate | None:
+        """How rows are made of records, if the spec says so."""
+        if self.prompt is None or self.completion is None:
+            return None
+        return RowTemplate(self.prompt, self.completion, self.choices)
 
 
 @dataclass
@@ -99,7 +126,11 @@ def _load(spec: TaskSpec, index: int, base_dir: Path, problems: dict[str, list[P
         if source is None:
             continue
         found, wrong = collect_rows(
-            _resolve(source, base_dir), split=getattr(spec, f"{split}_split"), subset=spec.subset, name=source
+            _resolve(source, base_dir),
+            split=getattr(spec, f"{split}_split"),
+            subset=spec.subset,
+            template=spec.template,
+            name=source,
         )
         if not found and not wrong:
             wrong = [Problem("has no rows", source, f"task '{spec.name}' needs at least one {split} row")]
@@ -119,7 +150,8 @@ def _load(spec: TaskSpec, index: int, base_dir: Path, problems: dict[str, list[P
 def _resolve(source: str, base_dir: Path) -> str | Path:
     """The path below `base_dir` if there is one or it must be one, else the source as a hub data set's name."""
     path = base_dir / Path(source).expanduser()
-    return path if path.exists() or Path(source).suffix or source.startswith((".", "/", "~")) else source
+    is_path = path.exists() or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(source)
+    return path if is_path else source
 
 
 def _all(rows: dict[str, list[Row]]) -> Iterable[Row]:
