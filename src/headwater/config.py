@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PrivateAttr, ValidationError, field_validator
 from pydantic_core import core_schema
 from typing_extensions import TypedDict
@@ -22,7 +21,7 @@ from headwater.data.mixture import MixtureSpec
 from headwater.data.tasks import TaskSpec
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.spec import EvaluationSpec
-from headwater.marked_yaml import Document, KeyPath, apply_overrides, read_document
+from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, read_document
 
 DEFAULT_METHOD = "rlora"
 # Written by PEFT into an adapter's own file; a run's file has no say in them.
@@ -192,7 +191,7 @@ def load_config(
     try:
         config = model.model_validate(document.data)
     except ValidationError as error:
-        raise HeadwaterError(*problems, *explain(error, document, model)) from None
+        raise HeadwaterError(*explain(error, document, model), *problems) from None
     if problems:
         raise HeadwaterError(*problems)
     config._base_dir = Path(path).resolve().parent
@@ -209,7 +208,7 @@ def dump_config(config: RunConfig) -> str:
         for split in ("train", "validation", "test"):
             if task.get(split):
                 task[split] = _absolute(config.base_dir, task[split])
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    return dump(data)
 
 
 def _absolute(base: Path, name: str) -> str:
@@ -219,7 +218,7 @@ def _absolute(base: Path, name: str) -> str:
 
 
 def explain(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
-    """Pydantic's errors as problems with file, line and field, one per field."""
+    """Pydantic's errors as problems with file, line and field, one per field, in the order of the file."""
     texts: dict[KeyPath, list[str]] = {}
     problems: list[Problem] = []
     for item in error.errors(include_url=False):
@@ -230,6 +229,8 @@ def explain(error: ValidationError, document: Document, model: type[BaseModel]) 
             problems.append(_unknown_key(path, where, model, document.data))
         elif item["type"] == "missing":
             problems.append(Problem(f"`{path[-1]}` is missing", where))
+        elif item["type"] == "union_tag_not_found":
+            problems.append(Problem("should be a mapping with a `name`", where, "e.g. method: {name: rlora, r: 8}"))
         elif item["type"] == "union_tag_invalid":
             name = item["ctx"]["tag"]
             problems.append(_nearest("method", name, list(_method_configs()), document.where((*path, "name"))))
@@ -242,8 +243,10 @@ def explain(error: ValidationError, document: Document, model: type[BaseModel]) 
     for path, found in texts.items():
         value = _at(document.data, path)
         given = f", not {value!r}" if not isinstance(value, dict | list) else ""
-        problems.append(Problem(" or ".join(dict.fromkeys(found)) + given, document.where(path)))
-    return problems
+        problems.append(
+            Problem(" or ".join(dict.fromkeys(found)).replace(" or should be ", " or ") + given, document.where(path))
+        )
+    return sorted(problems, key=lambda problem: document.line(problem.where))
 
 
 def _plain_text(message: str) -> str:

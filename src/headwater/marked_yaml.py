@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -38,6 +39,20 @@ for _tag, _pattern, _first in (
 _CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda _loader, node: int(node.value))
 
 
+class _CoreDumper(yaml.SafeDumper):
+    """SafeDumper that puts quotes round text which any YAML, 1.1 or 1.2, would take for something else."""
+
+
+for _first, _resolvers in _CoreLoader.yaml_implicit_resolvers.items():
+    for _tag, _regexp in _resolvers:
+        _CoreDumper.add_implicit_resolver(_tag, _regexp, [_first])
+
+
+def dump(data: Any) -> str:
+    """Plain values as YAML text, keys in their order."""
+    return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 def field_name(path: KeyPath) -> str:
     """A path as people write it: ``("tasks", 0, "train")`` is ``tasks[0].train``."""
     text = ""
@@ -70,6 +85,11 @@ class Document:
                 return place if length == len(path) else f"{place}: {field_name(path)}"
             return f"{place}: {field_name(path)}" if path else place
         return f"{self.source}: {field_name(path)}" if self.source else field_name(path)
+
+    def line(self, where: str) -> float:
+        """The line in a place that `where` gave; infinite for an override, so that sorting puts those last."""
+        found = re.match(rf"{re.escape(self.source)}:(\d+)", where)
+        return int(found[1]) if found else math.inf
 
 
 def parse_value(text: str) -> Any:

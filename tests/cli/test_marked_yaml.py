@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import HeadwaterError
-from headwater.marked_yaml import apply_overrides, field_name, parse_document, parse_value, read_document
+from headwater.marked_yaml import apply_overrides, dump, field_name, parse_document, parse_value, read_document
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 
 @given(st.dictionaries(keys, values, min_size=1, max_size=4))
 def test_what_is_dumped_is_read_back_and_every_place_is_its_line(data):
-    text = yaml.safe_dump(data)
+    text = dump(data)
+    assert yaml.safe_load(text) == data
     document = parse_document(text, "f.yaml")
     assert document.data == data
     lines = text.splitlines()

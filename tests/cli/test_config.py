@@ -1,0 +1,248 @@
+"""A run's file: what is accepted, and what is said about everything that is not."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from headwater.config import RunConfig, TasksFile, dump_config, load_config
+from headwater.errors import HeadwaterError
+from headwater.methods import methods
+
+GOOD = """\
+model_name_or_path: some/model
+method: {name: rlora, r: 8, num_heads: 3, lora_alpha: 16, target_modules: [gate_proj, up_proj]}
+tasks:
+  - {name: a, train: a/train.jsonl, test: a/test.jsonl, metric: choice_accuracy}
+  - name: b
+    train: b.jsonl
+    weight: 2
+mixture: {strategy: temperature, temperature: 2.0}
+training:
+  max_steps: 400
+  learning_rate: 2e-4
+output_dir: runs/first
+"""
+
+
+def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def problems_of(path, overrides=(), **options):
+    with pytest.raises(HeadwaterError) as caught:
+        load_config(path, overrides, **options)
+    return {problem.where.removeprefix(str(path)): problem for problem in caught.value.problems}
+
+
+def test_a_good_file(tmp_path):
+    path = write(tmp_path, GOOD)
+    config = load_config(path, ["training.max_steps=3", "tasks.0.weight=.5", "seed=7"])
+    assert config.base_dir == tmp_path
+    assert config.method == {
+        "name": "rlora",
+        "r": 8,
+        "num_heads": 3,
+        "lora_alpha": 16,
+        "target_modules": ["gate_proj", "up_proj"],
+    }
+    assert config.training == {"max_steps": 3, "learning_rate": 2e-4}
+    assert [(t.name, t.weight) for t in config.tasks] == [("a", 0.5), ("b", 2.0)]
+    assert config.seed == 7
+    assert config.where("tasks", 1, "train") == f"{path}:6: tasks[1].train"
+    assert config.where("seed") == "--set seed"
+
+
+def test_a_run_made_in_python_has_the_same_checks():
+    fields = {"model_name_or_path": "m", "tasks": [{"name": "a", "train": "a.jsonl"}], "output_dir": "o"}
+    assert RunConfig(**fields).method == {"name": "rlora"}
+    assert RunConfig(**fields).base_dir == Path.cwd()
+    with pytest.raises(ValueError, match="max_stepz"):
+        RunConfig(**fields, training={"max_stepz": 1})
+    with pytest.raises(ValueError, match="num_heads must be at least 1"):
+        RunConfig(**fields, method={"num_heads": 0})
+
+
+def test_all_errors_of_a_file_come_together_each_in_its_place(tmp_path):
+    path = write(
+        tmp_path,
+        """\
+model_name_or_path: some/model
+modle: {dtype: float32}
+model:
+  dtype: f32
+method: {name: rlora, r: eight, num_headz: 3}
+tasks:
+  - {name: a, train: a.jsonl, metrik: loss}
+  - train: b.jsonl
+    weight: -1
+mixture: {strategy: temprature}
+data:
+  max_len: 5
+training:
+  max_stepz: 4
+  seed: 3
+  eval_strategy: epochs
+  report_to: 3
+evaluation: {batch_sise: 3}
+learning_rate: 3
+zzz: 1
+""",
+    )
+    found = problems_of(path, ["training.logging_steps=many", "tasks.5.weight=1"])
+    said = {where: (problem.what, problem.fix) for where, problem in found.items()}
+    assert said.pop(":20: zzz")[1].startswith("known here: model_name_or_path, ")
+    expected = {
+        ":1: output_dir": ("`output_dir` is missing", ""),
+        ":2: modle": ("unknown key `modle`", "did you mean `model`?"),
+        ":4: model.dtype": ("should be 'auto', 'float32', 'bfloat16' or 'float16', not 'f32'", ""),
+        ":5: method.num_headz": ("unknown key `num_headz`", "did you mean `num_heads`?"),
+        ":5: method.r": ("should be a valid integer, not 'eight'", ""),
+        ":7: tasks[0].metrik": ("unknown key `metrik`", "did you mean `metric`?"),
+        ":8: tasks[1].name": ("`name` is missing", ""),
+        ":9: tasks[1].weight": ("should be greater than 0, not -1", ""),
+        ":10: mixture.strategy": (
+            "should be 'proportional', 'temperature', 'uniform' or 'weights', not 'temprature'",
+            "",
+        ),
+        ":12: data.max_len": ("unknown key `max_len`", "did you mean `max_length`?"),
+        ":14: training.max_stepz": ("unknown key `max_stepz`", "did you mean `max_steps`?"),
+        ":15: training.seed": ("`seed` does not stand under training", "move `seed` to the top of the file"),
+        ":16: training.eval_strategy": ("should be 'no', 'steps' or 'epoch', not 'epochs'", ""),
+        ":17: training.report_to": ("should be a valid string or a valid list, not 3", ""),
+        ":18: evaluation.batch_sise": ("unknown key `batch_sise`", "did you mean `batch_size`?"),
+        ":19: learning_rate": ("unknown key `learning_rate`", "write it under training: as training.learning_rate"),
+        "--set training.logging_steps": ("should be a valid number, not 'many'", ""),
+        "--set tasks.5.weight": ("tasks holds 2 items, so '5' is no position in it", "count from 0"),
+    }
+    assert list(said.items()) == list(expected.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "what"),
+    [
+        ("method={name: rloora}", "--set method: method.name", "unknown method `rloora`"),
+        ("method.name=hydra_lora", "--set method.name", "unknown method `hydra_lora`"),
+        ("method.name=[rlora]", "--set method.name", "unknown method `['rlora']`"),
+        ("method=rlora", "--set method", "should be a mapping with a `name`"),
+        ("method.num_heads=0", "--set method.num_heads", "num_heads must be at least 1, not 0"),
+        ("method.r=0", "--set method.r", "r must be at least 1, not 0"),
+        ("method.init=papr", "--set method.init", "init is one of paper,"),
+        ("method.target_modules=3", "--set method.target_modules", "not 3"),
+        ("method.peft_type=LORA", "--set method.peft_type", "unknown key `peft_type`"),
+        ("training.loss_normalization=tokens", "--set training.loss_normalization", "not 'tokens'"),
+        ("training.load_best_model_at_end=true", ":9: training", "save and eval strategy to match"),
+        ("training=", "--set training", "should be a valid dictionary, not None"),
+        ("mixture={batching: balanced, strategy: weights}", "--set mixture", "equal share"),
+        ("tasks=[]", "--set tasks", "at least 1 item"),
+        ("seed=-1", "--set seed", "greater than or equal to 0, not -1"),
+        ("output_dir=''", "--set output_dir", "at least 1 character"),
+        ("tasks.0.name=a b", "--set tasks.0.name", "not 'a b'"),
+        ("base_dir=x", "--set base_dir", "unknown key `base_dir`"),
+    ],
+)
+def test_one_wrong_value(tmp_path, override, where, what):
+    found = problems_of(write(tmp_path, GOOD), [override])
+    assert list(found) == [where]
+    assert what in found[where].what
+
+
+def test_the_nearest_method_is_named(tmp_path):
+    found = problems_of(write(tmp_path, GOOD), ["method={name: rlroa}"])
+    assert found["--set method: method.name"].fix == "did you mean `rlora`?"
+    found = problems_of(write(tmp_path, GOOD), ["method={name: zzz}"])
+    known = found["--set method: method.name"].fix
+    assert all(method.name in known for method in methods())
+
+
+def test_unknown_keys_are_measured_against_the_chosen_method(tmp_path):
+    found = problems_of(write(tmp_path, GOOD), ["method={name: lora, num_heads: 3, rank_patern: {}}"])
+    assert found["--set method: method.num_heads"].what == "unknown key `num_heads`"
+    assert found["--set method: method.rank_patern"].fix == "did you mean `rank_pattern`?"
+
+
+@pytest.mark.parametrize("method", [*methods(), None], ids=lambda m: m.name if m else "lora")
+def test_every_method_is_accepted_by_name(tmp_path, method):
+    name = method.name if method else "lora"
+    assert load_config(write(tmp_path, GOOD), [f"method={{name: {name}, r: 4}}"]).method == {"name": name, "r": 4}
+
+
+def test_every_training_argument_is_a_key(tmp_path):
+    path = write(tmp_path, GOOD)
+    defaults = TrainingArguments(output_dir=str(tmp_path))
+    for field in dataclasses.fields(TrainingArguments):
+        if not field.init or field.name in ("output_dir", "seed"):
+            continue
+        value = getattr(defaults, field.name)
+        if isinstance(value, bool | int | float | str) and not hasattr(value, "value"):
+            config = load_config(
+                path, ["training={}", f"training.{field.name}={yaml.safe_dump(value).splitlines()[0]}"]
+            )
+            assert config.training[field.name] == value, field.name
+
+
+def test_words_that_yaml_once_took_for_booleans(tmp_path):
+    config = load_config(write(tmp_path, GOOD), ["training.save_strategy=no", "training.bf16=false"])
+    assert config.training["save_strategy"] == "no"
+    assert config.training["bf16"] is False
+
+
+def test_resume_takes_true_or_a_folder(tmp_path):
+    path = write(tmp_path, GOOD)
+    for text, value in (("true", True), ("runs/x/checkpoint-3", "runs/x/checkpoint-3")):
+        key = "training.resume_from_checkpoint"
+        assert load_config(path, [f"{key}={text}"]).training["resume_from_checkpoint"] == value
+
+
+def test_dumped_text_is_complete_and_reads_back_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train.jsonl").write_text("{}")
+    (tmp_path / "weights").mkdir()
+    config = load_config(write(tmp_path, GOOD), ["model_name_or_path=weights", "tasks.1.train=org/hub-name"])
+    (tmp_path / "elsewhere").mkdir()
+    again = load_config(write(tmp_path / "elsewhere", dump_config(config)))
+    assert again.tasks[0].train == str(tmp_path / "a" / "train.jsonl")
+    assert again.tasks[0].test == "a/test.jsonl"  # not there, so it may be a hub name
+    assert again.tasks[1].train == "org/hub-name"
+    assert again.model_name_or_path == str(tmp_path / "weights")
+    assert again.output_dir == str(tmp_path / "runs" / "first")
+    assert (again.method, again.training, again.mixture) == (config.method, config.training, config.mixture)
+    assert dump_config(again) == dump_config(config)
+    assert set(yaml.safe_load(dump_config(config))) == set(RunConfig.model_fields)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    r=st.integers(1, 64),
+    rate=st.floats(1e-8, 1.0),
+    weight=st.floats(1e-6, 1e6),
+    modules=st.none() | st.just("all-linear") | st.lists(st.sampled_from(["up_proj", "no", "1e3", "q:v"]), min_size=1),
+    strategy=st.sampled_from(["no", "steps", "epoch"]),
+)
+def test_values_survive_dump_and_load(tmp_path_factory, r, rate, weight, modules, strategy):
+    config = RunConfig(
+        model_name_or_path="m",
+        method={"name": "rlora", "r": r, "target_modules": modules},
+        tasks=[{"name": "a", "train": "a.jsonl", "weight": weight}],
+        training={"learning_rate": rate, "save_strategy": strategy},
+        output_dir="o",
+    )
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump_config(config))
+    again = load_config(path)
+    assert (again.method, again.training, again.tasks) == (config.method, config.training, config.tasks)
+
+
+def test_a_tasks_file_needs_only_tasks(tmp_path):
+    path = write(tmp_path, "tasks: [{name: a, test: a.jsonl}]\nevaluation: {batch_size: 2}\n")
+    config = load_config(path, model=TasksFile)
+    assert config.model_fields_set == {"tasks", "evaluation"}
+    assert list(problems_of(path)) == [":1: model_name_or_path", ":1: output_dir"]
+    assert list(problems_of(write(tmp_path, "taskz: []\n"), model=TasksFile)) == [":1: tasks", ":1: taskz"]
