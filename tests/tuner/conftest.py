@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+
+from .rows import ROWS, Row
+
+
+@pytest.fixture(params=ROWS, ids=[row.id for row in ROWS])
+def row(request) -> Row:
+    """Each row of the matrix."""
+    return request.param
+
+
+@pytest.fixture(scope="package", autouse=True)
+def task_probe():
+    """The test-only method is registered while this folder's tests run, and not seen by other folders' tests."""
+    from headwater.methods import base
+
+    from . import task_probe
+
+    yield task_probe
+    base._METHODS.pop("taskprobe")

@@ -1,0 +1,114 @@
+"""The test matrix: one row per method, or per setting of a method that takes another path through the code.
+
+A new method adds one row here and passes every test in this folder that takes the `row` fixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method as the matrix runs it.
+
+    Args:
+        name: the method's registered name.
+        saved: from rank, d_in and d_out of a layer to the tensors that the adapter file holds for it. Files that people
+            have must stay readable, so changing an entry of an old row is a breaking change.
+        trainable: from rank, d_in and d_out to the number of trained values on that layer, in closed form.
+        fields: config fields that differ from `helpers.DEFAULTS`.
+        no_dropout: config fields that make train mode deterministic.
+        mergeable: `merge_and_unload` gives an equal model; otherwise it must refuse.
+        needs_task_ids: every forward gets the task of each row.
+        starts_as_base: the freshly adapted model computes what the base model computes.
+        label: tells several rows of one method apart.
+    """
+
+    name: str
+    saved: Callable[[int, int, int], Shapes]
+    trainable: Callable[[int, int, int], int]
+    fields: dict[str, Any] = field(default_factory=dict)
+    no_dropout: dict[str, Any] = field(default_factory=lambda: {"lora_dropout": 0.0})
+    mergeable: bool = False
+    needs_task_ids: bool = False
+    starts_as_base: bool = True
+    label: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.label or self.name
+
+
+HEAD_DROPOUT_OFF = {"lora_dropout": 0.0, "head_dropout": 0.0}
+
+ROWS = [
+    Row(
+        "rlora",
+        saved=lambda r, i, o: {"A": (r, i), "B": (3, r, o), "router": (3, i), "A0": (r, i), "B0": (r, o)},
+        trainable=lambda r, i, o: r * i + 3 * r * o + 3 * i,
+        no_dropout=HEAD_DROPOUT_OFF,
+    ),
+    Row(
+        "rlora",
+        label="rlora-center-kaiming",
+        fields={"compensation": "center", "router_init": "kaiming", "num_heads": 2},
+        saved=lambda r, i, o: {"A": (r, i), "B": (2, r, o), "router": (2, i)},
+        trainable=lambda r, i, o: r * i + 2 * r * o + 2 * i,
+        no_dropout=HEAD_DROPOUT_OFF,
+        starts_as_base=False,  # the released script's router is not uniform at the start
+    ),
+    Row(
+        "rlora",
+        label="rlora-one-head",
+        fields={"num_heads": 1},
+        saved=lambda r, i, o: {"A": (r, i), "B": (1, r, o), "router": (1, i), "A0": (r, i), "B0": (r, o)},
+        trainable=lambda r, i, o: r * i + r * o + i,
+        no_dropout=HEAD_DROPOUT_OFF,
+        mergeable=True,
+    ),
+    Row(
+        "hydralora",
+        saved=lambda r, i, o: {"A": (r, i), "B": (3, r, o), "router": (3, i)},
+        trainable=lambda r, i, o: r * i + 3 * r * o + 3 * i,
+    ),
+    Row(
+        "hydralora",
+        label="hydralora-balance",
+        fields={"input_dropout": "per_head", "balance_loss_weight": 0.3},
+        saved=lambda r, i, o: {"A": (r, i), "B": (3, r, o), "router": (3, i)},
+        trainable=lambda r, i, o: r * i + 3 * r * o + 3 * i,
+    ),
+    Row(
+        "mlora",
+        saved=lambda r, i, o: {"A": (r, i), "B": (3, r, o), "A0": (r, i), "B0": (r, o)},
+        trainable=lambda r, i, o: r * i + 3 * r * o,
+        no_dropout=HEAD_DROPOUT_OFF,
+        mergeable=True,
+    ),
+    Row(
+        "mtl_lora",
+        fields={"num_tasks": 3},
+        saved=lambda r, i, o: {"A": (r, i), "B": (3, r, o), "L": (3, r, r), "w": (3, 3)},
+        trainable=lambda r, i, o: r * i + 3 * r * o + 3 * r * r + 9,
+        needs_task_ids=True,
+    ),
+    Row(
+        "multilora",
+        saved=lambda r, i, o: {"A": (3, r, i), "B": (3, r, o), "c": (3, o)},
+        trainable=lambda r, i, o: 3 * (r * i + r * o + o),
+        mergeable=True,
+    ),
+    Row(
+        "taskprobe",  # not headwater's: task_probe.py, beside this file
+        fields={"penalty": 0.2},
+        saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "table": (3, r)},
+        trainable=lambda r, i, o: r * i + r * o + 3 * r,
+        needs_task_ids=True,
+    ),
+]
+BY_ID = {row.id: row for row in ROWS}
