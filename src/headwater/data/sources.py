@@ -139,7 +139,7 @@ def _csv(data: bytes, name: str) -> Read:
                 if doubled := sorted({c for c in cells if cells.count(c) > 1}):
                     return [], [Problem(f"the header names {_listed(doubled)} more than once", f"{name}:{line}")]
             elif len(cells) != len(header):
-                problems.append(Problem(f"the row has {len(cells)} cells, the header {len(header)}", f"{name}:{line}"))
+                problems.append(Problem(f"the header has {len(header)} cells, the row {len(cells)}", f"{name}:{line}"))
             else:
                 records.append(Record(line, dict(zip(header, cells, strict=True))))
     except csv.Error as error:

@@ -1,0 +1,187 @@
+"""Tasks: what they hold, how they are checked and described."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from headwater.data.tasks import TaskSpec, describe, load_tasks
+from headwater.errors import HeadwaterError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def choice(i, completion=" a"):
+    return {"prompt": f"Question {i}:", "completion": completion, "choices": [" a", " b"]}
+
+
+def free(i):
+    return {"prompt": f"Question {i}:", "completion": f" {i}"}
+
+
+def said(specs, folder) -> str:
+    with pytest.raises(HeadwaterError) as caught:
+        load_tasks(specs, folder)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "train.jsonl", [choice(i) for i in range(40)])
+    write(tmp_path / "test.jsonl", [choice(i, " b" if i % 4 else " a") for i in range(38, 50)])
+    write(tmp_path / "free.jsonl", [free(i) for i in range(30)])
+    return tmp_path
+
+
+def test_tasks_are_numbered_and_their_files_found_from_the_base_folder(folder):
+    specs = [
+        TaskSpec(name="first", train="train.jsonl", test="test.jsonl", weight=2),
+        TaskSpec(name="second", train=str(folder / "free.jsonl"), validation="free.jsonl"),
+        TaskSpec(name="held-out", test="free.jsonl", metric="exact_match"),
+    ]
+    first, second, third = load_tasks(specs, folder)
+    assert [t.index for t in (first, second, third)] == [0, 1, 2]
+    assert (first.weight, second.weight) == (2, 1)
+    assert [len(rows) for rows in (first.train, first.validation, first.test)] == [40, 0, 12]
+    assert [len(rows) for rows in (third.train, third.validation, third.test)] == [0, 0, 30]
+    assert first.train[4].where == "train.jsonl:5"
+
+
+def test_metric_follows_the_rows(folder):
+    specs = [TaskSpec(name="a", train="train.jsonl"), TaskSpec(name="b", train="free.jsonl")]
+    assert [task.metric for task in load_tasks(specs, folder)] == ["choice_accuracy", "loss"]
+    assert load_tasks([TaskSpec(name="b", test="free.jsonl", metric="exact_match")], folder)[0].metric == "exact_match"
+
+
+def test_rows_that_the_metric_cannot_score(folder):
+    write(folder / "mixed.jsonl", [choice(1), free(2), free(3)])
+    specs = [
+        TaskSpec(name="a", train="train.jsonl", test="mixed.jsonl"),
+        TaskSpec(name="b", train="free.jsonl", test="free.jsonl", metric="final_number"),
+    ]
+    text = said(specs, folder)
+    assert "mixed.jsonl:2: tasks[0] a: 2 of 3 held-out rows have no choices" in text
+    assert "free.jsonl:1: tasks[1] b: 30 of 30 held-out rows have no number after ####" in text
+
+
+def test_a_sample_is_the_same_every_time_in_order_and_said(folder):
+    spec = TaskSpec(name="a", train="train.jsonl", test="test.jsonl", max_train_rows=10, max_test_rows=100)
+    task, again = load_tasks([spec], folder)[0], load_tasks([spec], folder)[0]
+    lines = [row.line for row in task.train]
+    assert lines == sorted(set(lines))
+    assert lines != list(range(1, 11))
+    assert task.train == again.train
+    assert len(task.train) == 10
+    assert len(task.test) == 12
+    assert task.notes == ["train: 10 of 40 rows of train.jsonl, drawn at random"]
+
+
+def test_overlap_and_repetition_are_warned_about(folder):
+    write(folder / "leaky.jsonl", [choice(1), choice(1), {**choice(50), "prompt": "Question  39:\n"}, choice(99)])
+    task = load_tasks([TaskSpec(name="a", train="train.jsonl", test="leaky.jsonl")], folder)[0]
+    assert task.warnings == [
+        "3 of 4 test rows have a prompt that is also trained or validated on",
+        "test: 1 of 4 rows repeat an earlier one",
+    ]
+    assert load_tasks([TaskSpec(name="a", train="train.jsonl")], folder)[0].warnings == []
+
+
+def test_prompts_that_end_with_a_space_are_warned_about(folder):
+    write(folder / "spaced.jsonl", [{"prompt": f"Question {i}: ", "completion": "yes"} for i in range(3)])
+    (warning,) = load_tasks([TaskSpec(name="a", train="spaced.jsonl")], folder)[0].warnings
+    assert "3 of 3 prompts end with a space" in warning
+
+
+def test_overlap_of_conversations_is_by_all_that_is_asked(folder):
+    def chat(system, asked):
+        turns = [("system", system), ("user", asked), ("assistant", "Yes")]
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    write(folder / "c1.jsonl", [chat("x", "1"), chat("x", "2")])
+    write(folder / "c2.jsonl", [chat("x", "1"), chat("y", "2")])
+    task = load_tasks([TaskSpec(name="a", train="c1.jsonl", test="c2.jsonl")], folder)[0]
+    assert task.warnings == ["1 of 2 test rows have a prompt that is also trained or validated on"]
+
+
+def test_all_problems_of_all_tasks_together(folder):
+    (folder / "empty.jsonl").write_text("\n\n")
+    (folder / "broken.jsonl").write_text('{"prompt": "x"}\n{\n')
+    specs = [
+        TaskSpec(name="same", train="missing.jsonl"),
+        TaskSpec(name="same", train="empty.jsonl"),
+        TaskSpec(name="nothing", validation="free.jsonl"),
+        TaskSpec(name="third", train="broken.jsonl", test="broken.jsonl"),
+    ]
+    text = said(specs, folder)
+    assert "tasks: 2 tasks are called 'same'" in text
+    assert "missing.jsonl: no such file" in text
+    assert "empty.jsonl: has no rows\n    task 'same' needs at least one train row" in text
+    assert "tasks[2] nothing: the task has neither `train` nor `test`" in text
+    assert "broken.jsonl:1: field 'completion' is missing" in text
+    assert text.count("broken.jsonl:2: not JSON") == 1
+    assert str(folder) not in text
+
+
+def test_many_broken_files_fit_on_one_screen(folder):
+    specs = []
+    for i in range(12):
+        (folder / f"{i}.jsonl").write_text('{"prompt": "x"}\n' * 500)
+        specs.append(TaskSpec(name=f"t{i}", train=f"{i}.jsonl"))
+    text = said(specs, folder)
+    assert len(text.splitlines()) <= 40
+    assert all(f"{i}.jsonl: and 499 more problems" in text for i in range(12))
+
+
+def test_no_tasks(tmp_path):
+    assert "there are no tasks" in said([], tmp_path)
+
+
+def test_records_with_other_fields(folder):
+    write(folder / "qa.jsonl", [{"question": "2 + 3", "answer": "It is 5\n#### 5"}])
+    spec = TaskSpec(
+        name="sums", train="qa.jsonl", prompt="Q: {question}\nA:", completion=" {answer}", metric="final_number"
+    )
+    (row,) = load_tasks([spec], folder)[0].train
+    assert (row.prompt, row.completion) == ("Q: 2 + 3\nA:", " It is 5\n#### 5")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "../up"},
+        {"name": ""},
+        {"name": "a", "weight": 0},
+        {"name": "a", "weight": float("inf")},
+        {"name": "a", "max_train_rows": 0},
+        {"name": "a", "metric": "accuracy"},
+        {"name": "a", "tain": "x.jsonl"},
+        {"name": "a", "prompt": "{question}"},
+        {"name": "a", "choices": ["{a}"]},
+        {"name": "a", "prompt": "{question", "completion": "x"},
+    ],
+)
+def test_specs_that_are_refused(fields):
+    with pytest.raises(ValidationError):
+        TaskSpec(**fields)
+
+
+def test_describe_is_plain_and_counts_by_file(folder):
+    specs = [
+        TaskSpec(name="a", train="train.jsonl", test="test.jsonl"),
+        TaskSpec(name="b", train="free.jsonl", max_train_rows=5),
+    ]
+    first, second = describe(load_tasks(specs, folder))
+    assert json.loads(json.dumps(first)) == first
+    assert first["splits"] == {
+        "train": {"rows": 40, "files": {"train.jsonl": 40}},
+        "test": {"rows": 12, "files": {"test.jsonl": 12}},
+    }
+    assert first["majority"] == pytest.approx(9 / 12)
+    assert first["overlap"] == 2
+    assert second["majority"] is None
+    assert second["splits"]["train"]["rows"] == 5
+    assert second["notes"] == ["train: 5 of 30 rows of free.jsonl, drawn at random"]
