@@ -128,7 +128,8 @@ def starting_noise(weight: Tensor | None, A: Tensor, B: Tensor, p: float, scalin
         return 0.0
     N, r, _ = B.shape
     size_W, size_A, size_B = (
-        torch.linalg.vector_norm(t, dtype=torch.float32).item() / t.numel() ** 0.5 for t in (weight, A, B)
+        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item() / t.numel() ** 0.5
+        for t in (weight, A, B)
     )
     return scaling * size_A * size_B * r**0.5 / size_W * (p / (1 - p) / N) ** 0.5
 
@@ -149,15 +150,16 @@ class MultiHeadBranch(Branch):
         self.num_heads = config.num_heads
         scaling = self.scaling * self.total_weight  # of the heads' mean
         A, B = draw_heads(config, shape, generator, scaling)
-        if (noise := starting_noise(shape.weight, A, B, config.head_dropout, scaling)) > 0.5:
+        has_start = config.init != "zeros"
+        if has_start and config.compensation == "center":
+            B = B - B.mean(0)
+        noise = 0.0 if config.inference_mode else starting_noise(shape.weight, A, B, config.head_dropout, scaling)
+        if noise > 0.5:
             warnings.warn(
                 f"{shape.name}: head dropout on heads of this starting size adds noise of {noise:.0%} of the layer's "
                 "output at step 0; lower lora_alpha or head_dropout, or raise gamma",
                 stacklevel=2,
             )
-        has_start = config.init != "zeros"
-        if has_start and config.compensation == "center":
-            B = B - B.mean(0)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)  # B as (N, r, d_out): stacking heads is then a view
         buffered = has_start and config.compensation == "buffer"
         self.register_buffer("A0", A.clone() if buffered else None)
