@@ -25,8 +25,9 @@ from .arguments import HeadwaterArguments
 from .files import replace_folder, write_json, write_text
 from .folder import check_folder, checkpoint_to_resume, clear_folder
 from .history import History, HistoryCallback
+from .interrupt import SaveOnInterrupt
 from .progress import ProgressDisplay
-from .scorer import Scorer
+from .scorer import NotTwiceAtTheEnd, Scorer
 from .trainer import HeadwaterTrainer
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     Raises:
         HeadwaterError: whatever is wrong with the config, the data or the model; a folder that holds a run already; a
             loss that is not finite.
+        KeyboardInterrupt: on Ctrl-C; during training a checkpoint of the current step is saved first.
     """
     args = training_arguments(config)
     output = Path(args.output_dir)
@@ -89,7 +91,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
 
         write_text(output / "config.yaml", dump_config(config))
         history.start(resume)
-    display = ProgressDisplay(console)
+    display, interrupt = ProgressDisplay(console), SaveOnInterrupt()
     scorer = Scorer(tokenizer, tasks, config.evaluation, config.data, history if first else None, display)
     trainer = HeadwaterTrainer(
         adapted,
@@ -99,12 +101,15 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         mixture=config.mixture,
         weights={task.name: task.weight for task in tasks},
         evaluator=scorer.during,
-        callbacks=[HistoryCallback(history), display],
+        callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
     )
     _say_what_is_trained(console, tasks, encoded, trainer)
     try:
         before = history.scores(0) or scorer.all_rows(trainer.model, 0)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            interrupt.release()
         steps = trainer.state.global_step
         # bf16 and fp16 training wrap the model's forward; what is scored is the model as it is saved.
         adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)

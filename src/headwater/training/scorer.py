@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
+from transformers import TrainerCallback
 
 from ..data.encode import DataSpec
 from ..data.tasks import Task
@@ -81,3 +82,11 @@ class Scorer:
             self.history.append_scores(step, scores)
         self.display.scored(scores, step)
         return scores
+
+
+class NotTwiceAtTheEnd(TrainerCallback):
+    """Leaves out the evaluation after the last step, since all rows are scored next, unless the best model hangs on it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.metric_for_best_model is None:
+            control.should_evaluate = False
