@@ -1,0 +1,96 @@
+"""What a report says about the heads and the router."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from headwater.report import head_figures
+from headwater.report.html import Block, FigureBlock, Note, Section, Text
+from headwater.report.modules import arrange, layers_of, routing_arrays, similarity_table, square
+from headwater.report.run import Run
+from headwater.report.text import missing_text, names_text, percent_text
+from headwater.report.theme import task_fills
+
+
+def similarity_section(run: Run) -> Section:
+    """How alike the heads are: a map over projections and layers, and a few matrices in full."""
+    anchor, title = "similarity", "How alike the heads are"
+    if run.analysis is None:
+        return Section(anchor, title, [Note(missing_text(run, "analysis.json", "the heads"))])
+    matrices = {m: v for m, v in run.analysis.head_similarity.items() if (a := square(v)) is not None and len(a) > 1}
+    if not matrices:
+        return Section(anchor, title, [Note("This run's adapter has no layer with more than one head to compare.")])
+    table = similarity_table(matrices)
+    layers = layers_of(table)
+    heads = max(len(v) for v in matrices.values())
+    means = {p: [v for v in row.values() if v is not None] for p, row in table.items()}
+    summary = "; ".join(
+        f"{p} {np.mean(v):.2f} (layers {min(v):.2f} to {max(v):.2f})".replace("-", "−") for p, v in means.items() if v
+    )
+    text = (
+        f"Cosine between the up-projections of every two of the {heads} heads, averaged per layer: 1 means that the "
+        "heads have become one, 0 that they have nothing in common. "
+        f"Mean over layers: {summary or 'no finite value'}."
+    )
+    picked = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    arrays = {
+        projection: {k: a for k, m in row.items() if k in picked and (a := square(matrices[m])) is not None}
+        for projection, row in arrange(matrices).items()
+    }
+    places = ", ".join(map(str, picked))
+    blocks: list[Block] = [
+        Text(text),
+        FigureBlock(
+            "head_similarity",
+            "Mean cosine between different heads, by projection and layer. The scale is the same in every report.",
+            f"Heat map of the mean cosine between different heads. Mean over layers: {summary}.",
+            lambda w: head_figures.head_similarity(table, layers, w),
+        ),
+        FigureBlock(
+            "head_matrices",
+            f"Cosine of every pair of heads in layers {places}.",
+            f"Matrices of the cosine of every pair of heads in layers {places}.",
+            lambda w: head_figures.head_matrices(arrays, picked, w),
+        ),
+    ]
+    return Section(anchor, title, blocks)
+
+
+def routing_section(run: Run) -> Section:
+    """Which task uses which head: shares over all layers, by layer, and how far the tasks are apart."""
+    anchor, title = "routing", "Which task uses which head"
+    if run.analysis is None:
+        return Section(anchor, title, [Note(missing_text(run, "analysis.json", "the router"))])
+    arrays = {p: a for p, a in routing_arrays(run.analysis.routing).items() if np.isfinite(a[2]).any()}
+    if not arrays:
+        return Section(anchor, title, [Note("This run's adapter has no router: every task uses its heads alike.")])
+    fills = task_fills(run.tasks)
+    heads = max(shares.shape[2] for _, _, shares in arrays.values())
+    tasks = next(iter(arrays.values()))[1]
+    share = percent_text(1 / heads)
+    by_projection = head_figures.plots_by_projection(arrays)
+    blocks: list[Block] = [
+        FigureBlock(
+            "router_use",
+            "Mean share of each head in percent, over the layers and over the task's tokens without padding. "
+            f"Equal shares would be {share}; the colour shows the factor from there.",
+            f"Tables of the share of each of {heads} heads per task.",
+            lambda w: head_figures.router_use(arrays, fills, w),
+        ),
+        FigureBlock(
+            "router_by_layer",
+            f"The same layer by layer{'' if by_projection else ', averaged over projections'}. "
+            f"Dashed: equal shares, {share}.",
+            f"Lines of the share of each head over layers, for {names_text(tasks)}.",
+            lambda w: head_figures.router_by_layer(arrays, fills, w),
+        ),
+    ]
+    if len(tasks) > 1:
+        caption = (
+            "How far each task's shares are from the mean over tasks, as total variation: 0 if the router treats the "
+            "task like the others, towards 1 the fewer heads it shares with them."
+        )
+        alt = "Lines of the distance between each task's head shares and the mean over tasks, over layers."
+        draw = lambda w: head_figures.router_distance(arrays, fills, w)  # noqa: E731
+        blocks.append(FigureBlock("router_distance", caption, alt, draw))
+    return Section(anchor, title, blocks)
