@@ -76,13 +76,14 @@ class MethodModel(BaseTuner):
         del self.__dict__["_shared"]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Branches are made in float32 and stay so, which keeps the start exact, unless the base's dtype is asked for.
-        if autocast_adapter_dtype:
-            return
+        # Branches are made in float32, which keeps the start exact. A file may bring half precision, which is widened,
+        # unless the base's dtype is asked for.
         for module in self.model.modules():
             if isinstance(module, MethodLayer) and adapter_name in module.branches:
                 weight = floating_weight(module.get_base_layer())
-                if weight is not None:
+                if autocast_adapter_dtype:
+                    module.branches[adapter_name].float()
+                elif weight is not None:
                     module.branches[adapter_name].to(weight.dtype)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
