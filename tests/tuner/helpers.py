@@ -30,9 +30,9 @@ def config(row: Row, **fields: Any) -> PeftConfig:
     return headwater.make_config(row.name, **{**DEFAULTS, **row.fields, **fields})
 
 
-def adapt(row: Row, base: nn.Module, *, stirred: bool = True, **fields: Any) -> PeftModel:
+def adapt(row: Row, base: nn.Module, *, stirred: bool = True, autocast: bool = True, **fields: Any) -> PeftModel:
     """The base model with the row's method; `stirred` moves the adapter away from its start, as training would."""
-    model = get_peft_model(base, config(row, **fields))
+    model = get_peft_model(base, config(row, **fields), autocast_adapter_dtype=autocast)
     if stirred:
         stir(model)
     return model
