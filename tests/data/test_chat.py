@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 from conftest import make_tiny_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.data.encode import IGNORED, DataSpec, encode_completion, encode_prompt, encode_rows
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError
+
+quick = settings(max_examples=60, deadline=None)
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}"
@@ -90,6 +92,7 @@ def test_every_assistant_turn_and_what_closes_it_is_learned_and_nothing_else(nam
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@quick
 @given(contents=st.lists(st.text("ab \n?é", min_size=1, max_size=8), min_size=2, max_size=6))
 def test_the_prompt_of_the_last_turn_is_that_of_training(name, contents):
     tokenizer = make_tokenizer(TEMPLATES[name])

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from conftest import make_tiny_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from headwater.data.encode import IGNORED, DataSpec, encode_completion, encode_prompt, encode_rows
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError
+
+quick = settings(max_examples=60, deadline=None)
 
 TINY = make_tiny_tokenizer()
 SPEC = DataSpec()
@@ -46,6 +48,7 @@ def learned(item) -> list[int]:
     return [label for label in item.labels if label != IGNORED]
 
 
+@quick
 @given(texts, completions)
 def test_prompt_and_completion_are_joined_verbatim_and_only_the_completion_is_learned(prompt, completion):
     item = encode(Row(prompt, completion))
@@ -56,6 +59,7 @@ def test_prompt_and_completion_are_joined_verbatim_and_only_the_completion_is_le
 
 
 @pytest.mark.parametrize("tokenizer", [TINY, make_sentencepiece_tokenizer()], ids=["bytes", "sentencepiece"])
+@quick
 @given(prompt=texts, completion=completions)
 def test_scoring_sees_the_ids_of_training(tokenizer, prompt, completion):
     row = Row(prompt or ".", completion)
@@ -140,6 +144,7 @@ def test_what_is_learned_is_never_cut():
         encode_rows([Row("prompt", "123456", source="f", line=3)], TINY, spec, 0)
 
 
+@quick
 @given(texts, completions, st.integers(2, 40))
 def test_nothing_is_longer_than_it_may_be_and_cut_rows_end_alike(prompt, completion, max_length):
     whole = encode(Row(prompt, completion))

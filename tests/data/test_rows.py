@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.data.rows import Row, RowTemplate, one_screen, parse_row, read_rows
 from headwater.errors import HeadwaterError, Problem
+
+quick = settings(max_examples=60, deadline=None)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 
@@ -20,6 +22,7 @@ def wrong_with(fields) -> str:
     return "\n".join(map(str, problems))
 
 
+@quick
 @given(texts, texts)
 def test_prompt_and_completion_are_kept_verbatim(prompt, completion):
     row, problems = parse_row({"prompt": prompt, "completion": completion, "id": 3})

@@ -33,9 +33,7 @@ class MixtureSpec(BaseModel):
     @model_validator(mode="after")
     def _balanced_means_equal(self) -> MixtureSpec:
         if self.batching == "balanced" and self.strategy in ("temperature", "weights"):
-            raise ValueError(
-                f"batching: balanced gives every task an equal share; strategy: {self.strategy} cannot hold"
-            )
+            raise ValueError(f"balanced batches give every task an equal share, which strategy: {self.strategy} is not")
         return self
 
 
@@ -81,7 +79,7 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     counts = [max(math.floor(quota + 1e-9), 1) if quota > 0 else 0 for quota in quotas]
     while sum(counts) > total:
         counts[max(range(len(counts)), key=lambda t: (counts[t] > 1, counts[t] - quotas[t], counts[t]))] -= 1
-    order = sorted(range(len(counts)), key=lambda t: counts[t] - quotas[t])
+    order = sorted(range(len(counts)), key=lambda t: round(counts[t] - quotas[t], 9))
     for t in [t for t in order if shares[t] > 0][: total - sum(counts)]:
         counts[t] += 1
     return counts
