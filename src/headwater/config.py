@@ -165,6 +165,35 @@ class RunConfig(BaseModel):
         """``file:line: field`` of a value, e.g. ``where("tasks", 0, "train")``."""
         return self._document.where(path)
 
+    def placed(self, error: HeadwaterError) -> HeadwaterError:
+        """The same problems, with file and line where one names a key of the config or a file that the config names."""
+        files = {
+            spec: ("tasks", index, split)
+            for index, task in enumerate(self.tasks)
+            for split in ("train", "validation", "test")
+            if (spec := getattr(task, split))
+        }
+        problems = []
+        for problem in error.problems:
+            path = files.get(problem.where) or self._path_of(problem.where)
+            if path is not None:
+                place = self.where(*path)
+                problem = dataclasses.replace(
+                    problem, where=f"{place}: {problem.where}" if path[0] == "tasks" else place
+                )
+            problems.append(problem)
+        return HeadwaterError(*problems)
+
+    def _path_of(self, name: str) -> KeyPath | None:
+        """The path of a key named as in ``training.max_steps``, or by a field of the method; None if it is no key."""
+        first, _, rest = name.partition(".")
+        if first in ("training", "method") and rest.isidentifier():
+            return first, rest
+        if name in RunConfig.model_fields:
+            return (name,)
+        known = typing.get_type_hints(_method_configs()[self.method["name"]])
+        return ("method", name) if name in known and name not in _NOT_METHOD_KEYS else None
+
 
 class TasksFile(RunConfig):
     """A run's file of which only `tasks` is looked at, so that nothing else need be there."""

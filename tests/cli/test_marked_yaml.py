@@ -4,7 +4,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import HeadwaterError
@@ -44,6 +44,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(keys, values, min_size=1, max_size=4))
 def test_what_is_dumped_is_read_back_and_every_place_is_its_line(data):
     text = dump(data)

@@ -1,0 +1,5 @@
+"""The command line. Heavy imports stand inside the commands, so that help and mistakes in arguments answer at once."""
+
+from headwater.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,173 @@
+"""Find an adapter, on its own or in a run folder, and load it on its base model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from headwater.cli.console import quiet_libraries
+from headwater.errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headwater.config import ModelSpec, RunConfig
+
+ADAPTER_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter folder and, where it lies in a run folder, that run's config and the file it came from."""
+
+    adapter: Path
+    run_file: Path | None
+    config: RunConfig | None
+
+    @property
+    def base_model(self) -> str:
+        """The base model: the run's, else the one that the adapter names."""
+        if self.config is not None:
+            return self.config.model_name_or_path
+        return adapter_fields(self.adapter).get("base_model_name_or_path") or ""
+
+    def task_index(self, name: str) -> int:
+        """The task id that `name` had in training.
+
+        Raises:
+            HeadwaterError: the run has no such task, or it is not known which tasks there were.
+        """
+        if self.config is None:
+            fix = "give the run folder, whose config.yaml lists the tasks"
+            raise HeadwaterError(
+                Problem(f"the adapter alone does not say which task is `{name}`", str(self.adapter), fix)
+            )
+        names = [task.name for task in self.config.tasks]
+        if name not in names:
+            raise HeadwaterError(Problem(f"unknown task `{name}`", f"--task {name}", f"the run's: {', '.join(names)}"))
+        return names.index(name)
+
+
+def locate(path: str) -> Source:
+    """The adapter in `path`, which is an adapter folder, a checkpoint or a run folder.
+
+    Raises:
+        HeadwaterError: there is no adapter.
+    """
+    from headwater.config import load_config
+
+    quiet_libraries()
+    folder = Path(path)
+    if not folder.is_dir():
+        raise HeadwaterError(Problem("there is no such folder", path, "give a run folder or an adapter folder"))
+    inside = (folder / ADAPTER_FILE).is_file()
+    adapter, run = (folder, folder.resolve().parent) if inside else (folder / "adapter", folder)
+    if not (adapter / ADAPTER_FILE).is_file():
+        checkpoints = sorted(p.parent.name for p in folder.glob(f"checkpoint-*/{ADAPTER_FILE}"))
+        fix = "a run folder holds adapter/, an adapter folder adapter_config.json"
+        if checkpoints:
+            fix = f"the run did not finish; give one of its checkpoints: {', '.join(checkpoints)}"
+        raise HeadwaterError(Problem("there is no adapter in this folder", path, fix))
+    file = run / "config.yaml"
+    return Source(adapter, file, load_config(file)) if file.is_file() else Source(adapter, None, None)
+
+
+def adapter_fields(adapter: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`.
+
+    Raises:
+        HeadwaterError: it is not JSON.
+    """
+    file = adapter / ADAPTER_FILE
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HeadwaterError(Problem(f"not readable as JSON: {error}", str(file))) from None
+    if not isinstance(fields, dict):
+        raise HeadwaterError(Problem("should be a JSON object", str(file)))
+    return fields
+
+
+def load(source: Source, spec: ModelSpec | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model with the adapter on it, in eval mode, and the tokenizer.
+
+    Raises:
+        HeadwaterError: the base model or the adapter cannot be loaded.
+    """
+    from headwater.base_model import load_base_model
+
+    spec = spec or (source.config.model if source.config else None)
+    base, tokenizer = load_base_model(_named_base(source), **(spec.model_dump() if spec else {}))
+    return attach(base, source.adapter), tokenizer
+
+
+def _named_base(source: Source) -> str:
+    if not source.base_model:
+        fix = "give the run folder, or write base_model_name_or_path into adapter_config.json"
+        raise HeadwaterError(Problem("the adapter does not name its base model", str(source.adapter), fix))
+    return source.base_model
+
+
+def attach(base: Any, adapter: Path, **options: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`, never from a pickle, with its failures explained."""
+    from peft import PeftModel
+
+    import headwater.tuner  # noqa: F401  (registers the methods)
+
+    if not (adapter / WEIGHTS_FILE).is_file():
+        raise HeadwaterError(Problem(f"there is no {WEIGHTS_FILE} in this folder", str(adapter)))
+    try:
+        return cast(PeftModel, PeftModel.from_pretrained(base, str(adapter), **options).eval())
+    except HeadwaterError:
+        raise
+    except KeyError as error:
+        known = "headwater methods lists the known ones"
+        raise HeadwaterError(Problem(f"unknown adapter type {error}", str(adapter / ADAPTER_FILE), known)) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        fix = "the adapter has to match its base model"
+        raise HeadwaterError(Problem(f"the adapter cannot be loaded: {reason}", str(adapter), fix)) from error
+
+
+def attach_to_shape(source: Source) -> PeftModel:
+    """The adapter on a base model of the right shape but without weights, to look at without reading the base's.
+
+    Raises:
+        HeadwaterError: the base model's config or the adapter cannot be loaded.
+    """
+    from safetensors.torch import load_file
+
+    remote = bool(source.config and source.config.model.trust_remote_code)
+    base = shape_of(_named_base(source), trust_remote_code=remote)
+    model = attach(base, source.adapter, low_cpu_mem_usage=True, is_trainable=True)
+    # PEFT moves what it loads to the base's device, and there is nothing left of it on the meta device.
+    tensors = load_file(source.adapter / WEIGHTS_FILE)
+    named = {f"{head}.default.{last}": t for name, t in tensors.items() for head, _, last in [name.rpartition(".")]}
+    model.load_state_dict(named, strict=False, assign=True)
+    return model
+
+
+def shape_of(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A base model on the meta device: its layers and their sizes, no weights.
+
+    Raises:
+        HeadwaterError: its config cannot be loaded.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from headwater.base_model import dequantise_gguf
+
+    path = Path(name_or_path).expanduser()
+    name = str(dequantise_gguf(path)) if path.is_file() else name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise HeadwaterError(Problem(f"the base model's config cannot be loaded: {reason}", name)) from error

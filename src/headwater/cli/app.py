@@ -1,0 +1,186 @@
+"""The commands and their arguments; what each does stands in the module it calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Optional
+
+import typer
+
+from headwater.cli.console import show_error, show_warning
+from headwater.errors import HeadwaterError
+
+app = typer.Typer(
+    help="Train one LoRA adapter on many tasks, and see that they do not fight.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at the tasks' data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[str, typer.Argument(metavar="FILE", help="The run's YAML file; docs/config.md lists its keys.")]
+Adapter = Annotated[
+    str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder, one of its checkpoints, or an adapter folder.")
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads this at run time on Python 3.10)
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.max_steps=100. May be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"headwater {version('headwater')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(file: ConfigFile, overrides: Overrides = None) -> None:
+    """Train an adapter: score the tasks, train, score again, write the run folder and its report."""
+    from headwater.cli.train import run
+
+    run(file, overrides or [])
+
+
+@app.command()
+def evaluate(
+    source: Adapter,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="YAML file with the tasks to score; the run's own by default."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which rows: test, validation or train.")] = "test",
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE", help="Write the scores as JSON, too."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score an adapter on held-out rows, task by task."""
+    from headwater.cli.evaluate import run
+
+    run(source, tasks, split, output, overrides or [])
+
+
+@app.command()
+def generate(
+    source: Adapter,
+    prompt: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--prompt", "-p", help="A prompt; may be repeated. Without it, each line of standard input is one."
+        ),
+    ] = None,
+    task: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="The task that the prompts belong to; needed by methods that go by task."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Put each prompt into the model's chat template as the user's turn.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="When sampling, the share of probability kept.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer, with its prompt.")] = False,
+) -> None:
+    """Answer prompts with an adapter."""
+    from headwater.cli.generate import run
+
+    run(
+        source,
+        prompt,
+        task=task,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def inspect(source: Adapter, as_json: AsJson = False) -> None:
+    """Show what an adapter is made of: method, ranks, parameters, how alike its heads are."""
+    from headwater.cli.inspect import run
+
+    run(source, as_json=as_json)
+
+
+@data_app.command()
+def check(file: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read every row of every task and report what is there and what is wrong; trains nothing."""
+    from headwater.cli.data import run_check
+
+    run_check(file, overrides or [], as_json=as_json)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods that `method: {name: ...}` takes."""
+    from headwater.cli.methods import run
+
+    run(as_json=as_json)
+
+
+@app.command("enable-autoload")
+def enable_autoload(
+    disable: Annotated[bool, typer.Option("--disable", help="Take it out again.")] = False,
+) -> None:
+    """Make every program in this Python environment that uses PEFT know headwater's methods.
+
+    Writes two small files into site-packages. They load headwater after PEFT is imported, and at no other time.
+    """
+    from headwater.cli.autoload import run
+
+    run(disable=disable)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo",
+    overrides: Overrides = None,
+) -> None:
+    """Train on six real tasks with a small real model, on a CPU in minutes."""
+    from headwater.cli.demo import run
+
+    run(output_dir, overrides or [])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 for anything the user can mend, 130 when interrupted.
+
+    Expected errors are shown without a traceback; with HEADWATER_DEBUG=1 they are raised.
+    """
+    # Before torch is loaded: waiting threads that spin make training several times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.showwarning = show_warning
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="headwater")
+    except HeadwaterError as error:
+        if os.environ.get("HEADWATER_DEBUG") == "1":
+            raise
+        show_error(error)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,114 @@
+"""`headwater evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwater.cli.adapters import Source, adapter_fields, load, locate
+from headwater.cli.console import err_console, out_console, table
+from headwater.errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from headwater.config import RunConfig
+    from headwater.data.tasks import Task
+    from headwater.evaluation import TaskScore
+
+SPLITS = ("test", "validation", "train")
+
+
+def run(source: str, tasks_file: str | None, split: str, output: str | None, overrides: Sequence[str]) -> None:
+    """Score an adapter on its run's tasks, or those of a file; print a table, write JSON where asked to.
+
+    Raises:
+        HeadwaterError: no adapter, no tasks, or rows that cannot be scored.
+    """
+    if split not in SPLITS:
+        raise HeadwaterError(Problem(f"unknown split {split!r}", "--split", f"one of {', '.join(SPLITS)}"))
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise HeadwaterError(Problem("the folder of this file does not exist", f"--output {output}"))
+    found = locate(source)
+    config = _what_to_score(found, tasks_file, overrides)
+
+    from headwater.data.tasks import load_tasks
+    from headwater.evaluation import interval, mean_score, score_tasks
+
+    try:
+        tasks = [_with_trained_index(task, found) for task in load_tasks(config.tasks, config.base_dir)]
+    except HeadwaterError as error:
+        raise config.placed(error) from error
+    if not any(getattr(task, split) for task in tasks):
+        raise HeadwaterError(Problem(f"no task has {split} rows", config.where("tasks"), "give --split or --tasks"))
+    model, tokenizer = load(found, config.model)
+    with err_console().status("scoring") as status:
+        scores = score_tasks(
+            model,
+            tokenizer,
+            tasks,
+            config.evaluation,
+            config.data,
+            split=split,
+            progress=lambda task, done, total: status.update(f"{task}: {done} of {total} rows"),
+        )
+    rows = []
+    for score in scores.values():
+        low, high = score.detail.get("interval") or interval(score.correct)
+        rows.append([score.task, score.metric, score.n, f"{score.value:.3f}", f"{low:.3f} - {high:.3f}", _share(score)])
+    mean = mean_score(scores.values())
+    if mean is not None:
+        rows.append(["mean", "", "", f"{mean:.3f}", "", ""])
+    out_console().print(table(["task", "metric", "rows", "score", "95 % interval", "majority"], rows))
+    if output is not None:
+        from headwater.training.files import write_json
+
+        write_json(Path(output), _as_json(found, split, scores, mean))
+        err_console().print(f"wrote {output}", soft_wrap=True, highlight=False)
+
+
+def _what_to_score(found: Source, tasks_file: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The run's config with overrides, or the tasks file; the run's settings hold where that file is silent."""
+    from headwater.config import TasksFile, load_config
+
+    if tasks_file is None:
+        if found.run_file is None:
+            fix = "give --tasks FILE, or the run folder, whose config.yaml lists the tasks"
+            raise HeadwaterError(Problem("the adapter alone does not say what to score it on", str(found.adapter), fix))
+        return load_config(found.run_file, overrides)
+    config = load_config(tasks_file, overrides, model=TasksFile)
+    if found.config is not None:
+        for section in {"model", "data", "evaluation"} - config.model_fields_set:
+            setattr(config, section, getattr(found.config, section))
+    return config
+
+
+def _with_trained_index(task: Task, found: Source) -> Task:
+    """The task with the id it was trained under; its position says nothing where tasks come from another file."""
+    names = [spec.name for spec in found.config.tasks] if found.config else []
+    return dataclasses.replace(task, index=names.index(task.name)) if task.name in names else task
+
+
+def _share(score: TaskScore) -> str | None:
+    return None if score.majority is None else f"{score.majority:.3f}"
+
+
+def _as_json(found: Source, split: str, scores: dict[str, TaskScore], mean: float | None) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "adapter": str(found.adapter),
+        "method": str(adapter_fields(found.adapter).get("peft_type", "")).lower(),
+        "base_model": found.base_model,
+        "split": split,
+        "tasks": {
+            name: {
+                "metric": score.metric,
+                "n": score.n,
+                "value": score.value,
+                "majority": score.majority,
+                "detail": score.detail,
+            }
+            for name, score in scores.items()
+        },
+        "mean": mean,
+    }

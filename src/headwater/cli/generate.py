@@ -1,0 +1,62 @@
+"""`headwater generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from headwater.cli.adapters import load, locate
+from headwater.errors import HeadwaterError, Problem
+
+
+def run(
+    source: str,
+    prompts: Sequence[str] | None,
+    *,
+    task: str | None,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Answer prompts, or the lines of standard input, and print one answer after the other.
+
+    Raises:
+        HeadwaterError: no adapter, no prompt, an unknown task, or a prompt that the model cannot take.
+    """
+    found = locate(source)
+    index = None if task is None else found.task_index(task)
+    texts = list(prompts) if prompts else _lines()
+    model, tokenizer = load(found)
+
+    from headwater.data.rows import Row
+    from headwater.evaluation import generate_text
+
+    rows: list[str | Row] = [
+        Row(prompt="", completion="", messages=({"role": "user", "content": text},)) if chat else text for text in texts
+    ]
+    answers = generate_text(
+        model,
+        tokenizer,
+        rows,
+        task_index=index,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        data_spec=found.config.data if found.config else None,
+    )
+    for text, answer in zip(texts, answers, strict=True):
+        print(json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False) if as_json else answer)
+
+
+def _lines() -> list[str]:
+    lines = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not lines:
+        raise HeadwaterError(
+            Problem("there is no prompt", "", "give --prompt TEXT, or one prompt per line on standard input")
+        )
+    return lines
