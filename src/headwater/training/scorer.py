@@ -85,7 +85,7 @@ class Scorer:
 
 
 class NotTwiceAtTheEnd(TrainerCallback):
-    """Leaves out the evaluation after the last step, since all rows are scored next, unless the best model hangs on it."""
+    """No evaluation after the last step, as all rows are scored next; unless the choice of the best model needs it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.metric_for_best_model is None:

@@ -1,0 +1,268 @@
+"""`train` from a config to a run folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_llama, make_tiny_tokenizer
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from headwater.config import load_config
+from headwater.errors import HeadwaterError
+from headwater.training import train
+from headwater.training.history import History
+
+RUN = """
+model_name_or_path: {base}
+method: {{name: rlora, r: 4, lora_alpha: 4, target_modules: [gate_proj, up_proj, down_proj]}}
+tasks:
+  - {{name: colour, train: colour.jsonl, test: colour.jsonl}}
+  - {{name: copy, train: copy.jsonl, validation: copy.jsonl, test: copy.jsonl, weight: 2.0}}
+mixture: {{strategy: weights}}
+evaluation: {{max_rows_during_training: 4}}
+training:
+  max_steps: 12
+  learning_rate: 0.02
+  per_device_train_batch_size: 4
+  logging_steps: 2
+  eval_steps: 4
+  save_steps: 6
+  use_cpu: true
+output_dir: {out}
+seed: 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, two tasks and a run's file."""
+    folder = tmp_path_factory.mktemp("run")
+    make_tiny_llama().save_pretrained(folder / "base")
+    make_tiny_tokenizer().save_pretrained(folder / "base")
+    colours = [
+        {"prompt": f"{thing}{i} is", "completion": colour, "choices": [" red", " blue"]}
+        for thing, colour in (("fire", " red"), ("sky", " blue"))
+        for i in range(8)
+    ]
+    copies = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(10)]
+    for name, rows in (("colour", colours), ("copy", copies)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.yaml").write_text(RUN.format(base=folder / "base", out=folder / "out"))
+    return folder
+
+
+def run(folder: Path, out: Path, *overrides: str):
+    text = StringIO()
+    config = load_config(folder / "run.yaml", [f"output_dir={out}", *overrides])
+    return train(config, console=Console(file=text, width=200)), text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    return run(folder, folder / "finished")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path / "adapter_model.safetensors")
+
+
+def test_results_have_the_schema(finished):
+    result, _ = finished
+    found = json.loads((result.output_dir / "results.json").read_text())
+    assert found == result.results
+    assert {key: type(value) for key, value in found.items()} == {
+        "schema": int,
+        "method": str,
+        "base_model": str,
+        "seed": int,
+        "trainable_parameters": int,
+        "steps": int,
+        "train_seconds": float,
+        "tokens_per_second": float,
+        "tasks": dict,
+        "mean": dict,
+        "extra": dict,
+    }
+    assert (found["method"], found["seed"], found["steps"]) == ("rlora", 3, 12)
+    assert found["tasks"]["colour"]["metric"] == "choice_accuracy"
+    assert found["tasks"]["colour"]["n"] == 16
+    assert found["tasks"]["copy"]["metric"] == "loss"
+    assert found["tasks"]["copy"]["after"] < found["tasks"]["copy"]["before"]
+    assert found["mean"] == {side: found["tasks"]["colour"][side] for side in ("before", "after")}
+    extra = found["extra"]
+    # weights 1 : 2 of 26 draws an epoch, 6.5 batches
+    assert extra["realised_shares"]["copy"]["row_share"] == pytest.approx(2 / 3, abs=0.05)
+    assert sum(share["tokens"] for share in extra["realised_shares"].values()) == extra["tokens"]
+    assert 0 < extra["padding_share"] < 1
+    assert extra["majority"] == {"colour": 0.5, "copy": None}
+    low, high = extra["intervals"]["copy"]["after"]
+    assert low <= found["tasks"]["copy"]["after"] <= high
+
+
+def test_run_folder_is_complete_and_holds_nothing_half_written(finished):
+    names = {path.name for path in finished[0].output_dir.iterdir()}
+    assert names == {
+        "adapter",
+        "config.yaml",
+        "results.json",
+        "history.jsonl",
+        "analysis.json",
+        "report.html",
+        "figures",
+        "checkpoint-6",
+        "checkpoint-12",
+    }
+    kinds = {path.suffix for path in finished[0].adapter_dir.iterdir()}
+    assert kinds == {".json", ".safetensors", ".md"}
+    assert load_config(finished[0].output_dir / "config.yaml").training["max_steps"] == 12
+
+
+def test_history_has_every_log_and_evaluation(finished):
+    lines = History(finished[0].output_dir / "history.jsonl").lines()
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == [2, 4, 6, 8, 10, 12]
+    for line in train_lines:
+        assert set(line) == {
+            "kind",
+            "step",
+            "epoch",
+            "loss",
+            "task_losses",
+            "learning_rate",
+            "tokens_per_second",
+            "grad_norm",
+        }
+    evals = [line for line in lines if line["kind"] == "eval"]
+    assert [(line["step"], line["tasks"]["colour"]["n"]) for line in evals] == [(0, 16), (4, 4), (8, 4), (12, 16)]
+    assert evals[-1]["tasks"]["copy"]["value"] == finished[0].results["tasks"]["copy"]["after"]
+
+
+def test_analysis_names_heads_and_routing(finished):
+    analysis = json.loads((finished[0].output_dir / "analysis.json").read_text())
+    assert len(analysis["head_similarity"]) == 6
+    gates = analysis["routing"]["colour"]["model.layers.1.mlp.down_proj"]
+    assert len(gates) == 3
+    assert sum(gates) == pytest.approx(1, abs=1e-5)
+
+
+def test_plain_lines_tell_the_progress(finished):
+    lines = finished[1].splitlines()
+    assert "task copy: 10 training rows, 66.7% of draws; 10 test rows" in lines
+    assert sum(line.startswith("step 8/12  loss ") for line in lines) == 1
+    line = next(line for line in lines if line.startswith("step 12/12"))
+    assert "tokens/s" in line
+    assert "0:00 left" in line
+    assert " colour " in line
+    assert " copy " in line
+
+
+def test_adapter_gives_the_same_logits_in_a_fresh_process(finished, folder, tmp_path):
+    ids = torch.arange(40).reshape(2, 20)
+    code = (
+        "import torch, headwater; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        f"base = AutoModelForCausalLM.from_pretrained({str(folder / 'base')!r}, dtype=torch.float32)\n"
+        f"model = PeftModel.from_pretrained(base, {str(finished[0].adapter_dir)!r}).eval()\n"
+        "with torch.no_grad(): logits = model(input_ids=torch.arange(40).reshape(2, 20)).logits\n"
+        f"torch.save(logits, {str(tmp_path / 'logits.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    plain = base(input_ids=ids).logits.detach()
+    model = PeftModel.from_pretrained(base, finished[0].output_dir / "checkpoint-12").eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(loaded, logits)
+    assert not torch.allclose(loaded, plain)
+
+
+def test_scoring_during_training_does_not_change_it(finished, folder, tmp_path):
+    unscored, _ = run(folder, tmp_path, "training.eval_steps=null")
+    expected = weights(finished[0].adapter_dir)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(unscored.adapter_dir).items())
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it(finished, folder, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    append = History.append
+
+    def interrupt(self, entry):
+        append(self, entry)
+        if entry["kind"] == "train" and entry["step"] == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(History, "append", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (out / "checkpoint-9").is_dir()
+    assert not (out / "adapter").exists()
+    with pytest.raises(HeadwaterError, match="holds a run already"):
+        run(folder, out)
+    with (out / "history.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 10}\n{"kind": "tra')  # written after the checkpoint, and torn
+    resumed, _ = run(folder, out, "training.resume_from_checkpoint=true")
+    expected = weights(finished[0].adapter_dir)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.adapter_dir).items())
+    assert resumed.results["tasks"] == finished[0].results["tasks"]
+    assert resumed.results["extra"]["tokens"] == finished[0].results["extra"]["tokens"]
+    steps = [line["step"] for line in History(out / "history.jsonl").lines() if line["kind"] == "train"]
+    assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_plain_lora_and_best_model(folder, tmp_path):
+    result, _ = run(
+        folder,
+        tmp_path,
+        "method={name: lora, r: 2, target_modules: [q_proj]}",
+        "training.load_best_model_at_end=true",
+        "training.save_steps=4",
+        "training.report_to=tensorboard",
+        "training.max_steps=8",
+    )
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(line["eval_mean"] for line in state["log_history"] if "eval_mean" in line)
+    best = Path(state["best_model_checkpoint"])
+    kept = weights(best)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(result.adapter_dir).items())
+    analysis = json.loads((tmp_path / "analysis.json").read_text())
+    assert analysis["head_similarity"] == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.resume_from_checkpoint=true", "there is no checkpoint"),
+        ("training.resume_from_checkpoint=nowhere", "nowhere is no checkpoint folder"),
+        ("method.target_modules=[w_proj]", "w_proj"),
+        ("method={name: lora, target_modules: [w_proj]}", "w_proj"),
+        ("method.r=64", "rank 64 is larger"),
+        ("training.optim=adamw_apex_fused", "apex"),
+        ("model_name_or_path=nowhere/at/all", "nowhere/at/all"),
+    ],
+)
+def test_bad_input_is_a_headwater_error(folder, tmp_path, override, message):
+    with pytest.raises(HeadwaterError, match=message):
+        run(folder, tmp_path / "out", override)
+
+
+def test_a_finished_run_is_only_replaced_when_asked(folder, tmp_path):
+    short = ("training.max_steps=2", "training.eval_steps=null", "training.save_steps=1")
+    run(folder, tmp_path, *short)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HeadwaterError, match="holds a run already"):
+        run(folder, tmp_path, *short)
+    run(folder, tmp_path, "training.overwrite_output_dir=true", "training.max_steps=1", "training.save_strategy=no")
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
