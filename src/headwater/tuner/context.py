@@ -104,6 +104,13 @@ class Context:
             if checkpoint is not None and not hasattr(checkpoint, "carries_headwater_state"):
                 module.__dict__["_gradient_checkpointing_func"] = _Carrying(self, checkpoint)
 
+    def leave_checkpoints(self, model: nn.Module) -> None:
+        """Undoes `carry_through_checkpoints`."""
+        for module in model.modules():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(checkpoint, _Carrying):
+                module.__dict__["_gradient_checkpointing_func"] = checkpoint.checkpoint
+
 
 class _Carrying:
     """`checkpoint(function, *args)` where `function`, whenever it runs, runs under the state of the first call."""

@@ -27,6 +27,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, method_name: str, context: Context, name: str):
         super().__init__()
         self.base_layer = base_layer
+        self.method_name = method_name
         self.adapter_layer_names = (f"{method_name}_branch",)
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
         self.context = context

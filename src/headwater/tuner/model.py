@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from ..methods.base import LayerShape, Method, MethodConfig
+from ..methods.base import method as registered
 from .context import KEYWORD, Context, Observer
 from .layer import MethodLayer, floating_weight, linear_sizes
 
@@ -37,6 +38,17 @@ class MethodModel(BaseTuner):
         ids = kwargs.pop(KEYWORD, None)
         with contextlib.nullcontext() if ids is None else context_of(self.model).task_ids(ids):
             return self.model.generate(*args, **kwargs)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:  # PEFT drops it next, and all rows would use the active adapter
+            raise HeadwaterError(
+                Problem(
+                    f"{self.method.title} cannot use another adapter for each row of a batch",
+                    "adapter_names",
+                    "run the rows of each adapter as a batch of their own, after model.set_adapter(name)",
+                )
+            )
+        return contextlib.nullcontext()
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if hasattr(model, _CONTEXT):
@@ -62,6 +74,13 @@ class MethodModel(BaseTuner):
     ) -> None:
         if isinstance(target, MethodLayer):
             layer = target
+            if layer.method_name != self.method.name:
+                raise HeadwaterError(
+                    Problem(
+                        f"{current_key} carries an adapter of {registered(layer.method_name).title} already",
+                        fix=f"adapters of {self.method.title} need other layers, or a model of their own",
+                    )
+                )
         else:
             layer = MethodLayer(target, self.method.name, context_of(self.model), current_key)
         add_branch(layer, adapter_name, peft_config, self.method, self.__dict__["_shared"])
@@ -97,7 +116,9 @@ class MethodModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for hook in model.__dict__.pop(_HOOKS, ()):
             hook.remove()
-        model.__dict__.pop(_CONTEXT, None)
+        context: Context | None = model.__dict__.pop(_CONTEXT, None)
+        if context is not None:
+            context.leave_checkpoints(model)
         return model
 
 
