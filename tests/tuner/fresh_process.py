@@ -2,8 +2,8 @@
 
     python -m tuner.fresh_process FOLDER
 
-FOLDER holds `base/`, `adapters/<row id>/`, `pickles/<row id>` and gets `logits.safetensors`, keyed `<row id>/<way>`, and
-`failures.json` with the tracebacks of ways that failed.
+FOLDER holds `base/`, `adapters/<row id>/` and `pickles/<row id>`. It gets `logits.safetensors`, keyed `<row id>/<way>`,
+and `failures.json` with the tracebacks of ways that failed.
 """
 
 from __future__ import annotations
