@@ -20,7 +20,7 @@ class OneLinear(nn.Module):
             torch.manual_seed(seed)
             self.layer = nn.Linear(d_in, d_out, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.layer(x)
 
 
