@@ -72,6 +72,8 @@ class Context:
         state = State(batch, length, _fit_ids(ids, batch), valid, loss_scale=self.loss_scale)
         cache: Any = kwargs.get("past_key_values")
         state.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if self.needs_state and not module.training:
+            state.memory = self._memory(cache, state.past)
         # a trainer that computes the loss itself gives no `labels` to the model, but may still tell us which they are
         labels = kwargs.pop(LABELS, kwargs.get("labels"))
         if isinstance(labels, Tensor) and labels.shape == (batch, length):
@@ -84,6 +86,19 @@ class Context:
         if self.needs_state and module.training:
             self.carry_through_checkpoints(module)
         return args, kwargs
+
+    def _memory(self, cache: Any, past: int) -> dict[Any, Any]:
+        # The first forward of a generation may make its cache itself, out of our sight; the next one then adopts what
+        # the last forward of this thread remembered.
+        if past == 0:
+            self._local.memory = {}
+        elif not hasattr(cache, "headwater_memory"):
+            cache.headwater_memory = getattr(self._local, "memory", {})
+        else:
+            self._local.memory = cache.headwater_memory
+        if cache is not None and past == 0:
+            cache.headwater_memory = self._local.memory
+        return getattr(self._local, "memory", {}) if cache is None else cache.headwater_memory
 
     def close(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the base model, called on errors as well."""

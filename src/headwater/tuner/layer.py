@@ -88,6 +88,17 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.branches]
         if not names:
             return
+        merged = self.merged_weight(names, gate=gate, task=task, safe_merge=safe_merge)
+        weight = cast(nn.Parameter, self.get_base_layer().weight)
+        if self._weight_before_merge is None:
+            self._weight_before_merge = weight.data
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def merged_weight(
+        self, names: list[str], *, gate: Tensor | None = None, task: int | None = None, safe_merge: bool = False
+    ) -> Tensor:
+        """What the base weight would be with the named adapters merged. Raises as `merge` does; changes nothing."""
         base = self.get_base_layer()
         weight = floating_weight(base)
         if weight is None:
@@ -103,10 +114,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         merged = (weight.data.float() + (delta.T if isinstance(base, Conv1D) else delta)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise HeadwaterError(f"merging into {self.name} gives values that are not finite; it is left unchanged")
-        if self._weight_before_merge is None:
-            self._weight_before_merge = weight.data
-        weight.data = merged
-        self.merged_adapters.extend(names)
+        return merged
 
     def unmerge(self) -> None:
         """Puts back the weight from before the merge."""

@@ -105,15 +105,29 @@ class MethodModel(BaseTuner):
                 elif weight is not None:
                     module.branches[adapter_name].to(weight.dtype)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        if merge:  # refuse before the first layer is touched, so that a refusal leaves the model whole
-            names = kwargs.get("adapter_names") or self.active_adapters
-            for module in self.model.modules():
-                if isinstance(module, MethodLayer) and not module.merged:
-                    for name in set(names) & set(module.branches):
-                        module.branch(name).delta_weight()
-                    break
-        model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._rehearse_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _rehearse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raises what merging would raise, before the first layer is touched: a refusal leaves the model whole."""
+        for module in self.model.modules():
+            if isinstance(module, MethodLayer):
+                chosen = module.active_adapters if adapter_names is None else adapter_names
+                names = [n for n in chosen if n in module.branches and n not in module.merged_adapters]
+                if names:
+                    module.merged_weight(names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._rehearse_merge(adapter_names, safe_merge)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in model.__dict__.pop(_HOOKS, ()):
             hook.remove()
         context: Context | None = model.__dict__.pop(_CONTEXT, None)
@@ -222,17 +236,20 @@ def merge_with_gates(model: nn.Module, gates: dict[str, Tensor] | str) -> nn.Mod
         gates: layer name -> `(N,)`, for instance the mean gate over some rows; or "uniform".
     """
     tuner: Any = getattr(model, "base_model", model)
-    for module in tuner.model.modules():
-        if isinstance(module, MethodLayer):
-            if isinstance(gates, str):
-                held = module.branch(module.active_adapters[0]).heads()
-                N = 1 if held is None else held.B.shape[0]
-                gate = torch.full((N,), 1 / N)
-            elif module.name in gates:
-                gate = gates[module.name]
-            else:
-                raise HeadwaterError(Problem(f"no gate for layer {module.name}", fix="give one for each adapted layer"))
-            module.merge_with(gate=gate)
+    layers = [module for module in tuner.model.modules() if isinstance(module, MethodLayer)]
+    missing = [] if isinstance(gates, str) else [layer.name for layer in layers if layer.name not in gates]
+    if missing:
+        raise HeadwaterError(
+            *(Problem(f"no gate for layer {name}", fix="give one for each adapted layer") for name in missing)
+        )
+    for layer in layers:
+        if isinstance(gates, str):
+            held = layer.branch(layer.active_adapters[0]).heads()
+            N = 1 if held is None else held.B.shape[0]
+            gate = torch.full((N,), 1 / N)
+        else:
+            gate = gates[layer.name]
+        layer.merge_with(gate=gate)
     return tuner.unload()
 
 
