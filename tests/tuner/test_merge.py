@@ -1,0 +1,194 @@
+"""Merging: the same function in one weight, or a refusal that leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import headwater
+from headwater.analysis import heads as heads_of
+from headwater.tuner import MethodLayer
+
+from .helpers import adapt, assert_same, base_weights, config, logits, stir, tokens
+from .rows import BY_ID, ROWS
+
+MERGEABLE = [row for row in ROWS if row.mergeable]
+REFUSING = [row for row in ROWS if not row.mergeable]
+BY_TASK = [row for row in ROWS if row.needs_task_ids]
+
+
+def every(rows):
+    return pytest.mark.parametrize("row", rows, ids=[row.id for row in rows])
+
+
+def tiny_gpt2():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300, "n_positions": 64}
+        return GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager")).eval()
+
+
+GPT2 = {"target_modules": ["c_attn", "c_fc", "c_proj"], "lora_alpha": 4}
+
+
+@every(MERGEABLE)
+def test_merge_and_unload_computes_the_same(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    expected = logits(row, model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any(isinstance(m, MethodLayer) for m in merged.modules())
+    assert (expected - tiny_llama()(tokens()).logits).abs().max() > 0.01
+    torch.testing.assert_close(merged(tokens()).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@every(MERGEABLE)
+def test_merge_adapter_and_unmerge_adapter_restore_bit_for_bit(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    before, expected = base_weights(model), logits(row, model)
+    model.merge_adapter()
+    assert any(not torch.equal(t, before[name]) for name, t in base_weights(model).items())
+    torch.testing.assert_close(logits(row, model), expected, atol=2e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert_same(base_weights(model), before)
+    assert torch.equal(logits(row, model), expected)
+
+
+@every(MERGEABLE)
+def test_disabling_a_merged_adapter_gives_the_base(row, tiny_llama):
+    base = tiny_llama()
+    before = base(tokens()).logits
+    model = adapt(row, base)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(row, model), before)
+
+
+@every(MERGEABLE)
+def test_two_adapters_merge_together(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    model.add_adapter("other", config(row, r=2, target_modules=["up_proj", "q_proj"], init_seed=7))
+    stir(model, "other", seed=7)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(row, model)
+    merged = model.merge_and_unload(adapter_names=["default", "other"])
+    torch.testing.assert_close(merged(tokens()).logits, expected, atol=5e-5, rtol=1e-4)
+
+
+@every(MERGEABLE)
+def test_unsafe_values_are_refused_by_safe_merge(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    before = base_weights(model)
+    layer = next(m for m in model.modules() if isinstance(m, MethodLayer) and "layers.1.mlp.up" in m.name)
+    with torch.no_grad():
+        layer.branches["default"].A[0, 0] = float("nan")
+    with pytest.raises(headwater.HeadwaterError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
+        model.merge_and_unload(safe_merge=True)
+    assert_same(base_weights(model), before)
+    assert sum(isinstance(m, MethodLayer) for m in model.modules()) == 6
+    with pytest.raises(headwater.HeadwaterError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert_same(base_weights(model), before)
+    assert not any(m.merged for m in model.modules() if isinstance(m, MethodLayer))
+
+
+@every(REFUSING)
+@pytest.mark.parametrize("verb", ["merge_and_unload", "merge_adapter"])
+def test_refusal_names_a_way_out_and_changes_nothing(row, tiny_llama, verb):
+    model = adapt(row, tiny_llama())
+    before, expected = base_weights(model), logits(row, model)
+    with pytest.raises(headwater.NotMergeable, match=r"merg") as refused:
+        getattr(model, verb)()
+    assert "headwater.merge_" in refused.value.problems[0].fix
+    assert_same(base_weights(model), before)
+    assert torch.equal(logits(row, model), expected)
+
+
+def test_a_refusing_adapter_beside_a_mergeable_one_changes_nothing(tiny_llama):
+    model = adapt(BY_ID["rlora-one-head"], tiny_llama())
+    model.add_adapter("routed", config(BY_ID["rlora"], target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "routed"])
+    before = base_weights(model)
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(headwater.NotMergeable):
+            verb()
+        assert_same(base_weights(model), before)
+
+
+@every(BY_TASK)
+def test_merge_task_computes_what_the_adapter_does_for_that_task(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    for task in range(3):
+        with torch.no_grad(), headwater.task_ids(model, task):
+            expected = model(input_ids=tokens()).logits
+        merged = headwater.merge_task(copy.deepcopy(model), task)
+        torch.testing.assert_close(merged(tokens()).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("row_id", ["rlora", "hydralora", "rlora-center-kaiming"])
+def test_merge_with_gates_is_exact_where_the_gates_are_those(row_id, tiny_llama):
+    """With the router at zero the gates are uniform for every token, so merging with them is exact."""
+    row = BY_ID[row_id]
+    model = adapt(row, tiny_llama())
+    heads = heads_of(model)
+    assert len(heads) == 6
+    with torch.no_grad():
+        for held in heads.values():
+            held.router.zero_()
+    expected = logits(row, model)
+    by_name = {name: torch.full((held.B.shape[0],), 1 / held.B.shape[0]) for name, held in heads.items()}
+    for gates in ("uniform", by_name):
+        merged = headwater.merge_with_gates(copy.deepcopy(model), gates)
+        torch.testing.assert_close(merged(tokens()).logits, expected, atol=2e-5, rtol=1e-4)
+    before = base_weights(model)
+    by_name.pop("model.layers.1.mlp.up_proj")
+    with pytest.raises(headwater.HeadwaterError, match=r"layers\.1\.mlp\.up_proj"):
+        headwater.merge_with_gates(model, by_name)
+    assert_same(base_weights(model), before)
+
+
+def test_gpt2_has_transposed_weights_and_works_the_same(row):
+    base = tiny_gpt2()
+    before = base(tokens()).logits
+    model = adapt(row, base, stirred=False, **GPT2)
+    if row.starts_as_base:
+        torch.testing.assert_close(logits(row, model), before, atol=1e-5, rtol=0)
+    stir(model)
+    expected = logits(row, model)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(row, model), before)
+    sizes = {m.name: (m.in_features, m.out_features) for m in model.modules() if isinstance(m, MethodLayer)}
+    assert sizes["transformer.h.0.attn.c_attn"] == (32, 96)
+    if row.mergeable:
+        merged = copy.deepcopy(model).merge_and_unload()
+        torch.testing.assert_close(merged(tokens()).logits, expected, atol=5e-5, rtol=1e-4)
+    else:
+        with pytest.raises(headwater.NotMergeable):
+            model.merge_and_unload()
+
+
+@every(MERGEABLE)
+def test_merging_into_bfloat16_rounds_once(row, tiny_llama):
+    """Oracle: the float32 sum, rounded."""
+    model = adapt(row, tiny_llama().bfloat16())
+    layers = {m.name: m for m in model.modules() if isinstance(m, MethodLayer)}
+    expected = {
+        name: (m.get_base_layer().weight.float() + m.branches["default"].delta_weight()).bfloat16()
+        for name, m in layers.items()
+    }
+    merged = model.merge_and_unload()
+    for name, weight in expected.items():
+        assert torch.equal(merged.get_submodule(name).weight, weight)
+
+
+def test_layers_that_are_not_linear_are_refused(tiny_llama):
+    row = BY_ID["mlora"]
+    with pytest.raises(TypeError, match="cannot adapt a Embedding"):
+        adapt(row, tiny_llama(), target_modules=["embed_tokens"])
+    base = nn.Sequential(nn.Conv1d(4, 4, 1))
+    with pytest.raises(TypeError, match="cannot adapt a Conv1d"):
+        adapt(row, base, target_modules=["0"], task_type=None)
