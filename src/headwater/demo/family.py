@@ -17,7 +17,7 @@ def main(wheel: str, count: int, seed: int) -> None:
         package.__path__ = [f"{wheel}/{name.replace('.', '/')}"]
         sys.modules[name] = package
     module = importlib.import_module("reasoning_gym.graphs.family_relationships")
-    config = module.FamilyRelationshipsConfig(min_family_size=4, max_family_size=7, seed=seed, size=count)
+    config = module.FamilyRelationshipsConfig(min_family_size=4, max_family_size=5, seed=seed, size=count)
     for item in module.FamilyRelationshipsDataset(config):
         print(json.dumps({"question": item["question"], "answer": item["answer"]}))
 

@@ -114,7 +114,7 @@ def _unique(examples: Iterable[Example], labels: Sequence[str]) -> list[Example]
     kept = []
     for copies in same.values():
         if len({copy.label for copy in copies}) == 1 and copies[0].label in labels:
-            kept.append(min(copies, key=lambda copy: copy.pool != "test"))
+            kept.append(min(copies, key=lambda copy: (copy.pool != "test", copy.pool, copy.prompt, copy.group)))
     return kept
 
 
