@@ -64,6 +64,19 @@ def logits(row: Row, model: nn.Module, x: Tensor | None = None, **kwargs: Any) -
     return model(input_ids=x, **task_kwargs(row, x.shape[0]), **kwargs).logits
 
 
+def layer_output(row: Row, model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What the adapted layer makes of x, `(rows, length, d_in)`, as part of a forward pass of the whole model."""
+    layer, seen = model.get_submodule(f"base_model.model.{name}"), []
+    hooks = (
+        layer.register_forward_pre_hook(lambda module, args: (x,)),
+        layer.register_forward_hook(lambda module, args, y: seen.append(y)),
+    )
+    model(input_ids=tokens(*x.shape[:2]), **task_kwargs(row, x.shape[0]))
+    for hook in hooks:
+        hook.remove()
+    return seen[0]
+
+
 def train_loss(row: Row, model: nn.Module, *, seed: int = 0, first_task: int = 0) -> Tensor:
     x = tokens(seed=seed)
     return model(input_ids=x, labels=x, **task_kwargs(row, x.shape[0], first_task)).loss

@@ -8,7 +8,7 @@ import torch
 import headwater
 from headwater.tuner import MethodLayer, is_adapted
 
-from .helpers import adapt, assert_same, base_weights, config, logits, stir, task_kwargs, tokens
+from .helpers import adapt, assert_same, base_weights, config, layer_output, logits, stir, task_kwargs, tokens
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -63,18 +63,10 @@ def test_two_active_adapters_of_different_rank_add_up(row, tiny_llama):
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert isinstance(layer, MethodLayer)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    context, ids = layer.context, task_kwargs(row).get("headwater_task_ids", 0)
 
     def output(*active: str) -> torch.Tensor:
         model.base_model.set_adapter(list(active))
-        seen = []
-        hook = layer.register_forward_hook(lambda module, args, y: seen.append(y))
-        replace = layer.register_forward_pre_hook(lambda module, args: (x,))
-        with torch.no_grad(), context.task_ids(ids):
-            model(input_ids=tokens(length=5))
-        hook.remove()
-        replace.remove()
-        return seen[0]
+        return layer_output(row, model, "model.layers.0.mlp.up_proj", x)
 
     plain = layer.get_base_layer()(x).detach()
     first, second, both = output("default"), output("other"), output("default", "other")

@@ -1,0 +1,192 @@
+"""Half-precision and quantised base models, autocast, inference mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import headwater
+from headwater.tuner import MethodLayer
+
+from .helpers import (
+    TARGETS,
+    adapt,
+    assert_same,
+    base_weights,
+    gradients,
+    layer_output,
+    logits,
+    stir,
+    task_kwargs,
+    tokens,
+    train_loss,
+)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def assert_layer_is_as_exact_as_bfloat16_allows(row, model, exact_model):
+    name = "model.layers.0.mlp.up_proj"
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, exact = layer_output(row, model, name, x), layer_output(row, exact_model, name, x.float())
+    with model.disable_adapter():
+        assert relative(layer_output(row, model, name, x), exact) > 0.5
+    assert relative(found, exact) < 2**-7
+
+
+def test_bfloat16_base_keeps_a_float32_adapter(row, tiny_llama):
+    base = tiny_llama().bfloat16()
+    before = base(tokens()).logits
+    model = adapt(row, base, stirred=False)
+    assert {p.dtype for name, p in model.named_parameters() if "_branch." in name} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "_branch." not in name} == {torch.bfloat16}
+    if row.starts_as_base:
+        assert relative(logits(row, model), before) < 2**-7
+    stir(model)
+    assert logits(row, model).dtype == torch.bfloat16
+    assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float()))
+    train_loss(row, model.train()).backward()
+    assert {g.dtype for g in gradients(model).values()} == {torch.float32}
+
+
+def test_bfloat16_adapter_where_asked_for(row, tiny_llama):
+    model = adapt(row, tiny_llama().bfloat16(), autocast=False)
+    branches = [t for name, t in model.state_dict().items() if "_branch." in name]
+    assert {t.dtype for t in branches} == {torch.bfloat16}
+    assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float()))
+    train_loss(row, model.train()).backward()
+    assert all(torch.isfinite(g).all() for g in gradients(model).values())
+
+
+def test_autocast_runs_a_float32_model_in_bfloat16(row, tiny_llama):
+    """One layer's output and gradients: a whole random model multiplies its roundings."""
+    model = adapt(row, tiny_llama(), **row.no_dropout).train()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 5, 48, generator=generator)
+
+    def run():
+        model.zero_grad()
+        y = layer_output(row, model, "model.layers.0.mlp.up_proj", x)
+        (y * weight).sum().backward()
+        return y.detach(), gradients(model)
+
+    y, exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        half, found = run()
+    assert (y.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert relative(half, y) < 2**-6
+    assert found.keys() == exact.keys() != set()
+    for name, gradient in exact.items():
+        assert found[name].dtype == torch.float32
+        assert (found[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+
+
+def test_inference_mode_computes_the_same(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    expected = logits(row, model)
+    with torch.inference_mode():
+        found = model(input_ids=tokens(), **task_kwargs(row)).logits
+    assert torch.equal(found, expected)
+    train_loss(row, model.train()).backward()  # what inference mode touched can still be trained
+
+
+# --- quantised bases -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_base(tmp_path_factory):
+    from conftest import make_tiny_llama
+
+    folder = tmp_path_factory.mktemp("base")
+    # sizes in whole blocks of 64, as four-bit weights want them
+    make_tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def quantised(request, saved_base):
+    """A factory of quantised models."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    settings = BitsAndBytesConfig(**(four if request.param == "nf4" else {"load_in_8bit": True}))
+
+    def make():
+        return AutoModelForCausalLM.from_pretrained(
+            saved_base, quantization_config=settings, device_map="cpu", dtype=torch.float32
+        )
+
+    return make
+
+
+def test_bitsandbytes_base(row, quantised):
+    base = quantised()
+    weight = base.model.layers[0].mlp.up_proj.weight
+    assert not weight.is_floating_point(), "the base is not quantised, so this test shows nothing"
+    before = base(tokens()).logits.detach()
+    model = adapt(row, base, stirred=False)
+    if row.starts_as_base:
+        assert relative(logits(row, model), before) < 1e-4
+    untouched = {name: t for name, t in base_weights(model).items() if "up_proj" in name}
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert isinstance(layer, MethodLayer)
+    assert (layer.in_features, layer.out_features) == (64, 128)
+
+    model.train()
+    stir(model)
+    train_loss(row, model).backward()
+    assert set(gradients(model)) == {name for name, p in model.named_parameters() if "_branch." in name}
+    model.eval()
+    assert relative(logits(row, model), before) > 0.01
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(row, model), before, atol=1e-6, rtol=1e-6)
+    with pytest.raises(headwater.HeadwaterError, match="quantised" if row.mergeable else "merg"):
+        model.merge_and_unload()
+    assert sum(isinstance(m, MethodLayer) for m in model.modules()) == 6
+    assert_same({name: t for name, t in base_weights(model).items() if "up_proj" in name}, untouched)
+
+
+def test_a_partly_quantised_base_is_left_whole_by_a_refused_merge(saved_base):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from .rows import BY_ID
+
+    settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["gate_proj", "lm_head"])
+    base = AutoModelForCausalLM.from_pretrained(
+        saved_base, quantization_config=settings, device_map="cpu", dtype=torch.float32
+    )
+    assert base.model.layers[0].mlp.gate_proj.weight.is_floating_point()
+    assert not base.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    model = adapt(BY_ID["mlora"], base)
+    before = base_weights(model)
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(headwater.HeadwaterError, match="up_proj: its weight is quantised"):
+            verb()
+    assert_same(base_weights(model), before)
+
+
+def test_torchao_int8_base(row, tiny_llama):
+    quantization = pytest.importorskip("torchao.quantization")
+    base = tiny_llama(hidden_size=64, intermediate_size=128)
+    quantization.quantize_(
+        base,
+        quantization.Int8WeightOnlyConfig(),
+        filter_fn=lambda m, name: isinstance(m, nn.Linear) and name.rpartition(".")[2] in TARGETS,
+    )
+    before = base(tokens()).logits.detach()
+    model = adapt(row, base, stirred=False)
+    if row.starts_as_base:
+        assert relative(logits(row, model), before) < 1e-4
+    stir(model)
+    train_loss(row, model.train()).backward()
+    model.eval()
+    assert relative(logits(row, model), before) > 0.01
+    with model.disable_adapter():
+        assert torch.equal(logits(row, model), before)
+    with pytest.raises(headwater.HeadwaterError, match="quantised" if row.mergeable else "merg"):
+        model.merge_and_unload()
