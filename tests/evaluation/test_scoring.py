@@ -213,3 +213,11 @@ def test_what_cannot_be_scored_is_named(tiny_llama, tiny_tokenizer):
     assert [next(line for line in "1234" if f"t.jsonl:{line}" in text) for text in named] == ["1", "3", "4"]
     assert len(problems("choice_accuracy", [rows[0]] * 30)) <= 21
     assert "t.jsonl:9" in problems("exact_match", [Row("x" * 25, "a", source="t.jsonl", line=9)])[0]
+
+
+@pytest.mark.parametrize("metric", ["choice_accuracy", "loss"])
+def test_a_diverged_model_has_no_score(tiny_llama, tiny_tokenizer, metric):
+    model, rows = tiny_llama(), rows_with_choices(3)
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(HeadwaterError, match=r"test\.jsonl:1: .*NaN\) on 3 rows"):
+        score_task(model, tiny_tokenizer, task_of(metric, rows), rows, EvaluationSpec(), DataSpec())

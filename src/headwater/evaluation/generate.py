@@ -37,18 +37,18 @@ class Generated:
 
 
 class _Settled(StoppingCriteria):
-    """Ends a row as soon as `settled(prompt index, text so far)` holds, and notes how many tokens it had by then."""
+    """Ends a row as soon as `settled(prompt index, text so far)` holds; transformers pads it from there on."""
 
     def __init__(self, tokenizer: Any, settled: Callable[[int, str], bool], batch: Sequence[int], width: int):
         self.tokenizer, self.settled, self.batch, self.width = tokenizer, settled, batch, width
-        self.lengths: dict[int, int] = {}
+        self.rows: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         new = input_ids[:, self.width :]
         for row, tokens in enumerate(new.tolist()):
-            if row not in self.lengths and self.settled(self.batch[row], decode(self.tokenizer, tokens)):
-                self.lengths[row] = len(tokens)
-        return torch.tensor([row in self.lengths for row in range(len(new))], device=input_ids.device)
+            if row not in self.rows and self.settled(self.batch[row], decode(self.tokenizer, tokens)):
+                self.rows.add(row)
+        return torch.tensor([row in self.rows for row in range(len(new))], device=input_ids.device)
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -118,10 +118,9 @@ def generate_from_ids(
             **task_keywords(model, task_index, len(batch)),
         )
         for row, tokens in enumerate(output[:, width:].tolist()):
-            length = stop.lengths.get(row, len(tokens))
-            end = next((at for at, token in enumerate(tokens[:length]) if token in ends), None)
-            finished = end is not None or row in stop.lengths
-            results[batch[row]] = Generated(decode(tokenizer, tokens[: length if end is None else end]), finished)
+            end = next((at for at, token in enumerate(tokens) if token in ends), None)
+            finished = end is not None or row in stop.rows
+            results[batch[row]] = Generated(decode(tokenizer, tokens[:end]), finished)
         if on_batch is not None:
             on_batch(len(batch))
     return results

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,6 +146,7 @@ def _score_choices(
         batch_size=spec.batch_size,
         on_batch=on_batch,
     )
+    _refuse_nan(task, rows, map(sum, log_probs))
     picked = [
         row.choices[_best(sums, row.choices, ids, spec.choice_normalization)]
         for row, sums, ids in zip(rows, log_probs, choices, strict=True)
@@ -230,6 +232,7 @@ def _score_loss(
         batch_size=spec.batch_size,
         on_batch=on_batch,
     )
+    _refuse_nan(task, rows if len(encoded) == len(rows) else (), (total for total, _ in losses))
     tokens = sum(count for _, count in losses)
     if not tokens:
         raise HeadwaterError(Problem("no row has a token to score", task.name))
@@ -285,6 +288,15 @@ def _prompts(
 def _majority(rows: Sequence[Row]) -> float:
     """Share of the most frequent answer."""
     return Counter(row.completion.strip() for row in rows).most_common(1)[0][1] / len(rows)
+
+
+def _refuse_nan(task: Task, rows: Sequence[Row], values: Iterable[float]) -> None:
+    """A diverged model must not pass for one that always takes the first choice."""
+    bad = [i for i, value in enumerate(values) if math.isnan(value)]
+    if bad:
+        fix = "Its weights have most likely diverged: take an earlier checkpoint, or train at a lower learning rate."
+        where = rows[bad[0]].where if rows else task.name
+        raise HeadwaterError(Problem(f"the model's outputs are not numbers (NaN) on {len(bad)} rows", where, fix))
 
 
 def _refuse(task: Task, problems: Sequence[Problem]) -> None:
