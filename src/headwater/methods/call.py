@@ -27,6 +27,7 @@ class State:
         valid: bool `(batch, length)`, False on padding, or None when no 2-D mask was given.
         prompt: bool `(batch, length)`, True on tokens that are neither padding nor learned; None without labels.
         past: positions already in the key-value cache; above 0 in cached decoding.
+        memory: what branches remember for as long as a key-value cache lives; fresh in each forward that starts one.
         loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
         losses: name -> [sum over layers, detached; number of layers].
         task_range: lowest and highest task id, once somebody asked.
@@ -39,6 +40,7 @@ class State:
     valid: Tensor | None = None
     prompt: Tensor | None = None
     past: int = 0
+    memory: dict[Any, Any] = field(default_factory=dict)
     loss_scale: float | Tensor = 1.0
     losses: dict[str, list[Any]] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None

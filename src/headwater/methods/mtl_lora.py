@@ -106,7 +106,7 @@ class MtlLoraBranch(Branch):
             if self.num_tasks > 1:
                 raise NotMergeable(
                     Problem(
-                        f"MTL-LoRA has one weight for each of its {self.num_tasks} tasks, so merging needs to know which",
+                        f"MTL-LoRA has a weight for each of its {self.num_tasks} tasks, so merging needs to know which",
                         fix="headwater.merge_task(model, task)",
                     )
                 )

@@ -57,6 +57,15 @@ class Context:
         finally:
             self._local.ids = before
 
+    @contextlib.contextmanager
+    def generating(self, prompt_length: int) -> Iterator[None]:
+        """Marks the first `prompt_length` positions of every forward inside as the prompt."""
+        before, self._local.prompt_length = getattr(self._local, "prompt_length", None), prompt_length
+        try:
+            yield
+        finally:
+            self._local.prompt_length = before
+
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook of the base model: takes headwater's keywords out and opens the state."""
         ids = kwargs.pop(KEYWORD, None)
@@ -82,6 +91,9 @@ class Context:
             if total is not None:
                 # the loss is normalised by the tokens of the whole optimiser step; this is the micro-batch's share
                 state.loss_scale = (labels[:, 1:] != -100).sum() / total
+        elif (generating := getattr(self._local, "prompt_length", None)) and length and state.past == 0:
+            prompt = torch.arange(length, device=inputs.device).expand(batch, -1) < generating
+            state.prompt = prompt if valid is None else prompt & valid.to(prompt.device)
         self._local.state = state
         if self.needs_state and module.training:
             self.carry_through_checkpoints(module)

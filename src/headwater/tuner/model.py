@@ -36,7 +36,15 @@ class MethodModel(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`; takes `headwater_task_ids`, one per prompt."""
         ids = kwargs.pop(KEYWORD, None)
-        with contextlib.nullcontext() if ids is None else context_of(self.model).task_ids(ids):
+        context = context_of(self.model)
+        prompts = next(
+            (p for p in (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds"))) if p is not None), None
+        )
+        with contextlib.ExitStack() as stack:
+            if ids is not None:
+                stack.enter_context(context.task_ids(ids))
+            if isinstance(prompts, Tensor):
+                stack.enter_context(context.generating(prompts.shape[1]))
             return self.model.generate(*args, **kwargs)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:

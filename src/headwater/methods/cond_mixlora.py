@@ -1,0 +1,172 @@
+"""Conditional MixLoRA: each row of the batch composes its own A and B from pools of rank-1 factors.
+
+Shen et al., "Multimodal Instruction Tuning with Conditional Mixture of LoRA", arXiv:2402.15896. Not TUDB-Labs' MixLoRA.
+
+    l_A = R_A mean(x)                         mean over the row's prompt
+    I_A = the r largest of l_A, best first                                        independent factor selection
+    p_B = softmax(R_B mean(x)) + sum_j softmax(C_j a_{I_A[j]})                    conditional on the a's just chosen
+    I_B = the r largest of p_B, best first
+    y   = W x + s sum_j b_{I_B[j]} a_{I_A[j]}^T dropout(x)                        factors enter with weight 1
+
+The released routers never train: only indices of a top-k are used, which have no gradient. Here each chosen factor is
+multiplied by p / stop_gradient(p), which is 1 in the forward and lets the router learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HeadwaterError, Problem
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, NotMergeable, kaiming, register
+from .call import Call
+
+
+@dataclass
+class CondMixLoraConfig(MethodConfig):
+    """Conditional MixLoRA; `r` factors are chosen. See `MethodConfig` for the other fields.
+
+    Args:
+        num_factors: E, the factors in each pool.
+        router: "ifs+cfs" as above, "ifs" chooses B's factors from x alone, "tied" gives B the indices of A.
+        cfs_fusion: "paper" adds the probabilities; "release" puts the conditional ones through a second softmax.
+        cfs_sum_bug: compute (sum a)(sum C) in place of C a, as the released einsum does; for reproduction only.
+        router_grad: "straight_through" as above; "scored" multiplies each factor by its probability; "none" trains no
+            router, as released.
+        pool: "prompt" routes by the prompt alone, so that answers do not leak into training and generation agrees with
+            it; "all_tokens" by all tokens but padding, as released.
+    """
+
+    r: int = 4
+    lora_alpha: float = 32
+    lora_dropout: float = 0.05
+    num_factors: int = 16
+    router: str = "ifs+cfs"
+    cfs_fusion: str = "paper"
+    cfs_sum_bug: bool = False
+    router_grad: str = "straight_through"
+    pool: str = "prompt"
+
+    def problems(self) -> list[Problem | None]:
+        ranks = (self.r, *self.rank_pattern.values())
+        return [
+            *super().problems(),
+            self.check("num_factors", self.num_factors >= max(ranks), f"must be at least the rank, {max(ranks)}"),
+            self.one_of("router", ("ifs+cfs", "ifs", "tied")),
+            self.one_of("cfs_fusion", ("paper", "release")),
+            self.one_of("router_grad", ("straight_through", "scored", "none")),
+            self.one_of("pool", ("prompt", "all_tokens")),
+        ]
+
+
+class CondMixLoraBranch(Branch):
+    needs_state = True
+
+    def __init__(self, config: CondMixLoraConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        E, r, d_in = config.num_factors, shape.r, shape.in_features
+        self.r, self.config = r, config
+        self.A = nn.Parameter(kaiming(E, d_in, generator))
+        self.B = nn.Parameter(torch.zeros(E, shape.out_features))
+        self.router_A = nn.Parameter(kaiming(E, d_in, generator))
+        if config.router != "tied":
+            self.router_B = nn.Parameter(kaiming(E, d_in, generator))
+        if config.router == "ifs+cfs":  # U(-1/sqrt(r d_in), ...), as one linear layer from r concatenated factors
+            self.router_AB = nn.Parameter(kaiming(E, d_in, generator, batch=(r,)) / r**0.5)
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), (self.router_A,) if self.config.router == "tied" else (self.router_A, self.router_B)
+
+    def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
+        state = call.state
+        memory = {} if state is None or self.training else state.memory
+        key = (call.name, id(self))
+        rows = call.by_row(z)  # (rows, length, E)
+        if state is not None and state.past > 0 and key in memory:
+            chosen = tuple(t.repeat_interleave(rows.shape[0] // t.shape[0], dim=0) for t in memory[key])
+        else:
+            chosen = self.choose([self.pooled(part, call) for part in logits])
+            memory[key] = chosen
+        index_a, weight_a, index_b, weight_b = chosen
+        length, E = rows.shape[1], rows.shape[2]
+        u = rows.gather(-1, index_a.unsqueeze(1).expand(-1, length, -1)) * (weight_a * weight_b).unsqueeze(1)
+        h = torch.zeros_like(rows).scatter_add(-1, index_b.unsqueeze(1).expand(-1, length, -1), u)
+        if call.observers:
+            used = torch.zeros(rows.shape[0], E, device=z.device).scatter(-1, index_a, 1 / self.r)
+            call.saw_gate(used.repeat_interleave(length, dim=0))
+        return h.flatten(0, 1)
+
+    def pooled(self, logits: Tensor, call: Call) -> Tensor:
+        """The router's output on the row's mean input, `(rows, E)`: a linear map of a mean is the mean of the maps."""
+        rows = call.by_row(logits)
+        state = call.state
+        mask = None if state is None else state.valid
+        if self.config.pool == "prompt" and state is not None and state.prompt is not None:
+            whole = torch.ones_like(state.prompt) if mask is None else mask
+            mask = torch.where(state.prompt.any(1, keepdim=True), state.prompt, whole)  # plain text has no prompt
+        if mask is None or mask.shape != rows.shape[:2]:
+            return rows.mean(1)
+        weight = mask.to(rows).unsqueeze(-1)
+        return (rows * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+    def choose(self, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Indices of the a's `(rows, r)`, their weights, and the same for the b's."""
+        p_a = torch.softmax(logits[0], dim=-1)
+        index_a = logits[0].topk(self.r, dim=-1).indices
+        weight_a = self.weight(p_a, index_a)
+        if self.config.router == "tied":
+            return index_a, weight_a, index_a, torch.ones_like(weight_a)
+        p_b = torch.softmax(logits[1], dim=-1)
+        if self.config.router == "ifs+cfs":
+            conditional = torch.softmax(self.conditional(index_a), dim=-1).sum(1)
+            p_b = p_b + (conditional if self.config.cfs_fusion == "paper" else torch.softmax(conditional, dim=-1))
+        index_b = p_b.topk(self.r, dim=-1).indices
+        return index_a, weight_a, index_b, self.weight(p_b, index_b)
+
+    def conditional(self, index_a: Tensor) -> Tensor:
+        """C_j a_{I_A[j]} for each chosen place j, `(rows, r, E)`."""
+        if self.config.cfs_sum_bug:
+            return self.A.sum(-1)[index_a].unsqueeze(-1) * self.router_AB.sum(-1)
+        # C_j a for every a of the pool, then the chosen ones: E r E numbers instead of a copy of a's per row
+        table = torch.einsum("jed,fd->jfe", self.router_AB, self.A)
+        return table[torch.arange(self.r, device=index_a.device), index_a]
+
+    def weight(self, p: Tensor, index: Tensor) -> Tensor:
+        p = p.gather(-1, index).clamp_min(torch.finfo(p.dtype).tiny)
+        if self.config.router_grad == "straight_through":
+            return p / p.detach()
+        return p if self.config.router_grad == "scored" else torch.ones_like(p)
+
+    def writes(self) -> Tensor:
+        return self.B
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        """`gate`: the pairing `(E, E)`, entry (i, j) the weight of a_i with b_j."""
+        if gate is None:
+            raise NotMergeable(
+                Problem(
+                    "Conditional MixLoRA cannot be merged: every row of a batch composes its own update",
+                    fix="keep the adapter unmerged",
+                )
+            )
+        if gate.shape != (self.A.shape[0], self.B.shape[0]):
+            raise HeadwaterError(f"the pairing is (E, E) = {(self.A.shape[0],) * 2}, not {tuple(gate.shape)}")
+        return self.scaling * (self.B.T @ gate.T.to(self.B) @ self.A)
+
+    def heads(self) -> Heads:
+        """Each b is a head: B `(E, d_out, 1)`."""
+        return Heads(self.A, self.B.unsqueeze(-1), self.router_A, None, None, self.scaling)
+
+
+register(
+    Method(
+        name="cond_mixlora",
+        title="Conditional MixLoRA",
+        paper="arXiv:2402.15896",
+        family="mixture",
+        config=CondMixLoraConfig,
+        branch=CondMixLoraBranch,
+    )
+)

@@ -1,0 +1,110 @@
+"""MALoRA: a mixture of LoRA experts whose down-projections lie in one shared subspace.
+
+Wang et al., "MALoRA: Mixture of Asymmetric Low-Rank Adaptation for Enhanced Multi-Task Learning", arXiv:2410.22782.
+
+    p = softmax(R x);  g = its k largest, renormalised          per token, in float32, x undropped
+    y = W x + s sum_n g_n B_n P_n (S dropout(x))                s = alpha / r
+
+S, d x d_in, is read once for all experts; an expert keeps only the small P_n, r x d, of its own. Its A is P_n S, so no
+expert has more than min(d, r) ranks: choose d >= r.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import Problem
+from ..ops import spread_heads
+from .base import Heads, LayerShape, Method, kaiming, merge_refusal, normal, register
+from .call import Call
+from .moe_lora import ExpertsBranch, ExpertsConfig
+
+
+@dataclass
+class MaLoraConfig(ExpertsConfig):
+    """MALoRA; `r` is the rank of an expert's up-projection. See `ExpertsConfig` and `MethodConfig` for other fields.
+
+    Args:
+        shared_rank: d, the rank of the shared subspace; 0 means 2 r.
+        init: "orthogonal" draws orthonormal rows for S and P_n from U(-1/sqrt(d), 1/sqrt(d)), so that P_n S has the
+            variance of a Kaiming-uniform A; "svd" takes the best rank-d approximation of N Kaiming-uniform A's;
+            "kaiming" draws both, which starts P_n S smaller by sqrt(3).
+    """
+
+    shared_rank: int = 0
+    init: str = "orthogonal"
+
+    def problems(self) -> list[Problem | None]:
+        return [
+            *super().problems(),
+            self.check("shared_rank", self.shared_rank >= 0, "must not be negative"),
+            self.one_of("init", ("orthogonal", "svd", "kaiming")),
+        ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.shared_rank < self.r:
+            warnings.warn(
+                f"shared_rank {self.shared_rank} is below r {self.r}: no expert can use more than {self.shared_rank} "
+                "ranks",
+                stacklevel=3,
+            )
+
+
+class MaLoraBranch(ExpertsBranch):
+    def __init__(self, config: MaLoraConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        N, r, d_in = config.num_experts, shape.r, shape.in_features
+        d = min(config.shared_rank or 2 * r, d_in)
+        if config.init == "svd":
+            A = kaiming(r, d_in, generator, batch=(N,))
+            S = torch.linalg.svd(A.flatten(0, 1), full_matrices=False).Vh[:d]
+            S = F.pad(S, (0, 0, 0, d - S.shape[0]))  # fewer singular vectors than d when N r < d
+            P = A @ S.T
+        else:
+            orthogonal = config.init == "orthogonal"
+            S = torch.linalg.qr(normal(1.0, d_in, d, generator=generator)).Q.T if orthogonal else None
+            S = kaiming(d, d_in, generator) if S is None else S.contiguous()
+            P = kaiming(r, d, generator, batch=(N,))
+        self.S, self.P = nn.Parameter(S), nn.Parameter(P)
+        self.B = nn.Parameter(torch.zeros(N, r, shape.out_features))
+        self.router = nn.Parameter(kaiming(N, d_in, generator))
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.S,), (self.router,)
+
+    def mix(self, s: Tensor, logits: Tensor, *, call: Call) -> Tensor:
+        z = F.linear(s, self.P.flatten(0, 1).to(s.dtype)).unflatten(-1, (self.num_experts, -1))
+        return spread_heads(z, self.route(logits, call))
+
+    def writes(self) -> Tensor:
+        return self.B.flatten(0, 1)
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        if gate is None:
+            if self.num_experts > 1:
+                raise merge_refusal("MALoRA")
+            gate = torch.ones(1)
+        return self.scaling * torch.einsum("n,nro,nrd,di->oi", gate.to(self.B), self.B, self.P, self.S)
+
+    def heads(self) -> Heads:
+        """A is all experts' P_n S stacked, `(N r, d_in)`."""
+        A = (self.P @ self.S).flatten(0, 1)
+        return Heads(A, self.B.transpose(1, 2), self.router, None, None, self.scaling)
+
+
+register(
+    Method(
+        name="malora",
+        title="MALoRA",
+        paper="arXiv:2410.22782",
+        family="mixture",
+        config=MaLoraConfig,
+        branch=MaLoraBranch,
+    )
+)

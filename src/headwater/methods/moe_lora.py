@@ -1,0 +1,274 @@
+"""MoE-LoRA: N LoRA experts per linear layer, mixed by a router over tokens or by the row's task.
+
+The common baseline of the field, after MoLA (Gao et al., arXiv:2402.08562), LoRAMoE (Dou et al., arXiv:2312.09979) and
+MOELoRA (Liu et al., arXiv:2310.18339, whose gate sees only the task).
+
+    p = softmax(R x)                          per token, in float32, x undropped
+    g = p on its k largest, divided by their sum, else 0        (k = 0: all of p)
+    y = W x + s sum_n g_n B_n A_n dropout(x)
+
+All experts' ranks are one matmul, gated as blocks: no expert is visited by itself, and none makes a wide tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import Problem
+from ..ops import spread_heads
+from .base import (
+    Branch,
+    Heads,
+    LayerShape,
+    Method,
+    MethodConfig,
+    NotMergeable,
+    kaiming,
+    merge_refusal,
+    normal,
+    register,
+)
+from .call import Call
+
+
+@dataclass
+class ExpertsConfig(MethodConfig):
+    """What methods with a top-k mixture of experts share.
+
+    Args:
+        num_experts: N.
+        top_k: experts a token uses; 0 uses all.
+        balance_loss: "mixtral": N sum_e f_e P_e with f counting every slot, k at perfect balance; "mola": the same over
+            shares of slots, 1 at balance; "switch": counts only the first choice; "localized": LoRAMoE's, the relative
+            variance of expert use with experts reserved for types of tasks; "none". Padding never counts.
+        balance_loss_weight: its weight; the loss is averaged over the adapter's layers, so the weight means the same at
+            any depth.
+        z_loss_weight: weight of mean(logsumexp(R x)^2).
+        task_types: for "localized", the type, 0 or 1, of each task; type 1 owns the first half of the experts.
+        localized_delta: how strongly "localized" favours a row's own experts.
+    """
+
+    lora_dropout: float = 0.05
+    num_experts: int = 8
+    top_k: int = 2
+    balance_loss: str = "none"
+    balance_loss_weight: float = 1e-3
+    z_loss_weight: float = 0.0
+    task_types: list[int] | None = None
+    localized_delta: float = 0.1
+
+    def problems(self) -> list[Problem | None]:
+        types = self.task_types or []
+        return [
+            *super().problems(),
+            self.check("num_experts", self.num_experts >= 1, "must be at least 1"),
+            self.check("top_k", self.top_k >= 0, "must not be negative"),
+            Problem(
+                f"top_k {self.top_k} is larger than num_experts {self.num_experts}",
+                "top_k",
+                f"use top_k <= {self.num_experts}; 0 uses all experts",
+            )
+            if self.top_k > self.num_experts
+            else None,
+            self.one_of("balance_loss", ("none", "mixtral", "mola", "switch", "localized")),
+            self.check("balance_loss_weight", self.balance_loss_weight >= 0, "must not be negative"),
+            self.check("z_loss_weight", self.z_loss_weight >= 0, "must not be negative"),
+            self.check("localized_delta", 0 <= self.localized_delta < 1, "must be in [0, 1)"),
+            Problem(
+                "balance_loss='localized' needs the type, 0 or 1, of each task and an even num_experts",
+                "task_types",
+                "e.g. task_types: [1, 0, 0], one entry per task in the order of the tasks",
+            )
+            if self.balance_loss == "localized" and (not types or set(types) - {0, 1} or self.num_experts % 2)
+            else None,
+        ]
+
+
+@dataclass
+class MoeLoraConfig(ExpertsConfig):
+    """MoE-LoRA; `r` is the rank of one expert. See `ExpertsConfig` and `MethodConfig` for the other fields.
+
+    LoRAMoE is `top_k=0, num_experts=8, r=4` on the feed-forward layers. MOELoRA is `router="task", top_k=0`,
+    `expert_init="normal"`; it divides alpha by the rank of all experts together, so give alpha / N here.
+
+    Args:
+        router: "token" routes by x, with a router per layer; "task" by the row's task alone, with one gate for the
+            whole model, softmax(G e_task), which merges exactly per task.
+        num_tasks: number of tasks, for `router="task"`.
+        task_dim: width of the task embedding, for `router="task"`.
+        expert_init: how A_n start: "kaiming", or "normal" for N(0, 0.01^2).
+    """
+
+    router: str = "token"
+    num_tasks: int = 1
+    task_dim: int = 64
+    expert_init: str = "kaiming"
+
+    def problems(self) -> list[Problem | None]:
+        return [
+            *super().problems(),
+            self.one_of("router", ("token", "task")),
+            self.one_of("expert_init", ("kaiming", "normal")),
+            self.check("num_tasks", self.num_tasks >= 1, "must be at least 1"),
+            self.check("task_dim", self.task_dim >= 1, "must be at least 1"),
+        ]
+
+
+def choose(p: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Keeps each token's k largest probabilities.
+
+    Args:
+        p: `(tokens, N)`. top_k: k; 0 or N keeps all.
+
+    Returns:
+        The gate `(tokens, N)`, kept entries divided by their sum and exact zeros elsewhere, and the chosen experts,
+        LongTensor `(tokens, k)`, best first.
+    """
+    values, chosen = p.topk(top_k or p.shape[-1], dim=-1)
+    if chosen.shape[-1] == p.shape[-1]:
+        return p, chosen
+    return torch.zeros_like(p).scatter(-1, chosen, values / values.sum(-1, keepdim=True)), chosen
+
+
+def balance_loss(kind: str, p: Tensor, chosen: Tensor, mean: Any = None) -> Tensor:
+    """A load-balancing loss of one router; only the probabilities carry gradient, counts do not.
+
+    Args:
+        kind: "mixtral", "mola" or "switch". p: `(tokens, N)`. chosen: LongTensor `(tokens, k)`, best first.
+        mean: mean over tokens, `(tokens, N) -> (N,)`; by default of all tokens.
+    """
+    mean = mean or (lambda values: values.mean(0))
+    N, k = p.shape[-1], chosen.shape[-1]
+    counted = chosen[:, :1] if kind == "switch" else chosen
+    slots = torch.zeros_like(p).scatter_add(-1, counted, torch.ones_like(counted, dtype=p.dtype))
+    f = mean(slots) / (k if kind == "mola" else 1)
+    return N * (f * mean(p)).sum()
+
+
+def localized_loss(gate: Tensor, types: Tensor, delta: float) -> Tensor:
+    """LoRAMoE's loss: the variance of weighted expert use over its squared mean.
+
+    Args:
+        gate: `(rows, N)`, gates summed over a row's tokens. types: `(rows,)`, 1 where the first half of the experts is
+            the row's own, 0 where the second half is. delta: own experts weigh 1 + delta, others 1 - delta.
+    """
+    first = torch.arange(gate.shape[-1], device=gate.device) < gate.shape[-1] // 2
+    own = first == (types.unsqueeze(-1) == 1)
+    weighted = gate * torch.where(own, 1 + delta, 1 - delta)
+    return weighted.var() / (weighted.mean() ** 2 + 1e-10)
+
+
+class ExpertsBranch(Branch):
+    """The routing of top-k experts and its losses; a subclass has the experts."""
+
+    def __init__(self, config: ExpertsConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.balance = config.balance_loss if config.balance_loss_weight > 0 else "none"
+        self.balance_weight, self.z_weight = config.balance_loss_weight, config.z_loss_weight
+        self.task_types, self.delta = config.task_types, config.localized_delta
+        self.needs_state = self.balance != "none" or self.z_weight > 0
+        self._routers = shape.shared.setdefault("routers", [])  # one list for all layers: how many to average over
+        self._routers.append(shape.name)
+
+    def route(self, logits: Tensor, call: Call) -> Tensor:
+        """The gate `(tokens, N)` from the router's logits; adds the losses."""
+        p = torch.softmax(logits, dim=-1)
+        gate, chosen = choose(p, self.top_k)
+        call.saw_gate(gate)
+        if self.training:
+            share = 1 / len(self._routers)
+            if self.balance == "localized":
+                call.add_loss("balance", self.localized(gate, call), self.balance_weight * share)
+            elif self.balance != "none":
+                loss = balance_loss(self.balance, p, chosen, call.mean_over_tokens)
+                call.add_loss("balance", loss, self.balance_weight * share)
+            if self.z_weight > 0:
+                z = call.mean_over_tokens(torch.logsumexp(logits, -1, keepdim=True) ** 2).sum()
+                call.add_loss("router_z", z, self.z_weight * share)
+        return gate
+
+    def localized(self, gate: Tensor, call: Call) -> Tensor:
+        types = torch.tensor(self.task_types, device=gate.device)
+        tasks = call.task_of_row(len(types)).to(gate.device)
+        valid = call.valid_tokens()
+        counted = gate if valid is None else gate * valid.to(gate).unsqueeze(-1)
+        return localized_loss(call.by_row(counted).sum(1), types[tasks], self.delta)
+
+
+class MoeLoraBranch(ExpertsBranch):
+    def __init__(self, config: MoeLoraConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        N, r, d_in = config.num_experts, shape.r, shape.in_features
+        self.by_task, self.num_tasks = config.router == "task", config.num_tasks
+        kaiming_init = config.expert_init == "kaiming"
+        A = kaiming(r, d_in, generator, batch=(N,)) if kaiming_init else normal(0.01, N, r, d_in, generator=generator)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(torch.zeros(N, r, shape.out_features))
+        if not self.by_task:
+            self.router = nn.Parameter(kaiming(N, d_in, generator))
+            return
+        self.needs_state = True
+        # The first layer owns the gate of the whole model; in a tuple, or it would be registered, and saved, again.
+        self._gate_owner: tuple[MoeLoraBranch, ...] = (shape.shared.setdefault("gate_owner", self),)
+        if self._gate_owner[0] is self:
+            self.task_embedding = nn.Parameter(normal(1.0, config.num_tasks, config.task_dim, generator=generator))
+            self.task_gate = nn.Parameter(kaiming(N, config.task_dim, generator))
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A.flatten(0, 1),), () if self.by_task else (self.router,)
+
+    def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
+        if self.by_task:
+            task = call.task_of_row(self.num_tasks).to(z.device)
+            rows = self.task_logits(task).to(z.dtype)
+            gate = self.route(rows.repeat_interleave(z.shape[0] // rows.shape[0], dim=0), call)
+        else:
+            gate = self.route(logits[0], call)
+        return spread_heads(z.unflatten(-1, (self.num_experts, -1)), gate)
+
+    def task_logits(self, task: Tensor) -> Tensor:
+        owner = self._gate_owner[0]
+        return F.linear(owner.task_embedding[task], owner.task_gate)
+
+    def writes(self) -> Tensor:
+        return self.B.flatten(0, 1)
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        if gate is None and self.by_task:
+            if task is None and self.num_tasks > 1:
+                raise NotMergeable(
+                    Problem(
+                        f"the gates differ between the {self.num_tasks} tasks, so merging needs to know which",
+                        fix="headwater.merge_task(model, task)",
+                    )
+                )
+            logits = self.task_logits(torch.tensor([task or 0], device=self.A.device))
+            gate = choose(torch.softmax(logits, -1), self.top_k)[0][0]
+        if gate is None:
+            if self.num_experts > 1:
+                raise merge_refusal("MoE-LoRA")
+            gate = torch.ones(1)
+        return self.scaling * torch.einsum("n,nro,nri->oi", gate.to(self.B), self.B, self.A)
+
+    def heads(self) -> Heads:
+        """A is all experts' stacked, `(N r, d_in)`."""
+        router = None if self.by_task else self.router
+        return Heads(self.A.flatten(0, 1), self.B.transpose(1, 2), router, None, None, self.scaling)
+
+
+register(
+    Method(
+        name="moe_lora",
+        title="MoE-LoRA",
+        paper="arXiv:2402.08562",
+        family="mixture",
+        config=MoeLoraConfig,
+        branch=MoeLoraBranch,
+    )
+)
