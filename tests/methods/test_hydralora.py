@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headwater import NotMergeable, make_config, merge_with_gates, observe
+from headwater import HeadwaterError, NotMergeable, make_config, merge_with_gates, observe
 from headwater.analysis import heads
 from headwater.tuner import context_of
 
@@ -288,6 +288,15 @@ def test_property_8_merging_is_refused_and_switching_off_gives_the_base():
     gate, h = torch.tensor([0.5, 0.3, 0.2]), held(model)
     fixed = expected + sum(h.scaling * gate[n] * x @ h.A.T @ h.B[n].T for n in range(3))
     torch.testing.assert_close(merge_with_gates(model, {"layer": gate})(x), fixed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [torch.ones(1), torch.ones(2), torch.ones(3, 1), torch.ones(())])
+def test_property_8_a_fixed_gate_of_the_wrong_shape_is_refused(gate):
+    model = move(adapt("hydralora", 6, 9, r=2, num_heads=3), seed=5)
+    before = base_of(model).weight.clone()
+    with pytest.raises(HeadwaterError, match="one number per head"):
+        merge_with_gates(model, {"layer": gate})
+    assert torch.equal(base_of(model).weight, before)
 
 
 @pytest.mark.parametrize("padded", [False, True])

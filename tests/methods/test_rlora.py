@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from headwater import NotMergeable, make_config, merge_with_gates, observe
+from headwater import HeadwaterError, NotMergeable, make_config, merge_with_gates, observe
 from headwater.analysis import heads
 
 quick = settings(max_examples=25, deadline=None)
@@ -305,3 +305,12 @@ def test_property_8_merging_is_refused_unless_gates_are_named(compensation):
         expected = expected - h.scaling * x @ h.A0.T @ h.B0.T
     merged = merge_with_gates(model, {"layer": gate})
     torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [torch.ones(1), torch.ones(2), torch.ones(3, 1), torch.ones(())])
+def test_property_8_a_fixed_gate_of_the_wrong_shape_is_refused(gate):
+    model = move(adapt("rlora", 6, 9, r=2, num_heads=3), seed=5)
+    before = base_of(model).weight.clone()
+    with pytest.raises(HeadwaterError, match="one number per head"):
+        merge_with_gates(model, {"layer": gate})
+    assert torch.equal(base_of(model).weight, before)

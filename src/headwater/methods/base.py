@@ -323,6 +323,20 @@ def merge_refusal(title: str) -> NotMergeable:
     )
 
 
+def fixed_gate(gate: Any, num_heads: int) -> Tensor:
+    """A gate to merge with, `(num_heads,)`.
+
+    Raises:
+        HeadwaterError: if it has another shape; a single number would otherwise count for every head.
+    """
+    gate = torch.as_tensor(gate)
+    if gate.shape != (num_heads,):
+        raise HeadwaterError(
+            Problem(f"a fixed gate is one number per head, shape ({num_heads},), not {tuple(gate.shape)}", "gates")
+        )
+    return gate
+
+
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

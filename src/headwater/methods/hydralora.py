@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import Problem
 from ..ops import project, spread_heads
-from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, register
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, register
 from .call import Call
 
 
@@ -87,7 +87,7 @@ class HydraLoraBranch(Branch):
             if self.num_heads > 1:
                 raise merge_refusal("HydraLoRA")
             gate = torch.ones(1)
-        return self.scaling * torch.einsum("n,nro,ri->oi", gate.to(self.B), self.B, self.A)
+        return self.scaling * torch.einsum("n,nro,ri->oi", fixed_gate(gate, self.num_heads).to(self.B), self.B, self.A)
 
     def heads(self) -> Heads:
         return Heads(self.A, self.B.transpose(1, 2), self.router, None, None, self.scaling)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from ..ops import spread_heads
-from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, normal, register
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, normal, register
 from .call import Call
 
 
@@ -215,7 +215,7 @@ class RLoraBranch(MultiHeadBranch):
             if self.num_heads > 1:
                 raise merge_refusal("R-LoRA")
             gate = torch.ones(1)
-        return self.merged(gate)
+        return self.merged(fixed_gate(gate, self.num_heads))
 
 
 register(
