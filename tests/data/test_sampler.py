@@ -165,6 +165,20 @@ def test_order_differs_between_epochs_and_seeds_and_repeats_with_the_same(batchi
     assert len(set(orders)) == 6
 
 
+def test_each_pass_through_a_task_has_an_order_of_its_own():
+    sampler = MixtureBatchSampler([[5] * 40, [5] * 120], [0.5, 0.5], 4, 0)
+    first, _, _, fourth = ({i for batch in epoch for i in batch if i >= 40} for epoch in epochs(sampler, 4))
+    assert len(first) == len(fourth) == 80  # both open a pass through the 120 rows
+    assert first != fourth
+
+
+def test_each_epoch_has_an_order_of_batches_of_its_own():
+    sampler = MixtureBatchSampler([range(1, 161)], [1.0], 4, 0)
+    first, second = ([sorted(batch) for batch in epoch] for epoch in epochs(sampler, 2))
+    assert sorted(first) == sorted(second)  # one window, so rows of like length always meet
+    assert first != second
+
+
 @quick
 @given(mixtures(["homogeneous"]))
 def test_homogeneous_batches_hold_one_task_and_batches_follow_the_shares(mixture):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from pydantic import ValidationError
 
@@ -147,6 +148,23 @@ def test_records_with_other_fields(folder):
     )
     (row,) = load_tasks([spec], folder)[0].train
     assert (row.prompt, row.completion) == ("Q: 2 + 3\nA:", " It is 5\n#### 5")
+
+
+def test_a_source_that_is_no_path_is_a_hub_data_set_and_its_splits_are_those_of_the_task(folder, monkeypatch):
+    def load_dataset(name, subset):
+        assert (name, subset) == ("owner/name.v1", "main")
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_list([free(i) for i in range(3)]),
+            validation=datasets.Dataset.from_list([free(i) for i in range(3, 5)]),
+            held_out=datasets.Dataset.from_list([free(9)]),
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    name = "owner/name.v1"
+    spec = TaskSpec(name="a", train=name, validation=name, test=name, test_split="held_out", subset="main")
+    (task,) = load_tasks([spec], folder)
+    assert [len(rows) for rows in (task.train, task.validation, task.test)] == [3, 2, 1]
+    assert task.train[2].where == "owner/name.v1:3"
 
 
 @pytest.mark.parametrize(
