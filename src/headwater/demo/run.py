@@ -54,7 +54,7 @@ def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: 
         cache,
         progress=progress,
         with_model=config.model_name_or_path == str(model_folder(cache)),
-        with_tasks=any(str(task.train).startswith(str(cache.resolve())) for task in config.tasks),
+        with_tasks=any(Path(task.train or "").is_relative_to(cache.resolve()) for task in config.tasks),
     )
     show_sources(assets, console)
     result = train(config, console=console)
