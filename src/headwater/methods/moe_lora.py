@@ -127,12 +127,14 @@ def choose(p: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         The gate `(tokens, N)`, kept entries divided by their sum and exact zeros elsewhere, and the chosen experts,
-        LongTensor `(tokens, k)`, best first.
+        LongTensor `(tokens, k)`, best first. With k = 1 that quotient is 1 whatever the router says, so the sum is
+        taken as a constant there and the router still learns.
     """
     values, chosen = p.topk(top_k or p.shape[-1], dim=-1)
     if chosen.shape[-1] == p.shape[-1]:
         return p, chosen
-    return torch.zeros_like(p).scatter(-1, chosen, values / values.sum(-1, keepdim=True)), chosen
+    total = values.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, chosen, values / (total.detach() if top_k == 1 else total)), chosen
 
 
 def balance_loss(kind: str, p: Tensor, chosen: Tensor, mean: Any = None) -> Tensor:

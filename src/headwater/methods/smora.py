@@ -107,9 +107,9 @@ class SMoraBranch(Branch):
         chosen = biased.topk(self.k, dim=-1).indices
         values = (biased if self.bias_in_gate else scores).gather(-1, chosen)
         if self.softmax:
-            values = torch.softmax(values, dim=-1)
-        else:  # a biased sigmoid can reach 0
-            values = values / values.sum(-1, keepdim=True).clamp_min(1e-6)
+            values = (values - values.detach().amax(-1, keepdim=True)).exp()
+        total = values.sum(-1, keepdim=True).clamp_min(1e-6)  # a biased sigmoid can reach 0
+        values = values / (total.detach() if self.k == 1 else total)  # one alone is always 1; this way it still learns
         return torch.zeros_like(scores).scatter(-1, chosen, values / self.block), chosen
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ class Context:
         """Forward pre-hook of the base model: takes headwater's keywords out and opens the state."""
         ids = kwargs.pop(KEYWORD, None)
         ids = getattr(self._local, "ids", None) if ids is None else _as_ids(ids)
-        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs: Any = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         batch, length = inputs.shape[:2] if isinstance(inputs, Tensor) and inputs.dim() > 1 else (0, 0)

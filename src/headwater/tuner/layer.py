@@ -144,6 +144,7 @@ def linear_sizes(layer: nn.Module) -> tuple[int, int]:
 def floating_weight(layer: nn.Module) -> nn.Parameter | None:
     """The layer's weight if it holds plain floating-point numbers of the layer's own shape, else None."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    # some quantised weights are tensor subclasses that call themselves floating-point
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return None
     return weight if sorted(weight.shape) == sorted(linear_sizes(layer)) else None
