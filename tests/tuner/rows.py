@@ -104,6 +104,36 @@ ROWS = [
         mergeable=True,
     ),
     Row(
+        "moe_lora",
+        fields={"num_experts": 4, "top_k": 2, "balance_loss": "mixtral", "balance_loss_weight": 0.1},
+        saved=lambda r, i, o: {"A": (4, r, i), "B": (4, r, o), "router": (4, i)},
+        trainable=lambda r, i, o: 4 * (r * i + r * o + i),
+    ),
+    Row(
+        "malora",
+        fields={"num_experts": 4, "shared_rank": 6},
+        saved=lambda r, i, o: {"S": (6, i), "P": (4, r, 6), "B": (4, r, o), "router": (4, i)},
+        trainable=lambda r, i, o: 6 * i + 4 * (r * 6 + r * o + i),
+    ),
+    Row(
+        "smora",
+        fields={"top_k": 2, "bias_update_rate": 1e-3},
+        saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "router": (r, i), "bias": (r,), "counts": (r,)},
+        trainable=lambda r, i, o: 2 * r * i + r * o,
+    ),
+    Row(
+        "cond_mixlora",
+        fields={"num_factors": 6},
+        saved=lambda r, i, o: {
+            "A": (6, i),
+            "B": (6, o),
+            "router_A": (6, i),
+            "router_B": (6, i),
+            "router_AB": (r, 6, i),
+        },
+        trainable=lambda r, i, o: 6 * (3 * i + o + r * i),
+    ),
+    Row(
         "taskprobe",  # not headwater's: task_probe.py, beside this file
         fields={"penalty": 0.2},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "table": (3, r)},
