@@ -117,6 +117,14 @@ def test_all_malformed_rows_with_file_and_line(tmp_path):
     assert len(problems) == 21
 
 
+def test_problems_come_in_the_order_of_the_lines(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": 1}\n{\n{"text": ""}\n[]\n{"text": 3}')
+    with pytest.raises(HeadwaterError) as caught:
+        read_rows(file)
+    assert [p.where for p in caught.value.problems] == [f"{file}:{line}" for line in (1, 1, 2, 3, 4, 5)]
+
+
 def test_one_screen_shares_the_room_and_gives_an_advice_once():
     problems = {str(s): [Problem("bad", f"{s}:{i}", "do this") for i in range(100)] for s in range(4)}
     shown = one_screen(problems)

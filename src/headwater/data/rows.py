@@ -121,7 +121,12 @@ def collect_rows(
         problems.extend(replace(error, where=where) for error in errors)
         if row is not None:
             rows.append(replace(row, source=label, line=record.line))
-    return rows, problems
+    return rows, sorted(problems, key=_line)
+
+
+def _line(problem: Problem) -> int:
+    number = problem.where.rpartition(":")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _fill(fields: Mapping[str, Any], template: RowTemplate) -> tuple[Row | None, list[Problem]]:

@@ -223,7 +223,7 @@ def _smaller_last(plan: list[Rows]) -> list[Rows]:
 def _check(lengths: Sequence[Rows], shares: Sequence[float], batch_size: int) -> None:
     if batch_size < 1:
         raise HeadwaterError(Problem(f"the batch size is {batch_size}, not 1 or more"))
-    if len(lengths) != len(shares) or abs(sum(shares) - 1) > 1e-6 or min(shares, default=-1) < 0:
+    if len(lengths) != len(shares) or not abs(sum(shares) - 1) < 1e-6 or min(shares) < 0:
         raise HeadwaterError(Problem(f"{len(shares)} shares {list(shares)} do not fit {len(lengths)} tasks"))
     for task, (rows, share) in enumerate(zip(lengths, shares, strict=True)):
         if share > 0 and not len(rows):
