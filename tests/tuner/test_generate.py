@@ -1,0 +1,99 @@
+"""Generation: with and without cache, beams, several sequences a prompt, sampling; task ids all along."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headwater
+
+from .helpers import adapt, logits, task_kwargs, tokens
+
+LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 258}
+
+
+@pytest.fixture
+def model(row, tiny_llama):
+    # large, so that the adapter (and the task) decides what is written; heads of that size warn of dropout noise
+    return adapt(row, tiny_llama(), lora_alpha=64, **row.no_dropout)
+
+
+def generate(row, model, x, *, first_task=0, **kwargs):
+    return model.generate(input_ids=x, **LENGTH, **task_kwargs(row, x.shape[0], first_task), **kwargs)
+
+
+def test_the_adapter_decides_what_is_written(row, model):
+    x = tokens(rows=3)
+    found = generate(row, model, x, do_sample=False)
+    with model.disable_adapter():
+        base = model.generate(input_ids=x, do_sample=False, **LENGTH)
+    assert not torch.equal(found, base)
+    if row.needs_task_ids:
+        assert not torch.equal(found, generate(row, model, x, first_task=1, do_sample=False))
+
+
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_cache_changes_nothing_and_rows_do_not_mix(row, model, how):
+    """Oracle: without a cache, every prompt on its own under its own task."""
+    x = tokens(rows=3)
+    together = generate(row, model, x, use_cache=True, **how)
+    alone = [generate(row, model, x[n : n + 1], first_task=n, use_cache=False, **how) for n in range(3)]
+    assert together.shape[0] == 3 * how.get("num_return_sequences", 1)
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_static_cache(row, model):
+    x = tokens(rows=3)
+    expected = generate(row, model, x, do_sample=False)
+    assert torch.equal(generate(row, model, x, do_sample=False, cache_implementation="static"), expected)
+
+
+def test_sampling_several_sequences_sees_the_right_logits(row, model):
+    """Oracle: a plain forward over what was written, ids repeated by hand; labels tell prompt and answer apart."""
+    x = tokens(rows=2)
+    torch.manual_seed(0)
+    out = generate(
+        row, model, x, do_sample=True, num_return_sequences=3, return_dict_in_generate=True, output_logits=True
+    )
+    ids = {"headwater_task_ids": torch.tensor([0, 0, 0, 1, 1, 1])} if row.needs_task_ids else {}
+    with torch.no_grad():
+        labels = out.sequences.clone()
+        labels[:, : x.shape[1]] = -100
+        expected = model(input_ids=out.sequences, labels=labels, **ids).logits[:, 6:-1]
+    assert len({tuple(s.tolist()) for s in out.sequences}) > 2, "nothing was sampled"
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_left_padding_changes_nothing(row, model):
+    x = tokens(rows=2)
+    padded = torch.cat([torch.full((2, 3), 258), x], dim=1)
+    mask = (padded != 258).long()
+    found = generate(row, model, padded, attention_mask=mask, do_sample=False)
+    assert torch.equal(found[:, 3:], generate(row, model, x, do_sample=False))
+
+
+def test_the_context_manager_serves_generate_as_the_keyword_does(row, model):
+    x = tokens(rows=3)
+    for how in ({"do_sample": False}, {"num_beams": 2, "num_return_sequences": 2}):
+        expected = generate(row, model, x, **how)
+        with headwater.task_ids(model, [0, 1, 2]):
+            assert torch.equal(model.generate(input_ids=x, **LENGTH, **how), expected)
+            assert torch.equal(model.get_base_model().generate(input_ids=x, **LENGTH, **how), expected)
+
+
+def test_missing_ids_are_named_by_generate_as_well(row, model):
+    if row.needs_task_ids:
+        with pytest.raises(headwater.HeadwaterError, match="none was given"):
+            model.generate(input_ids=tokens(), **LENGTH)
+
+
+def test_without_a_task_type_the_context_manager_still_works(row, tiny_llama):
+    """PEFT then calls the base model's own `generate`, which accepts no keyword of ours and says so."""
+    model = adapt(row, tiny_llama(), task_type=None)
+    x = tokens(rows=2)
+    with headwater.task_ids(model, [0, 1]):
+        found = model.generate(input_ids=x, do_sample=False, **LENGTH)
+    assert torch.equal(found, generate(row, adapt(row, tiny_llama()), x, do_sample=False))
+    with pytest.raises(ValueError, match="headwater_task_ids"):
+        model.generate(input_ids=x, headwater_task_ids=torch.tensor([0, 1]), **LENGTH)
+    assert torch.equal(logits(row, model), logits(row, adapt(row, tiny_llama())))

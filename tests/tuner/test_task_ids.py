@@ -1,0 +1,161 @@
+"""Task ids on their way to the layers. Oracle throughout: each row run alone, under its own id."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import headwater
+from headwater.tuner import needs_task_ids
+
+from .helpers import adapt, assert_same, gradients, tokens
+from .rows import BY_ID, ROWS
+
+CONDITIONED = [row for row in ROWS if row.needs_task_ids]
+
+
+@pytest.fixture(params=CONDITIONED, ids=[row.id for row in CONDITIONED])
+def model(request, tiny_llama):
+    return adapt(request.param, tiny_llama())
+
+
+def one_by_one(model, x, ids, **kwargs):
+    with torch.no_grad():
+        rows = []
+        for n, task in enumerate(ids):
+            part = {name: value[n : n + 1] for name, value in kwargs.items()}
+            rows.append(model(input_ids=x[n : n + 1], headwater_task_ids=torch.tensor([task]), **part).logits)
+    return torch.cat(rows)
+
+
+def test_each_row_goes_by_its_own_task(model):
+    x, ids = tokens(rows=4), [0, 2, 1, 2]
+    expected = one_by_one(model, x, ids)
+    assert not torch.allclose(expected, one_by_one(model, x, [1, 1, 1, 1]), atol=1e-3)
+    with torch.no_grad():
+        by_keyword = model(input_ids=x, headwater_task_ids=torch.tensor(ids)).logits
+        with headwater.task_ids(model, ids):
+            by_context = model(input_ids=x).logits
+            by_position = model(x).logits
+            embedded = model(inputs_embeds=model.get_input_embeddings()(x)).logits
+            keyword_wins = model(input_ids=x, headwater_task_ids=torch.tensor([1, 1, 1, 1])).logits
+        with headwater.task_ids(model, 2):
+            one_for_all = model(input_ids=x).logits
+    torch.testing.assert_close(by_keyword, expected, atol=1e-5, rtol=1e-5)
+    for other in (by_context, by_position, embedded):
+        assert torch.equal(other, by_keyword)
+    torch.testing.assert_close(keyword_wins, one_by_one(model, x, [1, 1, 1, 1]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one_for_all, one_by_one(model, x, [2, 2, 2, 2]), atol=1e-5, rtol=1e-5)
+
+
+def test_contexts_nest_and_end(model):
+    x = tokens()
+    with torch.no_grad(), headwater.task_ids(model, [0, 1]):
+        outer = model(input_ids=x).logits
+        with headwater.task_ids(model, [1, 0]):
+            assert not torch.equal(model(input_ids=x).logits, outer)
+        assert torch.equal(model(input_ids=x).logits, outer)
+    with pytest.raises(headwater.HeadwaterError, match="none was given"):
+        model(input_ids=x)
+
+
+def test_a_failed_forward_leaves_no_ids_behind(model):
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((2, 3), 10_000), headwater_task_ids=torch.tensor([0, 1]))
+    with pytest.raises(headwater.HeadwaterError, match="none was given"):
+        model(input_ids=tokens())
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (None, r"needs the task of every row, and none was given.*\n.*headwater_task_ids=LongTensor\[batch\]"),
+        ([0, 1, 2], "3 task ids do not fit a batch of 2 rows"),
+        ([[0], [1]], r"one integer per row, shape \(batch,\), not \(2, 1\)"),
+        ([0.0, 1.0], "not .* of torch.float32"),
+        ([True, False], "of torch.bool"),
+        ([], "one integer per row"),
+        ([0, 3], "task id 3 is out of range: the adapter knows 3 tasks, 0 to 2"),
+        ([-1, 0], "task id -1 is out of range"),
+    ],
+)
+def test_wrong_ids_are_named(model, ids, message):
+    with pytest.raises(headwater.HeadwaterError, match=message):
+        model(input_ids=tokens(), headwater_task_ids=None if ids is None else torch.tensor(ids))
+    if ids is not None:
+        with pytest.raises(headwater.HeadwaterError, match=message), headwater.task_ids(model, ids):
+            model(input_ids=tokens())
+
+
+@pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_several_forwards_then_one_backward_keep_their_own_ids(model, mode):
+    """Oracle: a backward of its own after each forward, without checkpointing."""
+
+    def loss(n, ids):
+        x = tokens(seed=n)
+        return model(input_ids=x, labels=x, headwater_task_ids=torch.tensor(ids)).loss
+
+    batches = [(0, [0, 1]), (1, [2, 0]), (2, [1, 1])]
+    for n, ids in batches:  # in eval mode, where there is no dropout
+        loss(n, ids).backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout = 0.0
+            module.penalty = 0.0
+    model.train()
+    if mode is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": mode})
+        model.enable_input_require_grads()
+    total = sum(loss(n, ids) for n, ids in batches)
+    with headwater.task_ids(model, [2, 2]):  # what holds at the time of the backward must not matter
+        total.backward()
+    assert_same(gradients(model), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_padding_side_and_masks_do_not_move_ids(model):
+    x, ids = tokens(rows=3), [2, 0, 1]
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    mask[2, :1] = 0
+    with torch.no_grad():
+        found = model(input_ids=x, attention_mask=mask, headwater_task_ids=torch.tensor(ids)).logits
+    expected = one_by_one(model, x, ids, attention_mask=mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_batch_of_tasks(data):
+    from conftest import make_tiny_llama
+
+    model = adapt(BY_ID["taskprobe"], make_tiny_llama())
+    ids = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))
+    x = tokens(rows=len(ids), length=data.draw(st.integers(1, 6)))
+    with torch.no_grad():
+        found = model(input_ids=x, headwater_task_ids=torch.tensor(ids)).logits
+    torch.testing.assert_close(found, one_by_one(model, x, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_who_needs_ids(row, tiny_llama):
+    base = tiny_llama()
+    assert not needs_task_ids(base)
+    assert needs_task_ids(adapt(row, base)) == row.needs_task_ids
+
+
+def test_ids_are_welcome_where_nobody_needs_them(row, tiny_llama):
+    """One data pipeline serves every method."""
+    model = adapt(row, tiny_llama())
+    with torch.no_grad():
+        found = model(input_ids=tokens(), headwater_task_ids=torch.tensor([0, 1])).logits
+        if not row.needs_task_ids:
+            assert torch.equal(found, model(input_ids=tokens()).logits)
+
+
+def test_a_model_without_an_adapter_is_told_so(tiny_llama):
+    with pytest.raises(headwater.HeadwaterError, match="no headwater adapter"), headwater.task_ids(tiny_llama(), [0]):
+        pass
