@@ -151,8 +151,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def smoothing_window(points: int) -> int:
-    """An odd number of points to average over: about a fifteenth of the curve, or 1 if it is too short to smooth."""
-    return 2 * (points // 30) + 1
+    """An odd number of points to average over: a fifteenth of the curve, but at most 31."""
+    return 2 * min(points // 30, 15) + 1
 
 
 def thin(steps: Sequence[int], values: Sequence[float], most: int = _MOST_POINTS) -> tuple[list[int], list[float]]:

@@ -21,7 +21,7 @@ from headwater.report.layout import (
     text_width,
 )
 from headwater.report.modules import Array, distance_from_mean, mean_over
-from headwater.report.theme import colour
+from headwater.report.theme import TASK_COLOURS, colour
 
 Routing = Mapping[str, tuple[list[int], list[str], Array]]
 """Projection -> (layers, tasks, shares [tasks, layers, heads]), as `modules.routing_arrays` makes it."""
@@ -61,7 +61,7 @@ def head_similarity(table: Mapping[str, Mapping[int, float | None]], layers: Seq
     canvas = Canvas(*size)
     scale_key(canvas, 0, _COSINE_KEY, "mean cosine")
     sheet = canvas.sheet(0, 40)
-    every = max(1, math.ceil(16 / (step if across else high)))
+    every = next(n for n in (1, 2, 5, 10, 20, 50, len(layers)) if n * (step if across else high) >= 16)
     end = 20 + high * len(layers) + 6  # where the row of means begins, when layers run down
     for i, layer in enumerate(layers):
         if i % every == 0 and across:
@@ -137,13 +137,11 @@ def router_use(routing: Routing, fills: Mapping[str, str], width: float) -> Figu
     tasks = next(iter(routing.values()))[1]
     heads = max(shares.shape[2] for _, _, shares in routing.values())
     name_width = min(max(text_width(t, 11) for t in tasks) + 26, 200 if width >= 600 else 124)
-    step, high, head, gap = min(max((width - name_width) / heads, 18), 46), 24, 42, 20
-    columns = max(1, int((width - name_width + gap) // (step * heads + gap)))
-    if columns < len(names) and width >= 600:  # smaller cells may bring all projections side by side
-        tight = (width - name_width + gap) / len(names) - gap
-        if tight / heads >= 20:
-            step, columns = tight / heads, len(names)
-    step = min(step, (width - name_width) / heads)
+    high, head, gap = 24, 42, 20
+    room = width - name_width + gap
+    # As many projections side by side as leave every cell wide enough for its two digits.
+    columns = max([1, *(c for c in range(1, len(names) + 1) if (room / c - gap) / heads >= 22)])
+    step = min((room / columns - gap) / heads, 46)
     blocks = -(-len(names) // columns)
     canvas = Canvas(width, 42 + blocks * (head + high * len(tasks) + gap) - gap + 2)
     scale_key(canvas, 0, ("half", "equal share", "double"), "share of a head")
@@ -228,7 +226,8 @@ def _task_lines(
         if level is not None:
             axes.axhline(level, color=colour("ink"), lw=1, dashes=(3, 2.5), zorder=1)
         for t, task in enumerate(tasks):
-            axes.plot(layers, values[t], "-" if len(layers) > 1 else "o", color=fills[task], lw=1.4, clip_on=False)
+            line = "o" if len(layers) == 1 else "-" if t < TASK_COLOURS else "--"
+            axes.plot(layers, values[t], line, color=fills[task], lw=1.4, clip_on=False)
         axes.set_ylim(0, limit)
         axes.set_xlim(min(layers) - (len(layers) == 1), max(layers) + (len(layers) == 1))
         if percent:

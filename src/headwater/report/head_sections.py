@@ -63,7 +63,7 @@ def routing_section(run: Run) -> Section:
         return Section(anchor, title, [Note(missing_text(run, "analysis.json", "the router"))])
     arrays = {p: a for p, a in routing_arrays(run.analysis.routing).items() if np.isfinite(a[2]).any()}
     if not arrays:
-        return Section(anchor, title, [Note("This run's adapter has no router: every task uses its heads alike.")])
+        return Section(anchor, title, [Note("This run's adapter has no router.")])
     fills = task_fills(run.tasks)
     heads = max(shares.shape[2] for _, _, shares in arrays.values())
     tasks = next(iter(arrays.values()))[1]

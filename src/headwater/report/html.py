@@ -24,7 +24,7 @@ _XLINK = "http://www.w3.org/1999/xlink"
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _HEX = re.compile(r"#[0-9a-f]{6}\b")
 _LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}")
-_FONT_FAMILY = re.compile(r"(font: [^;']*?)'[^;]*")
+_FONT_FAMILY = re.compile(r"(font(?:-family)?: [^;']*)'[^;]*")  # matplotlib writes either, by its version
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,8 @@ def inline_svg(svg: bytes, name: str, alt: str, css_class: str) -> Markup:
                 element.set("href", f"#{ids[value[1:]]}")
             elif value.startswith("url(#"):
                 element.set(key, f"url(#{ids[value[5:-1]]})")
+            elif key == "transform" and value.startswith(("rotate(-0 ", "rotate(0 ")):
+                continue
             elif key == "style":
                 value = _HEX.sub(lambda m: theme.VARIABLE_OF.get(m[0], m[0]), value)
                 element.set(key, _FONT_FAMILY.sub(r"\1var(--sans)", value))

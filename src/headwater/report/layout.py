@@ -20,7 +20,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Transform
 
-from headwater.report.theme import LEVELS, colour, scale_colour, text_on_scale
+from headwater.report.theme import LEVELS, TASK_COLOURS, colour, scale_colour, text_on_scale
 
 WIDE = 780
 """Width of the page's text column."""
@@ -65,6 +65,9 @@ class Sheet:
     def dot(self, x: float, y: float, fill: str, radius: float = 4) -> None:
         self._add(Circle((x, y), radius, facecolor=fill, edgecolor="none"))
 
+    def ring(self, x: float, y: float, edge: str, radius: float = 3.2) -> None:
+        self._add(Circle((x, y), radius, facecolor="none", edgecolor=edge, linewidth=1.6))
+
     def box(self, x: float, y: float, width: float, height: float, fill: str) -> None:
         self._add(Rectangle((x, y), width, height, facecolor=fill, edgecolor="none"))
 
@@ -77,7 +80,7 @@ class Sheet:
         fill = colour("empty") if value is None else scale_colour(value)
         self.box(x, y, max(width - 1, 0.5), max(height - 1, 0.5), fill)
         ink = "muted" if value is None else text_on_scale(value)
-        size = min(10.5, height * 0.6, width * 0.39)
+        size = min(10.5, height * 0.6, width * 0.36)
         self.text(x + (width - 1) / 2, y + (height - 1) / 2, text, size, align="center", ink=ink)
 
     def _add(self, artist: Artist) -> None:
@@ -130,13 +133,13 @@ def key_rows(names: Sequence[str], width: float, size: float = 11) -> list[list[
 
 
 def draw_key(canvas: Canvas, top: float, rows: Sequence[Sequence[tuple[float, str]]], fills: Iterable[str]) -> None:
-    """A colour key of 18 pixels a row."""
+    """A colour key of 18 pixels a row; where the colours start over, rings stand for dashed lines."""
     sheet = canvas.sheet(0, top)
-    fill = iter(fills)
-    for r, row in enumerate(rows):
-        for x, label in row:
-            sheet.dot(x + 5, 18 * r + 8, next(fill))
-            sheet.text(x + 14, 18 * r + 8, label, 11)
+    entries = [(r, x, label) for r, row in enumerate(rows) for x, label in row]
+    for i, ((r, x, label), fill) in enumerate(zip(entries, fills, strict=True)):
+        mark = sheet.dot if i < TASK_COLOURS else sheet.ring
+        mark(x + 5, 18 * r + 8, fill)
+        sheet.text(x + 14, 18 * r + 8, label, 11)
 
 
 def panels(

@@ -36,22 +36,24 @@ def build_page(run: Run) -> Page:
     results = run.results
     base = results.base_model.rstrip("/").rpartition("/")[2] if results else ""
     method = (results.method if results else "") or str(_method(run).get("name", ""))
+    sections = [
+        _what_was_run(run),
+        _scores(run),
+        _training(run),
+        _evaluation(run),
+        similarity_section(run),
+        routing_section(run),
+        _mixture(run),
+        _settings(run),
+    ]
+    drawn = any(isinstance(block, FigureBlock) for section in sections for block in section.blocks)
     return Page(
         kicker="headwater run report",
         title=f"{method} on {base}" if method and base else method or run.folder.resolve().name,
         lead=_lead(run),
         tiles=_tiles(run),
-        sections=[
-            _what_was_run(run),
-            _scores(run),
-            _training(run),
-            _evaluation(run),
-            similarity_section(run),
-            routing_section(run),
-            _mixture(run),
-            _settings(run),
-        ],
-        footer="Every figure is also in the folder figures beside this page, as SVG and as PNG.",
+        sections=sections,
+        footer="Every figure is also in the folder figures beside this page, as SVG and as PNG." if drawn else "",
     )
 
 
@@ -70,13 +72,13 @@ def _lead(run: Run) -> str:
     if before is not None and after is not None:
         moved = "rose" if after > before else "fell" if after < before else "stayed the same"
         change = "" if after == before else f" by {abs(after - before):.3f}"
-        counted = plural(len(scores), "task", "tasks")
-        parts.append(f"The mean held-out score over {counted} {moved}{change}, from {before:.3f} to {after:.3f}.")
+        which = f"score of {scores[0].task}" if len(scores) == 1 else f"mean held-out score over {len(scores)} tasks"
+        parts.append(f"The {which} {moved}{change}, from {before:.3f} to {after:.3f}.")
     better = [s for s in scores if s.clear and (s.change or 0) > 0]
     worse = [s.task for s in scores if s.clear and (s.change or 0) < 0]
     if len(scores) > 1:
-        how_many = f"All {len(scores)}" if len(better) == len(scores) else f"{len(better)} of {len(scores)}"
-        parts.append(f"{how_many} tasks improved clearly: their 95 % intervals before and after do not overlap.")
+        how_many = "Every task" if len(better) == len(scores) else f"{len(better)} of {len(scores)} tasks"
+        parts.append(f"{how_many} improved clearly: the 95 % intervals before and after do not overlap.")
     if worse:
         parts.append(f"Clearly worse: {names_text(worse)}.")
     flat = [s.task for s in scores if _not_above_majority(s)]
@@ -138,7 +140,7 @@ def _scores(run: Run) -> Section:
     rows = [_score_row(s, names[s.task]) for s in scores]
     before, after = finite(run.results.mean.before), finite(run.results.mean.after)
     totals = 0
-    if before is not None or after is not None:
+    if len(scores) > 1 and (before is not None or after is not None):
         change = None if before is None or after is None else after - before
         counted = plural(sum(not s.is_loss for s in scores), "task", "tasks")
         numbers = [score_text(before), score_text(after), change_text(change)]

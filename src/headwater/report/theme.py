@@ -17,12 +17,15 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 LEVELS = 61
 """Steps of the diverging scale, odd so that one of them is the exact middle."""
 
-_COOL_TO_WARM_LIGHT = ["#1d4f86", "#86aed3", "#f3f2ee", "#e6a568", "#94400c"]
-_COOL_TO_WARM_DARK = ["#86c0f2", "#35608a", "#20272d", "#8d562a", "#f6b075"]
+_COOL_TO_WARM_LIGHT = ["#19497e", "#86aed3", "#f3f2ee", "#e3a165", "#823505"]
+_COOL_TO_WARM_DARK = ["#7fb9ec", "#1f4468", "#20272d", "#5e3512", "#efa564"]
 
 # Found by a search that kept every pair apart with protanopia, deuteranopia and tritanopia, in both settings.
 _TASKS_LIGHT = ["#1f45b2", "#e96c50", "#4ba480", "#b81467", "#a56400", "#9689d8", "#2776a6", "#853b00"]
 _TASKS_DARK = ["#298dfa", "#e76a8b", "#46912f", "#c55bb3", "#f6d064", "#b899db", "#7be1f7", "#eda086"]
+
+
+_STRONG = 0.75  # where `strong` text begins to read better than `weak`, on both sides and in both settings
 
 
 def _levels(anchors: list[str]) -> list[str]:
@@ -41,7 +44,8 @@ COLOURS: dict[str, tuple[str, str]] = {
     "grid": ("#e6eaec", "#272e35"),
     "before": ("#a3adb5", "#66727d"),
     "empty": ("#eceef0", "#252b31"),
-    "strong": ("#fffffe", "#0f1316"),  # text on the far ends of the scale; one off white, so that it differs from paper
+    "weak": ("#0b1014", "#f6f9fb"),  # text on the middle of the scale
+    "strong": ("#fffffe", "#0a0d0f"),  # text on its far ends; one off white, so that it differs from paper
     "accent": ("#0b6b6f", "#5cc4c2"),
     **{f"task-{i}": pair for i, pair in enumerate(zip(_TASKS_LIGHT, _TASKS_DARK, strict=True))},
     **{f"scale-{i}": pair for i, pair in enumerate(zip(_SCALE_LIGHT, _SCALE_DARK, strict=True))},
@@ -75,7 +79,7 @@ def scale_colour(value: float) -> str:
 
 def text_on_scale(value: float) -> str:
     """Name of the text colour that can be read on `scale_colour(value)`."""
-    return "strong" if abs(value) > 0.66 else "ink"
+    return "strong" if abs(value) > _STRONG else "weak"
 
 
 def css_variables(dark: bool) -> str:

@@ -144,7 +144,7 @@ NASTY_TASKS = {
 
 def write_nasty_run(folder: Path) -> Path:
     """A run with hostile names, a loss task, values that are not finite, and a history that ends in mid-line."""
-    write_run(folder, tasks=NASTY_TASKS, heads=10, layers=4, steps=50)
+    write_run(folder, tasks=NASTY_TASKS, heads=10, layers=2, steps=50)
     results = json.loads((folder / "results.json").read_text())
     results["tasks"]["<script>alert(1)</script>"]["after"] = math.nan
     results["mean"]["after"] = math.nan
