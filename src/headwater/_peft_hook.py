@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 def load_headwater() -> None:
     """Import headwater, which registers its methods; whoever imported PEFT is told of a failure but goes on."""
+    if "headwater.methods" in sys.modules:  # headwater is what imports PEFT, and registers when it is ready
+        return
     if importlib.util.find_spec("headwater") is None:  # uninstalled since
         return
     try:

@@ -50,7 +50,14 @@ for _first, _resolvers in _CoreLoader.yaml_implicit_resolvers.items():
 
 def dump(data: Any) -> str:
     """Plain values as YAML text, keys in their order."""
-    return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+    if _LOST.search(text):
+        text = yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, width=100)
+    return text
+
+
+# PyYAML writes these as they are and reads them back as a space or not at all; escaped they survive.
+_LOST = re.compile("[\x85\u2028\u2029\ufeff]")
 
 
 def field_name(path: KeyPath) -> str:

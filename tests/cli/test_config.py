@@ -170,7 +170,7 @@ def test_unknown_keys_are_measured_against_the_chosen_method(tmp_path):
 @pytest.mark.parametrize("method", [*methods(), None], ids=lambda m: m.name if m else "lora")
 def test_every_method_is_accepted_by_name(tmp_path, method):
     name = method.name if method else "lora"
-    assert load_config(write(tmp_path, GOOD), [f"method={{name: {name}, r: 4}}"]).method == {"name": name, "r": 4}
+    assert load_config(write(tmp_path, GOOD), [f"method={{name: {name}, r: 16}}"]).method == {"name": name, "r": 16}
 
 
 def test_every_training_argument_is_a_key(tmp_path):

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from headwater.errors import HeadwaterError, Problem
 
-MOST_PROBLEMS = 12
-"""Problems shown before the rest is only counted: the message should fit on one screen."""
+SCREEN = 20
+"""Lines of problems shown before the rest is only counted: the message should fit on one screen."""
 PIPE_WIDTH = 160
 
 
@@ -46,7 +46,7 @@ def show_warning(message: Warning | str, *_where: object, **_more: object) -> No
 
 def show_error(error: HeadwaterError) -> None:
     """Print all problems of an error: a panel on a terminal, plain lines elsewhere."""
-    shown = error.problems[:MOST_PROBLEMS]
+    shown = _first_screen(error.problems)
     rest = len(error.problems) - len(shown)
     if not sys.stderr.isatty():
         for problem in shown:
@@ -61,6 +61,18 @@ def show_error(error: HeadwaterError) -> None:
         parts.append(Text(f"... and {rest} more", style="dim"))
     title = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
     err_console().print(Panel(Group(*parts), title=title, title_align="left", border_style="red"))
+
+
+def _first_screen(problems: Sequence[Problem]) -> list[Problem]:
+    """As many problems as fit, and one in any case."""
+    shown: list[Problem] = []
+    lines = 0
+    for problem in problems:
+        lines += len(str(problem).splitlines())
+        if shown and lines > SCREEN:
+            break
+        shown.append(problem)
+    return shown
 
 
 def _lines(problem: Problem) -> Iterable[Text | Padding]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwater.cli.adapters import adapter_fields, attach_to_shape, locate
 from headwater.cli.console import out_console, table
+from headwater.report.modules import arrange, layers_of
 
 if TYPE_CHECKING:
     from headwater.methods import Heads
@@ -70,11 +71,15 @@ def _print(report: dict[str, Any]) -> None:
         ["adapted layers", len(layers) or None],
     ]
     console.print(table(["adapter", report["adapter"]], rows))
-    similar = [layer for layer in layers if layer["head_similarity"]]
-    if similar:
-        lines = [
-            [layer["name"], *(f"{layer['head_similarity'][key]:+.3f}" for key in ("mean", "min", "max"))]
-            for layer in similar
-        ]
-        title = "How alike the heads are: cosine between their up-projections, 1 is equal"
-        console.print(table(["layer", "mean", "least", "most"], lines, title=title))
+    means = {layer["name"]: layer["head_similarity"] and layer["head_similarity"]["mean"] for layer in layers}
+    if not any(mean is not None for mean in means.values()):
+        return
+    kinds = arrange(means)
+    lines = []
+    for number in layers_of(kinds):
+        cells = [means.get(by_layer.get(number, "")) for by_layer in kinds.values()]
+        lines.append([number, *(None if mean is None else f"{mean:+.3f}" for mean in cells)])
+    console.print(
+        "How alike the heads are: mean cosine between up-projections; 1 is equal, 0 unrelated", soft_wrap=True
+    )
+    console.print(table(["layer", *kinds], lines))

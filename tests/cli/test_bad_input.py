@@ -1,0 +1,186 @@
+"""Whatever is wrong with the input: exit code 2, one screen, no traceback, and what to do."""
+
+import functools
+import json
+import shutil
+
+import pytest
+from cli_support import headwater_process, run_main, write_run
+
+
+@pytest.fixture
+def headwater(capsys):
+    return functools.partial(run_main, capsys)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run_file(made, tmp_path):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "run.yaml"
+    path.write_text(path.read_text().replace(str(made), str(tmp_path)))
+    return path
+
+
+def refused(done, *texts):
+    """The command ended with 2 and said all of `texts` on one screen of standard error."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.err
+    assert len(done.err.splitlines()) <= 24
+    for text in texts:
+        assert str(text) in done.err
+    return done
+
+
+def test_missing_file(headwater, tmp_path):
+    refused(headwater("train", tmp_path / "none.yaml"), f"{tmp_path}/none.yaml: there is no such file")
+
+
+def test_missing_data_file_names_the_line_of_the_config(headwater, run_file):
+    for command in (["train"], ["data", "check"]):
+        done = headwater(*command, run_file, "--set", "tasks.1.train=nowhere.jsonl")
+        refused(done, "--set tasks.1.train: nowhere.jsonl: no such file")
+    run_file.with_name("animals-test.jsonl").unlink()
+    refused(headwater("train", run_file), f"{run_file}:4: tasks[0].test: animals-test.jsonl: no such file")
+
+
+def test_malformed_rows_of_all_tasks_in_one_go(run_file):
+    """The real command, since this is what people meet first."""
+    bad = run_file.with_name("animals-train.jsonl")
+    bad.write_text('{"prompt": "a", "completion": " cat"}\n{"prompt": "b", \n{"prompt": "c"}\n')
+    run_file.with_name("colours-train.jsonl").write_text("[1]\n")
+    done = headwater_process("data", "check", "run.yaml", cwd=run_file.parent)
+    refused(done, "animals-train.jsonl:2", "animals-train.jsonl:3", "completion", "colours-train.jsonl:1")
+    assert done.out == ""
+
+
+def test_empty_task(headwater, run_file):
+    run_file.with_name("colours-train.jsonl").write_text("\n")
+    refused(headwater("train", run_file), f"{run_file}:5: tasks[1].train: colours-train.jsonl: has no rows", "colours")
+
+
+def test_unknown_key_names_the_nearest(headwater, run_file):
+    run_file.write_text(run_file.read_text().replace("max_steps", "max_stepz").replace("num_heads", "num_head"))
+    refused(
+        headwater("train", run_file),
+        f"{run_file}:6: training.max_stepz: unknown key `max_stepz`\n    did you mean `max_steps`?",
+        f"{run_file}:2: method.num_head: unknown key `num_head`\n    did you mean `num_heads`?",
+    )
+
+
+def test_unknown_method(headwater, run_file):
+    refused(
+        headwater("train", run_file, "--set", "method.name=rloar"), "unknown method `rloar`", "did you mean `rlora`?"
+    )
+
+
+@pytest.mark.parametrize("method", ["rlora", "lora"])
+def test_target_module_not_found_lists_those_that_exist(headwater, run_file, method):
+    done = headwater("train", run_file, "--set", f"method={{name: {method}, target_modules: [query, fc1]}}")
+    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    refused(done, "--set method: method.target_modules: no layer of", "['query', 'fc1']", names)
+    assert "lm_head" not in done.err
+
+
+def test_no_heads(headwater, run_file):
+    refused(headwater("train", run_file, "--set", "method.num_heads=0"), "num_heads must be at least 1, not 0")
+
+
+def test_rank_larger_than_the_layer(headwater, run_file):
+    done = headwater("train", run_file, "--set", "method.r=64")
+    refused(done, "--set method.r: rank 64 is larger than layer model.layers.0.mlp.up_proj", "use r <= 32")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(headwater, run_file):
+    settings = ["training.learning_rate=1e38", "training.max_grad_norm=0", "training.save_steps=1"]
+    settings += ["training.warmup_steps=0", "method.init_seed=1"]
+    done = headwater("train", run_file, *(part for s in settings for part in ("--set", s)))
+    refused(done, "step 2", "animals", "non-finite", "checkpoint-1")
+    assert (run_file.parent / "run" / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_that_holds_a_run(headwater, run_file):
+    (run_file.parent / "run" / "adapter").mkdir(parents=True)
+    refused(headwater("train", run_file), f"{run_file}:7: output_dir", "holds a run already")
+
+
+def test_no_such_model(headwater, run_file):
+    done = headwater("train", run_file, "--set", "model_name_or_path=./no/model")
+    refused(done, "./no/model")
+
+
+def test_many_problems_still_fit_on_a_screen(headwater, run_file):
+    run_file.write_text(run_file.read_text() + "".join(f"nonsense{i}: 1\n" for i in range(50)))
+    refused(headwater("train", run_file), "... and 40 more")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "generate"])
+def test_no_adapter(headwater, tmp_path, command):
+    refused(headwater(command, tmp_path / "none"), "there is no such folder")
+    refused(headwater(command, tmp_path), "there is no adapter in this folder")
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "adapter_config.json").write_text("{}")
+    refused(headwater(command, tmp_path), "the run did not finish; give one of its checkpoints: checkpoint-7")
+
+
+def adapter(folder, model, **fields):
+    folder.mkdir()
+    fields = {"peft_type": "LORA", "base_model_name_or_path": str(model), "target_modules": ["q_proj"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_broken_adapters(headwater, made, tmp_path):
+    model = made / "model"
+    folder = adapter(tmp_path / "a", model)
+    refused(headwater("inspect", folder), "there is no adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    refused(headwater("inspect", folder), "the adapter cannot be loaded", folder)
+    (folder / "adapter_config.json").write_text("{")
+    refused(headwater("inspect", folder), "not readable as JSON")
+    folder = adapter(tmp_path / "b", model, peft_type="SOMETHING")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    refused(headwater("inspect", folder), "unknown adapter type 'SOMETHING'")
+    refused(headwater("inspect", adapter(tmp_path / "c", "")), "does not name its base model")
+    refused(headwater("generate", adapter(tmp_path / "d", tmp_path / "gone"), "-p", "x"), "gone")
+
+
+def test_an_adapter_alone_has_no_tasks(headwater, made, tmp_path):
+    folder = adapter(tmp_path / "a", made / "model")
+    refused(headwater("evaluate", folder), "give --tasks FILE, or the run folder")
+    refused(headwater("generate", folder, "-p", "x", "--task", "animals"), "give the run folder")
+
+
+def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    adapter(run / "adapter", run_file.parent / "model")
+    shutil.copy(run_file, run / "config.yaml")
+    for name in run_file.parent.glob("*.jsonl"):
+        shutil.copy(name, run)
+    refused(headwater("evaluate", run, "--split", "tset"), "unknown split 'tset'", "test, validation, train")
+    refused(headwater("evaluate", run, "--split", "validation"), "no task has validation rows")
+    refused(headwater("evaluate", run, "--tasks", tmp_path / "none.yaml"), "none.yaml: there is no such file")
+    refused(headwater("evaluate", run, "-o", tmp_path / "no" / "s.json"), "the folder of this file does not exist")
+    refused(headwater("generate", run, "-p", "x", "--task", "animal"), "unknown task `animal`", "animals, colours")
+
+
+def test_wrong_arguments(headwater):
+    assert headwater("trian").code == 2
+    assert headwater("train").code == 2
+    assert headwater("generate", "x", "--temperature", "-1").code == 2
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    from headwater.cli import main
+    from headwater.errors import HeadwaterError
+
+    monkeypatch.setenv("HEADWATER_DEBUG", "1")
+    with pytest.raises(HeadwaterError):
+        main(["train", str(tmp_path / "none.yaml")])

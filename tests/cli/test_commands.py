@@ -1,0 +1,189 @@
+"""Commands on a tiny model that one real run has trained."""
+
+import functools
+import io
+import json
+import os
+import sys
+
+import pytest
+import torch
+from cli_support import headwater_process, run_main, write_run
+from conftest import make_tiny_llama, make_tiny_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from headwater.cli import app
+from headwater.config import load_config
+
+
+@pytest.fixture
+def headwater(capsys):
+    return functools.partial(run_main, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run made by the real command; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_run(folder)
+    done = headwater_process("train", "run.yaml", "--set", "seed=3", cwd=folder)
+    assert done.code == 0, done.err
+    (folder / "stdout.txt").write_text(done.out)
+    return folder / "run"
+
+
+def test_train_leaves_a_whole_run_folder_and_says_what_came_of_it(trained):
+    names = {"adapter", "config.yaml", "results.json", "history.jsonl", "report.html", "checkpoint-2", "checkpoint-4"}
+    assert names <= {path.name for path in trained.iterdir()}
+    results = json.loads((trained / "results.json").read_text())
+    assert (results["steps"], results["seed"], results["method"]) == (4, 3, "rlora")
+    printed = (trained.parent / "stdout.txt").read_text()
+    for name, task in results["tasks"].items():
+        line = next(line for line in printed.splitlines() if name in line and f"{task['after']:.3f}" in line)
+        assert f"{task['before']:.3f}" in line
+    assert f"report: {trained / 'report.html'}" in printed
+    assert load_config(trained / "config.yaml").seed == 3
+
+
+def test_evaluate_a_run_scores_its_tasks_as_training_did(headwater, trained, tmp_path):
+    done = headwater("evaluate", trained, "--output", tmp_path / "scores.json")
+    assert done.code == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    results = json.loads((trained / "results.json").read_text())
+    assert scores["method"] == "rlora"
+    assert scores["base_model"] == results["base_model"]
+    for name, task in results["tasks"].items():
+        assert scores["tasks"][name]["value"] == pytest.approx(task["after"])
+        assert scores["tasks"][name]["n"] == task["n"] == 8
+        assert f"{task['after']:.3f}" in next(line for line in done.out.splitlines() if name in line)
+    assert scores["tasks"]["animals"]["majority"] == 0.5
+    assert scores["mean"] == pytest.approx(results["mean"]["after"])
+
+
+def test_evaluate_an_adapter_folder_on_a_tasks_file(headwater, trained, tmp_path):
+    row = {"prompt": "train animals 1 is", "completion": " dog"}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "tasks.yaml").write_text("tasks:\n  - {name: new, test: new.jsonl}\n")
+    arguments = ["evaluate", trained / "adapter", "--tasks", tmp_path / "tasks.yaml", "-o", tmp_path / "s.json"]
+    assert headwater(*arguments).code == 0
+    score = json.loads((tmp_path / "s.json").read_text())["tasks"]["new"]
+    # The oracle: Hugging Face's own loss on the same tokens, through plain PEFT.
+    model = PeftModel.from_pretrained(make_tiny_llama(), trained / "adapter").eval()
+    tokenizer = make_tiny_tokenizer()
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+    labels = torch.tensor([[-100] * len(prompt) + completion])
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor([prompt + completion]), labels=labels).loss
+    assert score["metric"] == "loss"
+    assert score["value"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_evaluate_takes_overrides_and_splits(headwater, trained):
+    done = headwater("evaluate", trained, "--split", "train", "--set", "tasks.0.max_train_rows=5")
+    assert done.code == 0
+    cells = [line.split() for line in done.out.splitlines()]
+    rows = {line[0]: line[2] for line in cells if line and line[0] in ("animals", "colours")}
+    assert rows == {"animals": "5", "colours": "24"}
+
+
+def test_generate_equals_plain_greedy_decoding(headwater, trained):
+    prompts = ["train animals 1 is", "colours"]
+    done = headwater("generate", trained, "-p", prompts[0], "-p", prompts[1], "--max-new-tokens", 6, "--json")
+    answers = [json.loads(line) for line in done.out.splitlines()]
+    assert [a["prompt"] for a in answers] == prompts
+    model = PeftModel.from_pretrained(make_tiny_llama(), trained / "adapter").eval()
+    tokenizer = make_tiny_tokenizer()
+    for answer in answers:
+        inputs = tokenizer(answer["prompt"], return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer["answer"] == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_generate_answers_each_line_of_standard_input(headwater, trained, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n  \ntwo\n"))
+    done = headwater("generate", trained, "--max-new-tokens", 2, "--json", "--task", "colours")
+    assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    done = headwater("generate", trained)
+    assert done.code == 2
+    assert "there is no prompt" in done.err
+
+
+def test_generate_in_chat_form_uses_the_template(headwater, trained):
+    plain = headwater("generate", trained, "-p", "<|user|>hi<eos><|assistant|>", "--max-new-tokens", 8)
+    chat = headwater("generate", trained, "-p", "hi", "--chat", "--max-new-tokens", 8)
+    bare = headwater("generate", trained, "-p", "hi", "--max-new-tokens", 8)
+    assert chat.out == plain.out != bare.out
+
+
+def test_inspect_agrees_with_the_file(headwater, trained):
+    found = json.loads(headwater("inspect", trained, "--json").out)
+    tensors = load_file(trained / "adapter" / "adapter_model.safetensors")
+    assert found["method"] == "rlora"
+    assert found["parameters"] == sum(t.numel() for name, t in tensors.items() if not name.endswith(("A0", "B0")))
+    assert len(found["layers"]) == 4
+    for layer in found["layers"]:
+        (B,) = (t for name, t in tensors.items() if layer["name"] in name and name.endswith(".B"))
+        cosine = torch.cosine_similarity(B[0].flatten(), B[1].flatten(), dim=0).item()
+        assert layer["head_similarity"]["mean"] == pytest.approx(cosine, abs=1e-5)
+        assert (layer["r"], layer["heads"], layer["scaling"], layer["routed"]) == (4, 2, 1.0, True)
+    shown = headwater("inspect", trained / "checkpoint-4").out
+    first = found["layers"][0]["head_similarity"]["mean"]
+    assert f"{found['parameters']:,}" in shown
+    assert f"{first:+.3f}" in shown
+
+
+def test_inspect_a_plain_lora(headwater, trained, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(trained.parent / "model")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "lora")
+    found = json.loads(headwater("inspect", tmp_path / "lora", "--json").out)
+    assert (found["method"], found["parameters"], found["layers"]) == ("lora", 2 * 2 * (32 + 32), [])
+    assert headwater("inspect", tmp_path / "lora").code == 0
+
+
+def test_methods_as_json(headwater):
+    found = json.loads(headwater("methods", "--json").out)
+    keys = ["name", "title", "paper", "family", "config", "peft_type", "needs_task_ids", "mergeable"]
+    assert all(list(method) == keys for method in found)
+    by_name = {method["name"]: method for method in found}
+    assert by_name["rlora"]["config"] == "RLoraConfig"
+    assert by_name["rlora"]["peft_type"] == "RLORA"
+    assert by_name["rlora"]["paper"] == "arXiv:2502.15455"
+    table = headwater("methods").out
+    assert all(name in table for name in by_name)
+
+
+def test_data_check_counts_and_warns(headwater, tmp_path):
+    run_file = write_run(tmp_path)
+    test = run_file.with_name("animals-test.jsonl")
+    train = run_file.with_name("animals-train.jsonl").read_text().splitlines()
+    test.write_text(test.read_text() + train[0] + "\n")
+    found = json.loads(headwater("data", "check", run_file, "--json").out)
+    assert [task["splits"]["train"]["rows"] for task in found] == [24, 24]
+    assert [task["splits"]["test"]["rows"] for task in found] == [9, 8]
+    assert [task["overlap"] for task in found] == [1, 0]
+    shown = headwater("data", "check", run_file).out
+    assert "animals" in next(line for line in shown.splitlines() if "1 of 9 test rows" in line)
+
+
+def test_the_threads_setting_and_the_help_of_every_command(headwater, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    shown = headwater("--help").out
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    for command in headwater_commands():
+        assert command[-1] in shown or len(command) > 1
+        assert headwater(*command, "--help").code == 0
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    headwater("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def headwater_commands():
+    names = [[c.name or c.callback.__name__] for c in app.registered_commands]
+    return [*names, ["data", "check"]]
