@@ -148,7 +148,7 @@ class Call:
 
     def saw_gate(self, gate: Tensor) -> None:
         """Shows a gate `(tokens, N)` to the observers, in x's leading shape."""
-        for observer in self.observers:
+        for observer in self.observers if self.first_time else ():
             observer(self.name, gate.detach().float().unflatten(0, self.shape))
 
     def add_loss(self, name: str, loss: Tensor, weight: float) -> None:

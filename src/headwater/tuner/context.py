@@ -95,7 +95,7 @@ class Context:
             prompt = torch.arange(length, device=inputs.device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(prompt.device)
         self._local.state = state
-        if self.needs_state and module.training:
+        if (self.needs_state or self.observers) and module.training:
             self.carry_through_checkpoints(module)
         return args, kwargs
 
