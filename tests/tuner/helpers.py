@@ -93,6 +93,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: 
         torch.testing.assert_close(found[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float = 1e-4) -> None:
+    """Same keys; each tensor's difference is at most this part of its length."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= relative * value.norm() + 1e-7, name
+
+
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all tensors that are not an adapter's, by their name in the bare model."""
     return {
