@@ -81,6 +81,17 @@ def test_routing_tells_tasks_apart(tiny_llama, tiny_tokenizer):
     assert routing["letters"][MODULES[0]] != pytest.approx(routing["digits"][MODULES[0]], abs=1e-3)
 
 
+def test_rows_that_are_too_long_do_not_stop_it(tiny_llama, tiny_tokenizer):
+    """It runs when the training is done; an error here would cost the run its results."""
+    model = adapted(tiny_llama)
+    rows = [Row("x" * 600, "y"), Row("ab", "c")]
+    tasks = [Task("a", 0, "loss", 1.0, train=[], validation=[], test=rows)]
+    found = routing_by_task(model, tiny_tokenizer, tasks, DataSpec(max_length=8))["routing"]["a"]
+    ids = [tiny_tokenizer(text)["input_ids"] for text in ("x" * 512, "abc")]
+    wanted = gates_by_hand(model, [ids[0], [*ids[1], 257]])
+    assert found[MODULES[0]] == pytest.approx(wanted[MODULES[0]].tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["lora", "mlora"])
 def test_without_a_router_there_is_no_routing(tiny_llama, tiny_tokenizer, method):
     model = adapted(tiny_llama, method)

@@ -16,7 +16,7 @@ from headwater.data.rows import Row
 from headwater.data.tasks import Task
 from headwater.errors import HeadwaterError
 from headwater.evaluation import EvaluationSpec, interval, score_task, score_tasks
-from headwater.evaluation.scoring import METRICS
+from headwater.evaluation.scoring import METRICS, _best
 from headwater.tuner.context import KEYWORD
 
 CHOICES = (" yes", " no", " perhaps so")
@@ -69,6 +69,12 @@ def test_choice_accuracy(tiny_llama, tiny_tokenizer, normalization):
     assert score.detail["interval"] == list(interval(wanted))
     assert score.detail["chance"] == pytest.approx(1 / 3)
     json.dumps(score.detail)
+
+
+@pytest.mark.parametrize(("by", "best"), [("none", 0), ("tokens", 1), ("bytes", 2)])
+def test_choices_are_compared_per_token_or_per_byte(by, best):
+    log_probs, ids = [-4.0, -6.0, -5.0], [[1], [2, 3], [4]]
+    assert _best(log_probs, ["ab", "abcd", "ééé"], ids, by) == best  # per token -4, -3, -5; per byte -2, -1.5, -0.83
 
 
 def test_an_adapter_is_scored_and_plain_lora_too(tiny_llama, tiny_tokenizer):
@@ -178,18 +184,18 @@ def test_methods_that_go_by_task_get_the_tasks_index(tiny_llama, tiny_tokenizer,
 
 def test_long_prompts_are_cut_where_training_cuts_them(tiny_llama, tiny_tokenizer):
     rows = [Row("x" * 90 + " end", " yes", CHOICES, source="t.jsonl", line=1)]
-    short = [replace(rows[0], prompt=rows[0].prompt[-(50 - len(CHOICES[2])) :])]
+    short = rows[0].prompt[-(50 - len(CHOICES[2])) :]
     task = task_of("choice_accuracy", rows)
     model, spec = tiny_llama(), EvaluationSpec()
     cut = DataSpec(max_length=50, on_too_long="truncate_prompt")
-    seen: list[int] = []
-    model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"][0].tolist()), with_kwargs=True)
     score = score_task(model, tiny_tokenizer, task, rows, spec, cut)
     assert score.detail["shortened_prompts"] == 1
-    assert seen[0] == len(short[0].prompt)
+    assert seen[0] == tiny_tokenizer(short)["input_ids"]
     seen.clear()
     score_task(model, tiny_tokenizer, task, rows, spec, DataSpec(max_length=50))
-    assert seen[0] == 94
+    assert seen[0] == tiny_tokenizer(rows[0].prompt)["input_ids"]
 
 
 def test_what_cannot_be_scored_is_named(tiny_llama, tiny_tokenizer):

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from headwater.analysis.weights import heads
-from headwater.data.encode import DataSpec, encode_rows
-from headwater.evaluation.forward import evaluating, input_device, logits_at, pad, pad_id, task_keywords
+from headwater.data.encode import DataSpec, encode_completion, encode_prompt
+from headwater.evaluation.forward import (
+    evaluating,
+    input_device,
+    logits_at,
+    max_positions,
+    pad,
+    pad_id,
+    task_keywords,
+)
 from headwater.evaluation.scoring import sample
 from headwater.tuner import is_adapted, observe
 
@@ -37,11 +45,14 @@ def routing_by_task(
         `{"routing": {task: {module: [N]}}}`; a task's entry is empty where no layer has a router, as in plain LoRA.
     """
     routing: dict[str, dict[str, list[float]]] = {}
+    adapted, limit = is_adapted(model), max_positions(model)
     for task in tasks:
-        rows = sample(task.test or task.train, rows_per_task)
-        encoded, _ = encode_rows(rows, tokenizer, data_spec, task.index)
-        sequences = [row.input_ids for row in encoded]
-        gates = mean_gates(model, sequences, fill=pad_id(tokenizer), task_index=task.index) if is_adapted(model) else {}
+        sequences = [
+            # As many tokens as the model takes: a row too long to train on must not stop a look at the others.
+            [*encode_prompt(row, tokenizer, data_spec), *encode_completion(row.completion, tokenizer, end=True)][:limit]
+            for row in sample(task.test or task.train, rows_per_task)
+        ]
+        gates = mean_gates(model, sequences, fill=pad_id(tokenizer), task_index=task.index) if adapted else {}
         routing[task.name] = {module: gate.tolist() for module, gate in gates.items()}
     return {"routing": routing}
 
