@@ -105,7 +105,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     )
     _say_what_is_trained(console, tasks, encoded, trainer)
     try:
-        before = history.scores(0) or scorer.all_rows(trainer.model, 0)
+        before = (history.scores(0) if resume else {}) or scorer.all_rows(trainer.model, 0)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:

@@ -198,6 +198,8 @@ class HeadwaterTrainer(Trainer):
         if self._context is not None:
             inputs[KEYWORD] = tasks
             self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
+        if self.args.torch_compile:
+            torch._dynamo.maybe_mark_dynamic(index, 0)  # else every number of completion tokens is compiled anew
         head = self._head or CompletionHead(self.model)
         with head.at(index):
             outputs = model(**inputs)
