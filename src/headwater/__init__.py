@@ -3,7 +3,7 @@
 from . import methods as _methods
 from .errors import HeadwaterError, Problem
 from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
-from .tuner import merge_task, merge_with_gates, observe, task_ids
+from .tuner import AlignSpec, align, merge_task, merge_with_gates, observe, task_ids
 
 __version__ = "0.1.0"
 
@@ -12,11 +12,13 @@ _CONFIGS = {m.config.__name__: m.config for m in _methods.methods()}
 globals().update(_CONFIGS)
 
 __all__ = [
+    "AlignSpec",
     "HeadwaterError",
     "Heads",
     "MethodConfig",
     "NotMergeable",
     "Problem",
+    "align",
     "make_config",
     "merge_task",
     "merge_with_gates",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,11 +198,15 @@ class Branch(nn.Module):
             return ranks + project(x, clean) if clean else ranks
         return project(x, dropped + clean)
 
+    def _read_again(self, x: Tensor) -> Tensor:
+        return project(x, self.reads()[0][:1])[0]
+
     def forward(self, y: Tensor, x: Tensor, call: Call, *, in_place: bool = False) -> Tensor:
         """Adds the branch's update. y `(tokens, d_out)`, x `(tokens, d_in)`; returns y's shape and dtype."""
         ranks = self.read(x)
         if call.align is not None and self.training:
-            ranks = (call.align(call, ranks[0]), *ranks[1:])
+            again = functools.partial(self._read_again, x.detach())
+            ranks = (call.align(call, ranks[0], again), *ranks[1:])
         h = self.mix(*ranks, call=call)
         return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
 

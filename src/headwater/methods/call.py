@@ -14,7 +14,7 @@ from ..ops import attach_loss
 
 KEYWORD = "headwater_task_ids"
 Observer = Callable[[str, Tensor], None]
-Align = Callable[["Call", Tensor], Tensor]
+Align = Callable[["Call", Tensor, Callable[[], Tensor]], Tensor]
 
 
 @dataclass
@@ -46,6 +46,11 @@ class State:
     task_range: tuple[int, int] | None = None
     closed: bool = False
 
+    def range_of_tasks(self, ids: Tensor) -> tuple[int, int]:
+        if self.task_range is None:  # once per forward, because reading it waits for an accelerator
+            self.task_range = (int(ids.min()), int(ids.max()))
+        return self.task_range
+
 
 @dataclass
 class Call:
@@ -56,7 +61,8 @@ class Call:
         shape: x's leading dimensions, usually `(batch, length)`.
         state: the forward's state; None for a layer run on its own.
         observers: called with the layer's name and each gate.
-        align: an alignment loss; given A x, `(tokens, r)`, returns it with the loss attached.
+        align: an alignment loss; given A x, `(tokens, r)`, and how to compute it from a detached x, returns A x with
+            the loss attached.
     """
 
     name: str
@@ -107,9 +113,7 @@ class Call:
                 )
             )
         if num_tasks is not None and not torch.compiler.is_compiling():
-            if state.task_range is None:  # once per forward, because reading it waits for an accelerator
-                state.task_range = (int(state.task_ids.min()), int(state.task_ids.max()))
-            low, high = state.task_range
+            low, high = state.range_of_tasks(state.task_ids)
             if low < 0 or high >= num_tasks:
                 raise HeadwaterError(
                     Problem(
@@ -125,6 +129,11 @@ class Call:
         """LongTensor `(tokens,)`, the task of each token. Raises as `task_of_row` does."""
         tasks = self.task_of_row(num_tasks)
         return tasks.repeat_interleave(self.tokens // tasks.shape[0])
+
+    def highest_task(self) -> int:
+        """The highest task id of the batch."""
+        ids = self.task_of_row()
+        return int(ids.max()) if self.state is None else self.state.range_of_tasks(ids)[1]
 
     def by_row(self, values: Tensor) -> Tensor:
         """`(tokens, k)` as `(rows, tokens per row, k)`."""
@@ -155,6 +164,10 @@ class Call:
         """Adds `weight * loss` to the training loss, whoever computes that, and logs `loss` under `name`."""
         scale = 1.0 if self.state is None else self.state.loss_scale
         self.losses.append(loss * weight * scale)
+        self.log_loss(name, loss)
+
+    def log_loss(self, name: str, loss: Tensor) -> None:
+        """Logs `loss`, averaged over layers, under `name`."""
         if self.state is not None and self.first_time:
             entry = self.state.losses.setdefault(name, [0.0, 0])
             entry[0] = entry[0] + loss.detach()

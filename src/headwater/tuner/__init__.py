@@ -1,6 +1,7 @@
 """The PEFT side, written once for all methods."""
 
 from ..methods.base import on_register
+from .align import AlignLoss, AlignSpec, align
 from .context import Context
 from .layer import MethodLayer
 from .model import MethodModel, context_of, is_adapted, merge_task, merge_with_gates, needs_task_ids, observe, task_ids
@@ -9,9 +10,12 @@ from .registration import register_with_peft
 on_register(register_with_peft)
 
 __all__ = [
+    "AlignLoss",
+    "AlignSpec",
     "Context",
     "MethodLayer",
     "MethodModel",
+    "align",
     "context_of",
     "is_adapted",
     "merge_task",

@@ -59,15 +59,7 @@ class MethodModel(BaseTuner):
         return contextlib.nullcontext()
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        if hasattr(model, _CONTEXT):
-            return
-        context = Context()
-        setattr(model, _CONTEXT, context)
-        hooks = (
-            model.register_forward_pre_hook(context.open, with_kwargs=True),
-            model.register_forward_hook(context.close, with_kwargs=True, always_call=True),
-        )
-        setattr(model, _HOOKS, hooks)
+        install_context(model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -180,6 +172,18 @@ def add_branch(
     layer.branches[adapter_name] = branch
     layer.context.needs_state |= branch.needs_state
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+
+def install_context(model: nn.Module) -> Context:
+    """The base model's forward context, made and hooked up if it has none yet."""
+    if _CONTEXT not in model.__dict__:
+        context = Context()
+        model.__dict__[_CONTEXT] = context
+        model.__dict__[_HOOKS] = (
+            model.register_forward_pre_hook(context.open, with_kwargs=True),
+            model.register_forward_hook(context.close, with_kwargs=True, always_call=True),
+        )
+    return model.__dict__[_CONTEXT]
 
 
 def context_of(model: nn.Module) -> Context:

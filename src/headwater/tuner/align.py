@@ -1,0 +1,144 @@
+"""Align-LoRA: an auxiliary loss that pulls the tasks' distributions of A x together, for any method that has an A.
+
+Liu et al., arXiv:2508.05078. No new parameters, nothing at inference; plain PEFT LoRA takes it as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..errors import HeadwaterError, Problem
+from ..methods.call import Call
+from ..ops import attach_loss
+from ..ops.alignment import kl_alignment, kl_alignment_per_position, membership, mmd_alignment, over_pairs
+from .context import Context
+from .layer import MethodLayer
+from .model import context_of, install_context
+
+LOSS_NAME = "align"
+
+
+@dataclass(frozen=True)
+class AlignSpec:
+    """How tasks are aligned.
+
+    Args:
+        kind: "kl" between Gaussians fitted to each task, or "mmd" (many Gaussian kernels, at most 256 tokens a task).
+        weight: lambda, the weight of the loss, which is averaged over the adapted layers. Sweep it: published values
+            come from code in which the loss had no gradient.
+        reduction: "mean" over pairs of tasks, or "sum", the paper's Eq. 5.
+        token_mode: "pooled" takes all of a task's tokens as one sample; "per_position" compares rows at each position,
+            as the released code does, for "kl" only.
+        detach_input: stop the gradient at the layer's input, so that only this layer's A is moved.
+    """
+
+    kind: Literal["kl", "mmd"] = "kl"
+    weight: float = 0.1
+    reduction: Literal["mean", "sum"] = "mean"
+    token_mode: Literal["pooled", "per_position"] = "pooled"
+    detach_input: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"kind": ("kl", "mmd"), "reduction": ("mean", "sum"), "token_mode": ("pooled", "per_position")}
+        problems = [
+            Problem(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}", f"align.{name}")
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        if not self.weight >= 0:
+            problems.append(Problem(f"weight must not be negative, not {self.weight!r}", "align.weight"))
+        if self.kind == "mmd" and self.token_mode == "per_position":
+            problems.append(Problem("per_position is for kind: kl", "align.token_mode"))
+        if problems:
+            raise HeadwaterError(*problems)
+
+
+class AlignLoss:
+    """The loss on one layer's A x; one object for all layers of a model."""
+
+    def __init__(self, spec: AlignSpec, layers: int):
+        self.spec, self.layers = spec, layers
+
+    def __call__(self, call: Call, z: Tensor, again: Any) -> Tensor:
+        """Returns z with the loss attached.
+
+        Args:
+            call: the layer's view of the forward.
+            z: A x, `(tokens, r)`. again: computes A x from a detached x.
+        """
+        if self.spec.weight == 0:
+            return z
+        loss = self.loss(call, again() if self.spec.detach_input else z)
+        call.log_loss(LOSS_NAME, loss)
+        scale = 1.0 if call.state is None else call.state.loss_scale
+        return attach_loss(z, loss * (self.spec.weight / self.layers) * scale)
+
+    def loss(self, call: Call, z: Tensor) -> Tensor:
+        """The unweighted loss of one layer; 0 where fewer than two tasks have two rows and 4 r tokens each."""
+        task_of_row = call.task_of_row().to(z.device)
+        num_tasks = call.highest_task() + 1
+        z = z.float() if z.dtype != torch.float64 else z
+        task, valid = call.task_of_token().to(z.device), call.valid_tokens()
+        member = membership(task, valid, num_tasks).to(z.dtype)
+        rows = torch.bincount(task_of_row, minlength=num_tasks)
+        usable = rows >= 2
+        if self.spec.token_mode == "per_position":
+            distances = kl_alignment_per_position(call.by_row(z), task_of_row, num_tasks)
+        else:
+            usable = usable & (member.sum(1) >= 4 * z.shape[1])
+            distances = kl_alignment(z, member) if self.spec.kind == "kl" else mmd_alignment(z, member)
+        return over_pairs(distances, usable, reduction=self.spec.reduction)
+
+
+def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> None:
+    """Adds the alignment loss to a model's training, in whatever trainer: it rides on the layers' own backward.
+
+    Every training batch must carry `headwater_task_ids` and should hold at least two rows of two tasks.
+
+    Args:
+        model: a model with one of headwater's adapters or with PEFT's LoRA.
+        spec: the loss; or give its fields as keywords. `weight=0` switches it off.
+
+    Raises:
+        HeadwaterError: if the model has no adapter with a down-projection.
+    """
+    spec = spec or AlignSpec(**fields)
+    layers = sum(isinstance(m, MethodLayer) for m in model.modules())
+    if layers:
+        context = context_of(model)
+        context.align = AlignLoss(spec, layers)
+    else:
+        lora = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A]
+        if not lora:
+            raise HeadwaterError(Problem("this model has no adapter to align", fix="add one with get_peft_model first"))
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        context = install_context(base)
+        context.align = AlignLoss(spec, len(lora))
+        for name, layer in lora:
+            for A in layer.lora_A.values():
+                A.register_forward_hook(_LoraHook(context, name))
+    context.needs_state = True
+
+
+class _LoraHook:
+    """On PEFT's `lora_A`: attaches the loss to its output."""
+
+    def __init__(self, context: Context, name: str):
+        self.context, self.name = context, name
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> Tensor:
+        if self.context.align is None or not module.training:
+            return z
+        call = self.context.call(self.name, tuple(z.shape[:-1]))
+        flat = z.reshape(-1, z.shape[-1])
+
+        def again() -> Tensor:
+            return torch.nn.functional.linear(args[0].detach(), module.weight).reshape(flat.shape)  # type: ignore[arg-type]
+
+        return self.context.align(call, flat, again).reshape(z.shape)
