@@ -69,12 +69,12 @@ def test_zero_heads_behind_a_zero_router_are_refused_with_the_way_out(num_heads)
     ("method", "wrong", "nearest"),
     [
         ("rlora", "num_head", "num_heads"),
-        ("mlora", "router_int", "init"),
+        ("mlora", "head_aggr", "head_agg"),
         ("hydralora", "inpt_dropout", "input_dropout"),
     ],
 )
 def test_an_unknown_field_names_the_nearest(method, wrong, nearest):
-    with pytest.raises(HeadwaterError, match=f"unknown field '{wrong}'(.|\n)*{nearest}"):
+    with pytest.raises(HeadwaterError, match=f"unknown field '{wrong}'(.|\n)*did you mean '{nearest}'"):
         make_config(method, **{wrong: 1})
 
 

@@ -72,6 +72,8 @@ def test_property_1_bfloat16_base_starts_within_one_ulp(compensation, N):
     expected = base(x).float()
     model = get_peft_model(base, make_config("rlora", target_modules=["layer"], **fields)).eval()
     assert {p.dtype for p in parameters(model).values()} == {torch.float32}
+    full = adapt("rlora", 256, 320, **fields, dtype=torch.float32)  # the base's precision must not round the start
+    assert torch.equal(held(model).A, held(full).A)
     difference = (model(x).float() - expected).norm(dim=-1)
     ulp = 2.0 ** (expected.norm(dim=-1).log2().floor() - 7)  # bfloat16 keeps 8 significant bits
     assert torch.all(difference <= ulp)
