@@ -182,15 +182,14 @@ def _explained(error: Exception, source: str) -> HeadwaterError:
 
 def _dequantise(path: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parent = str(path.parent.resolve())
     tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    # A transformers too old for GgufConfig always unpacks to dense weights.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
+    model = AutoModelForCausalLM.from_pretrained(parent, gguf_file=path.name, dtype=torch.float32, **options)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
