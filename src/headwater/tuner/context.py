@@ -89,8 +89,9 @@ class Context:
             state.prompt = (labels == -100) if valid is None else (labels == -100) & valid
             total = kwargs.get("num_items_in_batch")
             if total is not None:
-                # the loss is normalised by the tokens of the whole optimiser step; this is the micro-batch's share
-                state.loss_scale = (labels[:, 1:] != -100).sum() / total
+                # The loss is normalised by the tokens of the whole optimiser step; this is the micro-batch's share. By
+                # default (`average_tokens_across_devices`) that step is all ranks', whose gradients are then averaged.
+                state.loss_scale = (labels[:, 1:] != -100).sum() * _ranks() / total
         elif (generating := getattr(self._local, "prompt_length", None)) and length and state.past == 0:
             prompt = torch.arange(length, device=inputs.device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(prompt.device)
@@ -156,6 +157,11 @@ class _Carrying:
                 return function(*inner, **named)
 
         return self.checkpoint(under_state, *args, **kwargs)
+
+
+def _ranks() -> int:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
 
 
 def _as_ids(ids: Any) -> Tensor:
