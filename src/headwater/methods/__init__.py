@@ -6,7 +6,7 @@ import pkgutil
 from .base import Heads, Method, MethodConfig, NotMergeable, make_config, method, methods, register
 
 for _module in pkgutil.iter_modules(__path__):
-    if _module.name not in ("base", "call"):
+    if _module.name not in ("base", "call", "files"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["Heads", "Method", "MethodConfig", "NotMergeable", "make_config", "method", "methods", "register"]

@@ -128,7 +128,8 @@ class MethodConfig(PeftConfig):
 class LayerShape:
     """The linear layer a branch is attached to: its name, sizes, and rank and alpha after patterns.
 
-    `shared` is one dictionary for all layers of an adapter, for what they have in common while they are being made.
+    `shared` is one dictionary for all layers of an adapter, for what they have in common while they are being made; the
+    functions in its list "finish" are called once all are.
     """
 
     name: str

@@ -92,7 +92,8 @@ class MethodModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_shared"] = {}  # what this adapter's layers have in common while they are being made
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self.__dict__["_shared"]
+        for finish in self.__dict__.pop("_shared").get("finish", ()):
+            finish()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Branches are made in float32, which keeps the start exact. A file may bring half precision, which is widened,

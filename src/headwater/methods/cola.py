@@ -1,0 +1,162 @@
+"""Chain of LoRA: train a LoRA, freeze it into the sum, start a fresh one with a fresh optimiser, repeat.
+
+Xia et al., "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning", arXiv:2401.04151.
+
+    y = W x + sum_{j < i} s_j B_j A_j x + s_i B_i A_i dropout(x)          link i trains, earlier links are tied
+
+Tied links are stacked in the adapter ("stack" mode): the base weight is never touched, so quantised bases work and half
+precision cannot round the update away. The sum is one LoRA of rank r_1 + ... + r_M, and merges as one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Problem
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
+from .call import Call
+
+
+@dataclass
+class ColaConfig(MethodConfig):
+    """Chain of LoRA; `r` is the rank of the first link. See `MethodConfig` for the other fields.
+
+    Args:
+        num_links: M, the length of the chain; 1 is LoRA.
+        link_ranks: rank of each link, e.g. [8, 4, 2]; by default all have `r`.
+        knots: optimiser steps after which a link is tied, M - 1 of them, rising; by default the run is split evenly.
+        alpha_mode: "fixed_scaling" keeps s when the rank changes; "fixed_alpha" keeps alpha.
+        reinit_a: "fresh" draws a new A for each link; "same" starts each from the first link's.
+        train_factor: "both"; "B" with each link's A random and frozen; "A" with its B so.
+    """
+
+    num_links: int = 3
+    link_ranks: list[int] = field(default_factory=list)
+    knots: list[int] = field(default_factory=list)
+    alpha_mode: str = "fixed_scaling"
+    reinit_a: str = "fresh"
+    train_factor: str = "both"
+
+    def problems(self) -> list[Problem | None]:
+        ranks, knots = self.link_ranks, self.knots
+        return [
+            *super().problems(),
+            self.check("num_links", self.num_links >= 1, "must be at least 1"),
+            self.one_of("alpha_mode", ("fixed_scaling", "fixed_alpha")),
+            self.one_of("reinit_a", ("fresh", "same")),
+            self.one_of("train_factor", ("both", "A", "B")),
+            self.one_of("train_factor", ("both", "A", "B")),
+            Problem(f"link_ranks needs {self.num_links} ranks of at least 1, not {ranks}", "link_ranks")
+            if ranks and (len(ranks) != self.num_links or min(ranks) < 1)
+            else None,
+            Problem("link_ranks and rank_pattern cannot be combined", "rank_pattern")
+            if ranks and self.rank_pattern
+            else None,
+            Problem(f"knots needs {self.num_links - 1} rising steps of at least 1, not {knots}", "knots")
+            if knots and (len(knots) != self.num_links - 1 or sorted(set(knots)) != knots or knots[0] < 1)
+            else None,
+        ]
+
+    def knots_of(self, total_steps: int) -> list[int]:
+        """The steps after which a link is tied, in a run of `total_steps` optimiser steps."""
+        return self.knots or [round(total_steps * i / self.num_links) for i in range(1, self.num_links)]
+
+
+class ColaBranch(Branch):
+    A: Tensor
+    B: Tensor
+    A_tied: Tensor
+    B_tied: Tensor
+    link: Tensor
+
+    def __init__(self, config: ColaConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        self.config, self.alpha, self.seed = config, shape.alpha, generator.initial_seed()
+        self.ranks = config.link_ranks or [shape.r] * config.num_links
+        # Links have room from the start, so that neither the optimiser, nor DDP, nor a checkpoint ever sees a shape
+        # change. A link of smaller rank has zero rows in A and B, which then get no gradient.
+        R, d_in, d_out, tied = max(self.ranks), shape.in_features, shape.out_features, sum(self.ranks[:-1])
+        for name, size in (("A", d_in), ("B", d_out)):
+            if config.train_factor in ("both", name):
+                self.register_parameter(name, nn.Parameter(torch.zeros(R, size)))
+            else:
+                self.register_buffer(name, torch.zeros(R, size))
+        self.register_buffer("A_tied", torch.zeros(tied, d_in))
+        self.register_buffer("B_tied", torch.zeros(tied, d_out))
+        self.register_buffer("link", torch.zeros((), dtype=torch.int64))
+        self.start_link(0)
+
+    def start_link(self, link: int) -> None:
+        """Makes A and B those of a new link: one random, the other zero."""
+        generator = torch.Generator().manual_seed(self.seed + (link if self.config.reinit_a == "fresh" else 0))
+        rank = self.ranks[link]
+        random, zero = (self.B, self.A) if self.config.train_factor == "A" else (self.A, self.B)
+        size = random.shape[1]
+        drawn = kaiming(rank, size, generator) if random is self.A else kaiming(size, rank, generator).T
+        random.data.zero_()
+        random.data[:rank] = drawn.to(random)
+        zero.data.zero_()
+
+    def relative_scaling(self, link: int) -> float:
+        """A link's scaling divided by the first one's."""
+        if self.config.alpha_mode == "fixed_scaling":
+            return 1.0
+        return self.config.scaling(self.ranks[link], self.alpha) / self.scaling
+
+    @torch.no_grad()
+    def tie(self) -> None:
+        """Ties the knot: the current link joins the frozen ones and a fresh one begins. The output does not change."""
+        link = int(self.link)
+        start, rank = sum(self.ranks[:link]), self.ranks[link]
+        self.A_tied[start : start + rank] = self.A[:rank]
+        self.B_tied[start : start + rank] = self.B[:rank] * self.relative_scaling(link)
+        self.link += 1
+        self.start_link(link + 1)
+
+    def after_step(self, step: int, total_steps: int) -> bool:
+        """Called by the trainer after each optimiser step.
+
+        Returns:
+            True if a knot was tied, so the optimiser must forget what it knows.
+        """
+        due = sum(step >= knot for knot in self.config.knots_of(total_steps))
+        if int(self.link) >= min(due, len(self.ranks) - 1):
+            return False
+        self.tie()
+        return True
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), (self.A_tied,)
+
+    def mix(self, z: Tensor, tied: Tensor, *, call: Call) -> Tensor:
+        if self.config.alpha_mode == "fixed_alpha":
+            z = z * self.relative_scaling(int(self.link))
+        return torch.cat([z, tied], dim=-1)
+
+    def writes(self) -> Tensor:
+        return torch.cat([self.B, self.B_tied])
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        current = self.relative_scaling(int(self.link)) * (self.B.T @ self.A)
+        return self.scaling * (current + self.B_tied.T @ self.A_tied)
+
+    def heads(self) -> Heads:
+        """The whole chain as one head of rank r_1 + ... + r_M."""
+        A = torch.cat([self.relative_scaling(int(self.link)) * self.A, self.A_tied])
+        return Heads(A, self.writes().T.unsqueeze(0), None, None, None, self.scaling)
+
+
+register(
+    Method(
+        name="cola",
+        title="Chain of LoRA",
+        paper="arXiv:2401.04151",
+        family="residual chain",
+        config=ColaConfig,
+        branch=ColaBranch,
+        mergeable=True,
+    )
+)

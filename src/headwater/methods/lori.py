@@ -1,0 +1,207 @@
+"""LoRI: a frozen random down-projection per task and an up-projection that is trained, or only its largest tenth is.
+
+Zhang et al., "LoRI: Reducing Cross-Task Interference in Multi-Task Low-Rank Adaptation", arXiv:2504.07448.
+
+    y = W x + s B (A x)           A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), never trained; B starts at 0
+
+LoRI-D trains all of B. LoRI-S keeps the entries of B that LoRI-D made largest, over all layers together, starts again
+from 0 and trains only those. They are stored, trained and counted as what they are: a list of values with their places,
+so no optimiser, weight decay or momentum can move an entry outside the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HeadwaterError, Problem
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
+from .call import Call
+from .files import pack_bits, read_tensors, unpack_bits
+
+
+@dataclass
+class LoriConfig(MethodConfig):
+    """LoRI. Without `mask` it is LoRI-D, with it LoRI-S. See `MethodConfig` for the other fields.
+
+    Args:
+        mask: a file that `headwater calibrate` made from a trained LoRI-D adapter. Needed only to make the adapter; the
+            adapter's own file then holds all.
+        reuse_a: take A from the mask's adapter, for which the mask was found; False draws a new one, as the released
+            scripts do.
+        continue_from: the adapter file (`adapter_model.safetensors`) of another task, to learn this task on top of it:
+            its A and B stay, and only entries inside the mask change.
+        kept, kept_before: number of trained and of earlier entries of each layer. Set when the adapter is made.
+        mask_sha256: checksum of the mask file that was used. Set when the adapter is made.
+    """
+
+    r: int = 32
+    lora_alpha: float = 64
+    mask: str | None = None
+    reuse_a: bool = True
+    continue_from: str | None = None
+    kept: dict[str, int] = field(default_factory=dict)
+    kept_before: dict[str, int] = field(default_factory=dict)
+    mask_sha256: str | None = None
+
+
+class LoriBranch(Branch):
+    A: Tensor
+    index: Tensor
+    index_before: Tensor
+    values_before: Tensor
+
+    def __init__(self, config: LoriConfig, shape: LayerShape, generator: torch.Generator):
+        super().__init__(config, shape, generator)
+        self.shape = (shape.r, shape.out_features)
+        A = kaiming(shape.r, shape.in_features, generator)
+        if config.mask is None and config.mask_sha256 is None:
+            self.register_buffer("A", A)
+            self.B = nn.Parameter(torch.zeros(self.shape))
+            return
+        before = torch.zeros(self.shape)
+        if config.mask is None:  # a saved adapter is being loaded: only sizes are known here, and needed
+            index = torch.zeros(config.kept[shape.name], dtype=torch.int32)
+            index_before = torch.zeros(config.kept_before.get(shape.name, 0), dtype=torch.int32)
+        else:
+            index, A, before = self._from_files(config, shape, A)
+            index_before = before.flatten().nonzero().squeeze(1).int()
+            config.kept[shape.name] = index.numel()
+            if index_before.numel():
+                config.kept_before[shape.name] = index_before.numel()
+        self.register_buffer("A", A)
+        self.register_buffer("index", index)
+        self.values = nn.Parameter(before.flatten()[index.long()])
+        self.register_buffer("index_before", index_before if index_before.numel() else None)
+        held = before.flatten()[index_before.long()]
+        self.register_buffer("values_before", held if index_before.numel() else None)
+
+    def _from_files(self, config: LoriConfig, shape: LayerShape, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The trained entries' places, A and the earlier B, from the mask's file and the continued adapter's."""
+        shared = shape.shared
+        if "lori_mask" not in shared:
+            shared["lori_mask"], sha = read_tensors(config.mask or "", "mask")
+            shared["lori_before"] = {}
+            if config.continue_from is not None:
+                shared["lori_before"], _ = read_tensors(config.continue_from, "continue_from")
+
+            def finish() -> None:
+                unused = sorted(key for key in shared["lori_mask"] if key.endswith(".mask"))
+                if unused:
+                    raise HeadwaterError(
+                        Problem(
+                            f"the mask has layers that this adapter has not, the first is {unused[0][:-5]}",
+                            "mask",
+                            "use the target_modules that the mask was calibrated with",
+                        )
+                    )
+                config.mask, config.continue_from, config.mask_sha256 = None, None, sha
+
+            shared.setdefault("finish", []).append(finish)
+        masks: dict[str, Tensor] = shared["lori_mask"]
+        packed = masks.pop(f"{shape.name}.mask", None)
+        layout = masks.pop(f"{shape.name}.shape", None)
+        stored = masks.pop(f"{shape.name}.A", None)
+        if packed is None or layout is None or tuple(layout.tolist()) != self.shape:
+            found = "no such layer" if layout is None else str(tuple(layout.tolist()))
+            raise HeadwaterError(
+                Problem(
+                    f"the mask is of another layout: layer {shape.name} needs shape {self.shape}, the file has {found}",
+                    "mask",
+                    "calibrate it on an adapter of the same base model, r and target_modules",
+                )
+            )
+        index = unpack_bits(packed, self.shape).flatten().nonzero().squeeze(1).int()
+        before = torch.zeros(self.shape)
+        if config.continue_from is not None:
+            A, before = self._continued(shared["lori_before"], shape)
+        elif config.reuse_a and stored is not None:
+            A = stored.float()
+        return index, A, before
+
+    def _continued(self, tensors: Mapping[str, Tensor], shape: LayerShape) -> tuple[Tensor, Tensor]:
+        prefix = f"base_model.model.{shape.name}.lori_branch."
+        A, B = tensors.get(f"{prefix}A"), tensors.get(f"{prefix}B")
+        if A is not None and B is None and f"{prefix}values" in tensors:
+            B = torch.zeros(self.shape).flatten()
+            for part in ("_before", ""):
+                if f"{prefix}index{part}" in tensors:
+                    B[tensors[f"{prefix}index{part}"].long()] = tensors[f"{prefix}values{part}"].float()
+            B = B.view(self.shape)
+        if A is None or B is None or A.shape != (shape.r, shape.in_features) or B.shape != self.shape:
+            raise HeadwaterError(
+                Problem(
+                    f"no LoRI adapter of this layout: layer {shape.name} is missing there or has another shape",
+                    "continue_from",
+                    "continue an adapter of the same base model, r and target_modules",
+                )
+            )
+        return A.float(), B.float()
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), ()
+
+    def mix(self, z: Tensor, *, call: Call) -> Tensor:
+        return z
+
+    def writes(self) -> Tensor:
+        if hasattr(self, "B"):
+            return self.B
+        B = self.values.new_zeros(self.shape).flatten()
+        if self.index_before is not None:
+            B = B.scatter(0, self.index_before.long(), self.values_before.to(B.dtype))
+        return B.scatter(0, self.index.long(), self.values).view(self.shape)
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        return self.scaling * (self.writes().T @ self.A)
+
+    def heads(self) -> Heads:
+        return Heads(self.A, self.writes().T.unsqueeze(0), None, None, None, self.scaling)
+
+
+def calibrate(branches: Mapping[str, Branch], sparsity: float = 0.9) -> dict[str, Tensor]:
+    """The mask of LoRI-S from a trained LoRI-D adapter: the largest |B|, one threshold for all layers.
+
+    Args:
+        branches: layer name -> its trained LoRI-D branch.
+        sparsity: share of entries that are left out, in (0, 1).
+
+    Returns:
+        What a mask file holds: per layer `<name>.mask` (packed bits), `<name>.shape` (r, d_out) and `<name>.A`.
+
+    Raises:
+        HeadwaterError: if the adapter is not an LoRI-D one, or was not trained.
+    """
+    if not 0 < sparsity < 1:
+        raise HeadwaterError(Problem(f"sparsity must be between 0 and 1, not {sparsity}", "sparsity"))
+    if not branches or not all(isinstance(b, LoriBranch) and hasattr(b, "B") for b in branches.values()):
+        raise HeadwaterError("a mask is calibrated on an LoRI-D adapter (method lori without a mask)")
+    sizes = torch.cat([branch.writes().detach().abs().flatten() for branch in branches.values()])
+    if not bool(sizes.any()):
+        raise HeadwaterError("this LoRI-D adapter's B is all zero: train it before calibrating a mask on it")
+    kept = torch.zeros(sizes.numel(), dtype=torch.bool)
+    kept[sizes.topk(max(1, round((1 - sparsity) * sizes.numel()))).indices] = True
+    tensors: dict[str, Tensor] = {}
+    parts = kept.split([b.writes().numel() for b in branches.values()])
+    for (name, branch), part in zip(branches.items(), parts, strict=True):
+        shape = tuple(branch.writes().shape)
+        tensors[f"{name}.mask"] = pack_bits(part)
+        tensors[f"{name}.shape"] = torch.tensor(shape)
+        tensors[f"{name}.A"] = branch.reads()[0][0].detach().clone()
+    return tensors
+
+
+register(
+    Method(
+        name="lori",
+        title="LoRI",
+        paper="arXiv:2504.07448",
+        family="sparse",
+        config=LoriConfig,
+        branch=LoriBranch,
+        mergeable=True,
+    )
+)
