@@ -124,6 +124,18 @@ def test_without_a_closing_token_the_end_token_closes_the_last_turn():
     assert runs_of_learned(item, tokenizer) == ["Hello", "Well<eos>"]
 
 
+def test_text_that_closes_a_turn_is_learned_where_the_template_writes_it():
+    marked = make_tokenizer("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n## End\n{% endfor %}")
+    item = encode(conversation("Hi", "Hello", "How?", "Well"), marked)
+    assert runs_of_learned(item, marked) == ["Hello\n## End", "Well\n## End<eos>"]
+    last_only = make_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '<eos>' if loop.last else ' ' }}{% endfor %}"
+    )
+    item = encode(conversation("Hi", "Hello", "How?", "Well"), last_only)
+    assert last_only.decode(item.input_ids) == "user: Hi assistant: Hello user: How? assistant: Well<eos>"
+    assert runs_of_learned(item, last_only) == ["Hello", "Well<eos>"]
+
+
 def test_always_puts_plain_rows_through_the_template():
     tokenizer = make_tokenizer(CHATML)
     item = encode(Row("2 + 3 =", " 5"), tokenizer, DataSpec(chat_template="always"))

@@ -136,6 +136,18 @@ def test_prompts_are_cut_from_the_left_after_the_start_token(caplog):
     assert "f: 1 rows of more than 6 tokens shortened from the left" in caplog.text
 
 
+def test_neither_the_start_token_nor_what_is_learned_is_cut():
+    tokenizer = make_sentencepiece_tokenizer()
+    for max_length, fits in ((4, True), (3, False)):
+        spec = DataSpec(max_length=max_length, on_too_long="truncate_prompt")
+        if fits:
+            item = encode(Row("abcd", "AB"), tokenizer, spec)
+            assert tokenizer.convert_ids_to_tokens(item.input_ids) == ["<s>", "A", "B", "</s>"]
+        else:
+            with pytest.raises(HeadwaterError, match="what is learned of it does not fit"):
+                encode(Row("abcd", "AB"), tokenizer, spec)
+
+
 def test_what_is_learned_is_never_cut():
     spec = DataSpec(max_length=6, on_too_long="truncate_prompt")
     item = encode(Row("prompt", "12345"), spec=spec)

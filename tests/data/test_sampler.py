@@ -206,6 +206,12 @@ def test_balanced_batches_hold_every_task_equally_and_the_extra_one_rotates(mixt
     assert max(total) - min(total[task] for task in present) <= 1
 
 
+def test_balanced_batches_over_many_windows_still_show_every_row_once():
+    lengths = [list(range(1, 401))] * 3
+    batches = list(MixtureBatchSampler(lengths, [1 / 3] * 3, 2, 0, "balanced"))
+    assert sorted(i for batch in batches for i in batch) == list(range(1200))
+
+
 @pytest.mark.parametrize("batching", ["mixed", "homogeneous"])
 def test_every_stretch_of_an_epoch_has_the_shares(batching):
     lengths = [[5] * 3000, [5] * 500, [5] * 100]

@@ -92,6 +92,8 @@ def test_folder_saved_by_datasets(tmp_path):
     datasets.DatasetDict(train=data, extra=data.select([1])).save_to_disk(tmp_path / "two")
     assert contents(read_rows(tmp_path / "two")) == EXPECTED
     assert contents(read_rows(tmp_path / "two", split="extra")) == EXPECTED[1:2]
+    datasets.DatasetDict(validation=data).save_to_disk(tmp_path / "three")
+    assert contents(read_rows(tmp_path / "three")) == EXPECTED
     assert "there is no split 'tset'\n    it has train, extra" in said(tmp_path / "two", split="tset")
 
 

@@ -91,6 +91,12 @@ def test_overlap_and_repetition_are_warned_about(folder):
     assert load_tasks([TaskSpec(name="a", train="train.jsonl")], folder)[0].warnings == []
 
 
+def test_test_rows_that_are_validated_on_count_too(folder):
+    spec = TaskSpec(name="a", train="train.jsonl", validation="test.jsonl", test="test.jsonl")
+    (warning,) = load_tasks([spec], folder)[0].warnings
+    assert warning.startswith("12 of 12 test rows")
+
+
 def test_prompts_that_end_with_a_space_are_warned_about(folder):
     write(folder / "spaced.jsonl", [{"prompt": f"Question {i}: ", "completion": "yes"} for i in range(3)])
     (warning,) = load_tasks([TaskSpec(name="a", train="spaced.jsonl")], folder)[0].warnings
@@ -98,12 +104,12 @@ def test_prompts_that_end_with_a_space_are_warned_about(folder):
 
 
 def test_overlap_of_conversations_is_by_all_that_is_asked(folder):
-    def chat(system, asked):
-        turns = [("system", system), ("user", asked), ("assistant", "Yes")]
+    def chat(system, asked, answer):
+        turns = [("system", system), ("user", asked), ("assistant", answer)]
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
-    write(folder / "c1.jsonl", [chat("x", "1"), chat("x", "2")])
-    write(folder / "c2.jsonl", [chat("x", "1"), chat("y", "2")])
+    write(folder / "c1.jsonl", [chat("x", "1", "yes"), chat("x", "2", "yes")])
+    write(folder / "c2.jsonl", [chat("x", "1", "no"), chat("y", "2", "yes")])
     task = load_tasks([TaskSpec(name="a", train="c1.jsonl", test="c2.jsonl")], folder)[0]
     assert task.warnings == ["1 of 2 test rows have a prompt that is also trained or validated on"]
 

@@ -42,7 +42,7 @@ def chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
     So turns stand in the text exactly as written, templates that treat earlier turns differently need no special case,
     and what the template itself puts before a turn (an empty thinking block, say) is context, not something to learn.
     A turn is closed by what the template writes after the last one up to its first special token; that is learned
-    too. Where there is no such token, the end token closes the last turn.
+    too, where a turn has it. If there is no such token, the end token is put behind the last turn.
 
     Raises:
         HeadwaterError: no template, a template that refuses the conversation, or one that does not show every turn.
@@ -67,26 +67,18 @@ def chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
             raise HeadwaterError(Problem(f"the chat template does not show assistant turn {number + 1} once", where))
         context.append(before)
         text = after
-    closing = _closing(text, tokenizer)
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [text.find(token) + len(token) for token in specials if token and token in text]
+    closing = text[: min(ends)] if ends else text.rstrip()
     pieces = [Piece(context[0], opens=True)]
     for content, following in zip(contents, [*context[1:], closing], strict=True):
         pieces.append(Piece(content, learned=True, content=True))
         closed = closing if following.startswith(closing) else ""
         pieces += [Piece(closed, learned=True), Piece(following[len(closed) :])]
     # What follows the last turn's closing, a line break as a rule, teaches nothing.
-    return [*(p for p in pieces if p.text or p.content), *([] if closing else [END])]
+    return [*(p for p in pieces if p.text or p.content), *([] if ends else [END])]
 
 
 def _mark(number: int) -> str:
     """A text that no conversation holds and no template changes."""
     return f"\u27e6assistant-turn-{number}\u27e7"
-
-
-def _closing(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What closes a turn: the tail up to and with its first special token, if only white space stands before that."""
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = [(tail.find(token) + len(token), token) for token in specials if token and token in tail]
-    if not found:
-        return ""
-    end, token = min(found)
-    return tail[:end] if not tail[: end - len(token)].strip() else ""

@@ -75,12 +75,13 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     if total < sum(share > 0 for share in shares):
         tasks = sum(share > 0 for share in shares)
         raise HeadwaterError(Problem(f"{total} draws cannot hold all of {tasks} tasks", fix="use a smaller batch size"))
-    quotas = [share * total for share in shares]
+    whole = math.fsum(shares)
+    quotas = [share / whole * total for share in shares]
     # Shares are rounded binary fractions: without the slack, a quota of 3 could count as 2.9999 and lose its tie.
     counts = [max(math.floor(quota + 1e-9), 1) if quota > 0 else 0 for quota in quotas]
     while sum(counts) > total:
         counts[max(range(len(counts)), key=lambda t: (counts[t] > 1, counts[t] - quotas[t], counts[t]))] -= 1
     order = sorted(range(len(counts)), key=lambda t: round(counts[t] - quotas[t], 9))
-    for t in [t for t in order if shares[t] > 0][: total - sum(counts)]:
+    for t in order[: total - sum(counts)]:
         counts[t] += 1
     return counts
