@@ -207,6 +207,21 @@ def test_loss_scale_of_auxiliary_losses_sums_to_one_over_a_step(tiny_llama, tmp_
     assert sorted(scales) == pytest.approx([1 / 5, 2 / 5, 2 / 5])
 
 
+def test_auxiliary_losses_are_logged_as_the_mean_over_a_step(tiny_llama, tmp_path):
+    """HydraLoRA's balance loss of every batch, weighted by its share of the rows, by hand."""
+    model = adapted(tiny_llama(), "hydralora", balance_loss_weight=0.1, lora_dropout=0.0)
+    tasks = {"a": make_rows(0, 5)}
+    expected, context = 0.0, context_of(model)
+    settings = {"tasks": tasks, "max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    trainer = make_trainer(model, tmp_path, **settings)
+    for batch in trainer.get_train_dataloader():
+        with torch.no_grad():
+            model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        expected += float(context.last_losses["balance"]) * len(batch["input_ids"]) / 5
+    trainer.train()
+    assert trainer.state.log_history[0]["auxiliary_loss/balance"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_encoder_decoders_are_refused(tiny_llama, tmp_path):
     model = tiny_llama()
     model.config.is_encoder_decoder = True

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HeadwaterError, Problem
-from .history import TASK_LOSS
+from .history import AUXILIARY_LOSS, TASK_LOSS
 
 if TYPE_CHECKING:
     from .trainer import HeadwaterTrainer
@@ -34,7 +34,8 @@ class Accounts(TrainerCallback):
         self._trained: list[Tensor] = []
         self._sums = [0.0] * len(trainer.task_names)
         self._counts = [0.0] * len(trainer.task_names)
-        self._window = (0, 0.0)  # tokens and seconds when the window opened
+        self._auxiliary: dict[str, Tensor] = {}
+        self._window = (0, 0, 0.0)  # steps, tokens and seconds when the window opened
 
     def add(self, losses: Tensor, items: Tensor, tasks: Tensor, inputs: Mapping[str, Tensor]) -> None:
         """Adds a batch, on its device and without waiting for it. losses, items, tasks: `[batch]`."""
@@ -46,6 +47,11 @@ class Accounts(TrainerCallback):
         books[-1] = inputs["input_ids"].numel()
         self._step = books if self._step is None else self._step + books
 
+    def add_auxiliary(self, losses: Mapping[str, Tensor], share: Tensor | float) -> None:
+        """Adds a batch's auxiliary losses by name; `share` is the batch's part of its optimiser step."""
+        for name, loss in losses.items():
+            self._auxiliary[name] = self._auxiliary.get(name, 0) + loss.detach() * share
+
     @property
     def seconds(self) -> float:
         """Time spent training, earlier parts of a resumed run included, evaluations not."""
@@ -53,17 +59,20 @@ class Accounts(TrainerCallback):
         return self._earlier_seconds + running
 
     def close_window(self) -> dict[str, float]:
-        """Mean loss per task and tokens per second since the last call; tasks that were not drawn are left out."""
+        """Means since the last call: loss per task drawn, auxiliary losses, tokens per second."""
         names = self.trainer.task_names
         logs = {
             TASK_LOSS + name: total / count
             for name, total, count in zip(names, self._sums, self._counts, strict=True)
             if count > 0
         }
-        tokens, seconds = self._window
-        now = self.seconds
+        steps, tokens, seconds = self._window
+        now, step = self.seconds, self.trainer.state.global_step
+        for name, total in self._auxiliary.items():
+            mean = self.trainer.accelerator.reduce(total, "mean") / max(step - steps, 1)
+            logs[AUXILIARY_LOSS + name] = float(mean)
         logs["tokens_per_second"] = (self.tokens - tokens) / max(now - seconds, 1e-9)
-        self._window = (self.tokens, now)
+        self._window, self._auxiliary = (step, self.tokens, now), {}
         self._sums, self._counts = [0.0] * len(names), [0.0] * len(names)
         return logs
 
@@ -74,6 +83,8 @@ class Accounts(TrainerCallback):
             HeadwaterError: if it was trained on another mixture.
         """
         self._mixture = self._describe_mixture()
+        self.tokens = self.slots = 0
+        self._earlier_seconds = 0.0
         books: Any = state.stateful_callbacks  # a dict, though annotated as a list
         saved = books.get(SAVED)
         if saved and state.global_step:
@@ -87,7 +98,7 @@ class Accounts(TrainerCallback):
         self.restore(state)
         self.trainer.excluded_seconds = 0.0
         self._started = time.perf_counter()
-        self._window = (self.tokens, self.seconds)
+        self._window = (state.global_step, self.tokens, self.seconds)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._earlier_seconds, self._started = self.seconds, None
@@ -138,7 +149,7 @@ class Accounts(TrainerCallback):
         """Epoch and batches drawn in it after `step` optimiser steps, all ranks together."""
         ranks = self.trainer.accelerator.num_processes
         accumulation = self.trainer.args.gradient_accumulation_steps
-        steps = max(math.ceil(self.trainer.batches_per_epoch / accumulation), 1)
+        steps = self.trainer.steps_per_epoch
         return {"epoch": step // steps, "batches": step % steps * accumulation * ranks}
 
     def _describe_mixture(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..evaluation.scores import TaskScore
 from .files import finite, write_text
 
 TASK_LOSS = "task_loss/"
+AUXILIARY_LOSS = "auxiliary_loss/"
 
 
 class History:
@@ -65,6 +66,11 @@ class History:
         return {}
 
 
+def named(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The entries of a log that begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
+
+
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(finite(entry), ensure_ascii=False) + "\n"
 
@@ -91,6 +97,7 @@ class HistoryCallback(TrainerCallback):
                 "kind": "train",
                 "step": state.global_step,
                 **{key: logs[key] for key in keys if key in logs},
-                "task_losses": {k.removeprefix(TASK_LOSS): v for k, v in logs.items() if k.startswith(TASK_LOSS)},
+                "task_losses": named(logs, TASK_LOSS),
+                **({"auxiliary_losses": auxiliary} if (auxiliary := named(logs, AUXILIARY_LOSS)) else {}),
             }
         )

@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from ..evaluation.scores import TaskScore
-from .history import TASK_LOSS
+from .history import TASK_LOSS, named
 
 
 class ProgressDisplay(TrainerCallback):
@@ -94,7 +94,7 @@ class ProgressDisplay(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        self.losses.update({k.removeprefix(TASK_LOSS): v for k, v in logs.items() if k.startswith(TASK_LOSS)})
+        self.losses.update(named(logs, TASK_LOSS))
         note = f"loss {logs['loss']:.4f}  {logs['tokens_per_second']:,.0f} tokens/s"
         if self._training is not None:
             self._bars.update(self._training, note=note)

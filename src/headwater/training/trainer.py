@@ -20,7 +20,7 @@ from ..data.mixture import MixtureSpec, shares
 from ..data.sampler import MixtureBatchSampler
 from ..errors import HeadwaterError
 from ..evaluation.scores import TaskScore, mean_score
-from ..tuner.context import KEYWORD
+from ..tuner.context import KEYWORD, LABELS
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments
@@ -145,7 +145,10 @@ class HeadwaterTrainer(Trainer):
     def _restore_if_complete(self, checkpoint: str) -> bool:
         """Takes the weights of a checkpoint that has all steps: Trainer would add one more."""
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        self.get_train_dataloader()
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
         if state.global_step < steps:
             return False
         self._load_from_checkpoint(checkpoint)
@@ -174,6 +177,10 @@ class HeadwaterTrainer(Trainer):
         return {name: {key: found[source][i] for key, source in keys.items()} for i, name in enumerate(self.task_names)}
 
     @property
+    def steps_per_epoch(self) -> int:
+        return max(math.ceil(self.batches_per_epoch / self.args.gradient_accumulation_steps), 1)
+
+    @property
     def per_example(self) -> bool:
         return self.args.loss_normalization == "example"
 
@@ -196,7 +203,8 @@ class HeadwaterTrainer(Trainer):
         total = items.sum() if num_items_in_batch is None else num_items_in_batch
         ranks = self.accelerator.num_processes if self.averages_over_ranks and num_items_in_batch is not None else 1
         if self._context is not None:
-            inputs[KEYWORD] = tasks
+            # The model is not given the labels, so that it computes no loss; a method may still want to know them.
+            inputs |= {KEYWORD: tasks, LABELS: labels}
             self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
         if self.args.torch_compile:
             torch._dynamo.maybe_mark_dynamic(index, 0)  # else every number of completion tokens is compiled anew
@@ -215,6 +223,8 @@ class HeadwaterTrainer(Trainer):
         )
         if model.training:
             self.accounts.add(losses.detach(), items, tasks, inputs)
+            if self._context is not None:
+                self.accounts.add_auxiliary(self._context.last_losses, self._context.loss_scale)
         # Every rank's gradient is averaged over ranks afterwards, hence times their number.
         loss = losses.sum() * ranks / total
         return (loss, outputs) if return_outputs else loss
