@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from headwater.report import figures, head_figures, theme
+from headwater.report.html import svg_bytes
 from headwater.report.layout import NARROW, WIDE, fit, key_rows, text_width
 
 WIDTHS = pytest.mark.parametrize("width", [WIDE, NARROW])
@@ -55,12 +57,22 @@ def test_bars_are_as_long_as_their_values(width):
     assert {"a task", "n = 40", "majority 0.500", "0.250", "0.750"} <= set(texts(figure))
 
 
+def test_text_and_bars_stay_in_line_in_the_file():
+    figure = figures.grouped_bars([figures.BarGroup("t", BLUE, [figures.Bar("after", 0.75, ORANGE)])], WIDE)
+    svg = svg_bytes(figure).decode()
+    path = re.search(rf'<path d="([^"]*)"[^>]*style="fill: {ORANGE}', svg)[1]
+    heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
+    text = float(re.search(r'<text[^>]* y="([\d.]+)"[^>]*>0.750', svg)[1])
+    assert min(heights) < text < max(heights) + 2  # the text's baseline may be a little below the bar
+
+
 def test_a_bar_without_a_value_says_so():
     figure = figures.grouped_bars([figures.BarGroup("t", BLUE, [figures.Bar("after", None, BLUE)])], WIDE)
     assert not figure.axes[0].patches
     assert "no value" in texts(figure)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(0, 7).map(lambda k: 2 * k + 1))
 def test_running_mean_is_the_mean_of_the_neighbours(values, window):
     means = figures.running_mean(values, window)
@@ -71,6 +83,7 @@ def test_running_mean_is_the_mean_of_the_neighbours(values, window):
     assert all(min(values) - 1e-6 <= m <= max(values) + 1e-6 for m in means)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), max_size=3000), st.integers(10, 500))
 def test_thinning_keeps_the_peaks(values, most):
     steps, kept = figures.thin(range(len(values)), values, most)
@@ -184,6 +197,7 @@ def test_any_number_of_tasks_heads_projections_and_layers_stays_inside(width, ta
             assert frame.y0 - 2 <= box.y0 <= box.y1 <= frame.y1 + 2, text.get_text()
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80), st.floats(30, 300))
 def test_fitted_text_fits_and_keeps_both_ends(text, width):
     fitted = fit(text, width, 11)

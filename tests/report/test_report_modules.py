@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -40,6 +40,7 @@ def test_experts_and_names_without_a_number_are_kept():
     assert {0: "mlp2.fc"} in table.values()
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6).flatmap(lambda n: arrays(float, (n, n), elements=FINITE)))
 def test_mean_off_diagonal_is_the_mean_over_ordered_pairs(matrix):
     pairs = list(itertools.permutations(range(len(matrix)), 2))

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from headwater.report import theme
 from headwater.report.layout import NARROW, WIDE
+
+_MARGIN = 16  # pixels round a figure in a file of its own; in the page, the page's own margin does
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -128,12 +131,22 @@ class DrawnFigure:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
+def _padded(figure: Figure) -> Bbox:
+    """The figure with a margin of `_MARGIN` pixels, in inches."""
+    return figure.bbox_inches.padded(_MARGIN / 72)
+
+
 def svg_bytes(figure: Figure) -> bytes:
     """The figure as an SVG file that is the same for the same figure."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's own font draws the text
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches=_padded(figure),
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     return _NOT_XML.sub("", buffer.getvalue().decode("utf-8")).encode("utf-8")
 
 
@@ -142,13 +155,13 @@ def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+        figure.savefig(buffer, format="png", bbox_inches=_padded(figure), dpi=144, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def inline_svg(svg: bytes, name: str, alt: str, css_class: str) -> Markup:
     """An SVG file made ready for the page: colours become the page's variables, text takes the page's font, every id
-    gets `name` in front so that several drawings can share a page, and decimals beyond a hundredth of a pixel go."""
+    gets `name` in front so that several drawings can share a page; the margin and decimals beyond a hundredth go."""
     root = ET.fromstring(svg)
     ids = {e.get("id"): f"{name}-{i}" for i, e in enumerate(root.iter()) if e.get("id")}
     used = {value[5:-1] for e in root.iter() for value in e.attrib.values() if value.startswith("url(#")}
@@ -176,11 +189,11 @@ def inline_svg(svg: bytes, name: str, alt: str, css_class: str) -> Markup:
                 element.set(key, _FONT_FAMILY.sub(r"\1var(--sans)", value))
             else:
                 element.set(key, _LONG_DECIMAL.sub(lambda m: f"{float(m[0]):.2f}", value))
-    width, height = root.get("viewBox", "0 0 1 1").split()[2:]
+    width, height = (f"{float(n) - 2 * _MARGIN:g}" for n in root.get("viewBox", "0 0 1 1").split()[2:])
     root.attrib.clear()
     for key, value in {
         "class": css_class,
-        "viewBox": f"0 0 {width} {height}",
+        "viewBox": f"{_MARGIN} {_MARGIN} {width} {height}",
         "width": width,
         "height": height,
         "role": "img",

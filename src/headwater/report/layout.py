@@ -43,8 +43,9 @@ class Canvas:
 
     def sheet(self, left: float = 0, top: float = 0) -> Sheet:
         """A place to draw on by pixel, whose (0, 0) is at `left`, `top`."""
-        down = Affine2D().translate(left, top).scale(1 / 72, -1 / 72).translate(0, self.height / 72)
-        return Sheet(self.figure, down + self.figure.dpi_scale_trans)
+        # By way of the figure's own fractions, which stay right when it is saved with a margin.
+        down = Affine2D().translate(left, top).scale(1 / self.width, -1 / self.height).translate(0, 1)
+        return Sheet(self.figure, down + self.figure.transFigure)
 
 
 class Sheet:

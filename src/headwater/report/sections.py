@@ -70,10 +70,10 @@ def _lead(run: Run) -> str:
     mean = run.results.mean
     before, after = finite(mean.before), finite(mean.after)
     if before is not None and after is not None:
-        moved = "rose" if after > before else "fell" if after < before else "stayed the same"
-        change = "" if after == before else f" by {abs(after - before):.3f}"
         which = f"score of {scores[0].task}" if len(scores) == 1 else f"mean held-out score over {len(scores)} tasks"
-        parts.append(f"The {which} {moved}{change}, from {before:.3f} to {after:.3f}.")
+        verb = "rose" if after > before else "fell"
+        moved = f"{verb} by {abs(after - before):.3f}, from {before:.3f} to" if after != before else "stayed at"
+        parts.append(f"The {which} {moved} {after:.3f}.")
     better = [s for s in scores if s.clear and (s.change or 0) > 0]
     worse = [s.task for s in scores if s.clear and (s.change or 0) < 0]
     if len(scores) > 1:

@@ -18,14 +18,15 @@ LEVELS = 61
 """Steps of the diverging scale, odd so that one of them is the exact middle."""
 
 _COOL_TO_WARM_LIGHT = ["#19497e", "#86aed3", "#f3f2ee", "#e3a165", "#823505"]
-_COOL_TO_WARM_DARK = ["#7fb9ec", "#1f4468", "#20272d", "#5e3512", "#efa564"]
+_COOL_TO_WARM_DARK = ["#86c0f2", "#2f5c88", "#20272d", "#7d4b20", "#f6b075"]
 
 # Found by a search that kept every pair apart with protanopia, deuteranopia and tritanopia, in both settings.
 _TASKS_LIGHT = ["#1f45b2", "#e96c50", "#4ba480", "#b81467", "#a56400", "#9689d8", "#2776a6", "#853b00"]
 _TASKS_DARK = ["#298dfa", "#e76a8b", "#46912f", "#c55bb3", "#f6d064", "#b899db", "#7be1f7", "#eda086"]
 
 
-_STRONG = 0.75  # where `strong` text begins to read better than `weak`, on both sides and in both settings
+# How far out text of the other kind begins to read better, on both sides: first in the dark setting, then in the light.
+_TURNING, _STRONG = 0.62, 0.75
 
 
 def _levels(anchors: list[str]) -> list[str]:
@@ -45,6 +46,7 @@ COLOURS: dict[str, tuple[str, str]] = {
     "before": ("#a3adb5", "#66727d"),
     "empty": ("#eceef0", "#252b31"),
     "weak": ("#0b1014", "#f6f9fb"),  # text on the middle of the scale
+    "turning": ("#0b1015", "#0a0d0e"),  # where dark cells are already bright, but light cells not yet dark
     "strong": ("#fffffe", "#0a0d0f"),  # text on its far ends; one off white, so that it differs from paper
     "accent": ("#0b6b6f", "#5cc4c2"),
     **{f"task-{i}": pair for i, pair in enumerate(zip(_TASKS_LIGHT, _TASKS_DARK, strict=True))},
@@ -71,15 +73,19 @@ def task_fills(tasks: Iterable[str]) -> dict[str, str]:
     return {task: colour(name) for task, name in task_colour_names(tasks).items()}
 
 
+def _level(value: float) -> int:
+    return round((min(max(value, -1.0), 1.0) + 1) / 2 * (LEVELS - 1))
+
+
 def scale_colour(value: float) -> str:
     """The diverging scale at `value`, which is clipped to [-1, 1]; 0 is the pale middle."""
-    position = (min(max(value, -1.0), 1.0) + 1) / 2
-    return colour(f"scale-{round(position * (LEVELS - 1))}")
+    return colour(f"scale-{_level(value)}")
 
 
 def text_on_scale(value: float) -> str:
     """Name of the text colour that can be read on `scale_colour(value)`."""
-    return "strong" if abs(value) > _STRONG else "weak"
+    out = abs(2 * _level(value) / (LEVELS - 1) - 1)  # of the cell's colour, which is a step of the scale
+    return "strong" if out > _STRONG else "turning" if out > _TURNING else "weak"
 
 
 def css_variables(dark: bool) -> str:
