@@ -86,7 +86,7 @@ class SMoraBranch(Branch):
         self.register_buffer("bias", torch.zeros(r // self.block))
         # Saved, so that a run resumed right after an optimiser step moves the bias as one that never stopped.
         self.register_buffer("counts", torch.zeros(r // self.block))
-        self._version = -1
+        self._size_of_B: Tensor | None = None
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A, self.router), ()  # one dropped x for both
@@ -123,18 +123,19 @@ class SMoraBranch(Branch):
     def move_bias(self) -> None:
         """Moves the bias once for each optimiser step, at the first forward after it.
 
-        An optimiser step is seen by B's version, which every in-place change of a tensor raises; so no trainer or
-        callback is needed, and neither accumulation nor recomputation moves the bias twice.
+        An optimiser step is seen by B having changed, so no trainer or callback is needed, and neither accumulation nor
+        recomputation moves the bias twice. (Tensor versions will not do: fused optimisers leave them as they are.)
         """
         if torch.compiler.is_compiling():
             return
-        stepped, self._version = self._version != self.B._version, self.B._version
-        if not stepped:
-            return
+        before, self._size_of_B = self._size_of_B, self.B.double().square().sum()
+        stepped = torch.ones_like(self._size_of_B, dtype=torch.bool) if before is None else before != self._size_of_B
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if not stepped:
+                return
             dist.all_reduce(self.counts)
-        self.bias += self.rate * torch.sign(self.counts.mean() - self.counts)
-        self.counts.zero_()
+        self.bias += stepped * self.rate * torch.sign(self.counts.mean() - self.counts)  # no wait for an accelerator
+        self.counts *= ~stepped
 
     def writes(self) -> Tensor:
         return self.B
