@@ -52,6 +52,12 @@ def test_tasks_are_numbered_and_their_files_found_from_the_base_folder(folder):
     assert first.train[4].where == "train.jsonl:5"
 
 
+def test_a_file_that_is_not_in_the_base_folder_is_not_looked_for_elsewhere(folder, monkeypatch):
+    (folder / "runs").mkdir()
+    monkeypatch.chdir(folder)
+    assert said([TaskSpec(name="a", train="train.jsonl")], folder / "runs") == "train.jsonl: no such file"
+
+
 def test_metric_follows_the_rows(folder):
     specs = [TaskSpec(name="a", train="train.jsonl"), TaskSpec(name="b", train="free.jsonl")]
     assert [task.metric for task in load_tasks(specs, folder)] == ["choice_accuracy", "loss"]

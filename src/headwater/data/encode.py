@@ -154,15 +154,12 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) 
     return _join(pieces[:last], ids, 0).input_ids
 
 
-def encode_completion(
-    text: str, tokenizer: PreTrainedTokenizerBase, spec: DataSpec | None = None, *, end: bool = False
-) -> list[int]:
-    """The ids of a completion or a choice that follows a prompt, as in `encode_rows`; with `end`, the end token too.
+def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a completion or a choice behind a prompt, as in `encode_rows`, without the end token.
 
-    `spec` changes nothing: a completion stands in the text as it is, in a chat template as well.
+    They are the same in a chat template, where an assistant's turn stands as it is written.
     """
-    ids = _Ids(tokenizer)
-    return [*ids[Piece(text, content=True)], *([ids.end] if end else [])]
+    return _Ids(tokenizer)[Piece(text, content=True)]
 
 
 def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, completion: str) -> list[Piece]:
