@@ -66,6 +66,10 @@ def test_scoring_sees_the_ids_of_training(tokenizer, prompt, completion):
     spec = DataSpec(max_length=4096)
     together = encode_prompt(row, tokenizer, spec) + encode_completion(completion, tokenizer)
     assert encode(row, tokenizer, spec).input_ids == [*together, tokenizer.eos_token_id]
+    assert encode_completion(completion, tokenizer, end=True) == [
+        *encode_completion(completion, tokenizer),
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_sentencepiece_puts_no_space_into_the_middle():

@@ -154,12 +154,13 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) 
     return _join(pieces[:last], ids, 0).input_ids
 
 
-def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a completion or a choice behind a prompt, as in `encode_rows`, without the end token.
+def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = False) -> list[int]:
+    """The ids of a completion or a choice behind a prompt, as in `encode_rows`; with `end`, the end token too.
 
     They are the same in a chat template, where an assistant's turn stands as it is written.
     """
-    return _Ids(tokenizer)[Piece(text, content=True)]
+    ids = _Ids(tokenizer)
+    return [*ids[Piece(text, content=True)], *([ids.end] if end else [])]
 
 
 def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, completion: str) -> list[Piece]:
