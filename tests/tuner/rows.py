@@ -26,6 +26,12 @@ class Row:
         mergeable: `merge_and_unload` gives an equal model; otherwise it must refuse.
         needs_task_ids: every forward gets the task of each row.
         starts_as_base: the freshly adapted model computes what the base model computes.
+        alpha_over_rank: the scale is alpha over the rank or its root; otherwise it is alpha.
+        smooth: config fields that make the layer a differentiable function of all that is trained, where it is none: a
+            top-k flips under rounding, and the slope of a straight-through estimator is another than its gradient.
+        large_rank: config fields that go with a rank of 100, where the config alone would object to it.
+        exact_recomputation: gradients under reentrant checkpointing are bit-equal; otherwise a parameter that is read
+            twice has its two parts added in another order.
         label: tells several rows of one method apart.
     """
 
@@ -37,6 +43,10 @@ class Row:
     mergeable: bool = False
     needs_task_ids: bool = False
     starts_as_base: bool = True
+    alpha_over_rank: bool = True
+    smooth: dict[str, Any] = field(default_factory=dict)
+    large_rank: dict[str, Any] = field(default_factory=dict)
+    exact_recomputation: bool = True
     label: str = ""
 
     @property
@@ -114,12 +124,15 @@ ROWS = [
         fields={"num_experts": 4, "shared_rank": 6},
         saved=lambda r, i, o: {"S": (6, i), "P": (4, r, 6), "B": (4, r, o), "router": (4, i)},
         trainable=lambda r, i, o: 6 * i + 4 * (r * 6 + r * o + i),
+        smooth={"top_k": 0},
+        large_rank={"shared_rank": 0},
     ),
     Row(
         "smora",
         fields={"top_k": 2, "bias_update_rate": 1e-3},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "router": (r, i), "bias": (r,), "counts": (r,)},
         trainable=lambda r, i, o: 2 * r * i + r * o,
+        alpha_over_rank=False,
     ),
     Row(
         "cond_mixlora",
@@ -132,6 +145,9 @@ ROWS = [
             "router_AB": (r, 6, i),
         },
         trainable=lambda r, i, o: 6 * (3 * i + o + r * i),
+        smooth={"router_grad": "scored"},
+        large_rank={"num_factors": 100},
+        exact_recomputation=False,
     ),
     Row(
         "taskprobe",  # not headwater's: task_probe.py, beside this file

@@ -39,13 +39,11 @@ def test_switching_gives_each_adapter_alone(row, tiny_llama):
 
 def test_set_adapter_moves_requires_grad_and_never_to_frozen_tensors(row, tiny_llama):
     model = with_two(row, tiny_llama())
-    frozen = {"A0", "B0"}
     for active in ("other", "default"):
         model.set_adapter(active)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert trained == {name for name, _ in model.named_parameters() if f"_branch.{active}." in name}
         assert not any(b.requires_grad for b in model.buffers())
-        assert not {name.rpartition(".")[2] for name in trained} & frozen
         model.train().zero_grad()
         x = tokens()
         model(input_ids=x, labels=x, **task_kwargs(row)).loss.backward()
@@ -179,8 +177,8 @@ def test_rank_and_alpha_patterns(row, tiny_llama, tmp_path):
         sizes = layer.in_features, layer.out_features
         branch = layer.branches["default"]
         assert {n: tuple(t.shape) for n, t in branch.state_dict().items()} == row.saved(rank, *sizes)
-        rslora = model.peft_config["default"].use_rslora
-        assert branch.scaling == pytest.approx(alpha / (rank**0.5 if rslora else rank))
+        divisor = (rank**0.5 if model.peft_config["default"].use_rslora else rank) if row.alpha_over_rank else 1
+        assert branch.scaling == pytest.approx(alpha / divisor)
 
     from peft import PeftModel
 

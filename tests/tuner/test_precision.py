@@ -40,30 +40,30 @@ def assert_layer_is_as_exact_as_bfloat16_allows(row, model, exact_model):
 def test_bfloat16_base_keeps_a_float32_adapter(row, tiny_llama):
     base = tiny_llama().bfloat16()
     before = base(tokens()).logits
-    model = adapt(row, base, stirred=False)
+    model = adapt(row, base, stirred=False, **row.smooth)
     assert {p.dtype for name, p in model.named_parameters() if "_branch." in name} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if "_branch." not in name} == {torch.bfloat16}
     if row.starts_as_base:
         assert relative(logits(row, model), before) < 2**-7
     stir(model)
     assert logits(row, model).dtype == torch.bfloat16
-    assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float()))
+    assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float(), **row.smooth))
     train_loss(row, model.train()).backward()
     assert {g.dtype for g in gradients(model).values()} == {torch.float32}
 
 
 def test_bfloat16_adapter_where_asked_for(row, tiny_llama):
-    model = adapt(row, tiny_llama().bfloat16(), autocast=False)
+    model = adapt(row, tiny_llama().bfloat16(), autocast=False, **row.smooth)
     branches = [t for name, t in model.state_dict().items() if "_branch." in name]
     assert {t.dtype for t in branches} == {torch.bfloat16}
-    assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float()))
+    assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float(), **row.smooth))
     train_loss(row, model.train()).backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
 
 def test_autocast_runs_a_float32_model_in_bfloat16(row, tiny_llama):
     """One layer's output and gradients: a whole random model multiplies its roundings."""
-    model = adapt(row, tiny_llama(), **row.no_dropout).train()
+    model = adapt(row, tiny_llama(), **row.no_dropout, **row.smooth).train()
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 5, 48, generator=generator)
 
@@ -98,7 +98,7 @@ def test_inference_mode_computes_the_same(row, tiny_llama):
 
 @pytest.fixture(scope="module")
 def saved_base(tmp_path_factory):
-    from conftest import make_tiny_llama
+    from tiny_models import make_tiny_llama
 
     folder = tmp_path_factory.mktemp("base")
     # sizes in whole blocks of 64, as four-bit weights want them

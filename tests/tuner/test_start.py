@@ -86,8 +86,17 @@ def test_every_trained_tensor_gets_a_gradient(row, tiny_llama):
 def test_only_adapter_parameters_are_trained_and_frozen_ones_are_buffers(row, tiny_llama):
     model = adapt(row, tiny_llama())
     assert all(p.requires_grad == ("_branch." in name) for name, p in model.named_parameters())
-    frozen = set(row.saved(4, 32, 48)) & {"A0", "B0"}
-    assert {name.rpartition(".")[2] for name, _ in model.named_buffers() if "_branch." in name} == frozen
+    parameters, buffers = (
+        {name.rpartition(".")[2] for name, _ in named if "_branch." in name}
+        for named in (model.named_parameters(), model.named_buffers())
+    )
+    assert parameters | buffers == set(row.saved(4, 32, 48))
+    assert not parameters & buffers
+
+
+def down_projection(row):
+    """The ending of its name in the file; the first that is saved."""
+    return f".{next(iter(row.saved(4, 32, 48)))}"
 
 
 def test_init_seed_decides_the_start_whatever_else_is_targeted(row, tiny_llama):
@@ -98,19 +107,19 @@ def test_init_seed_decides_the_start_whatever_else_is_targeted(row, tiny_llama):
     fewer = get_peft_model_state_dict(adapt(row, tiny_llama(), stirred=False, target_modules=["up_proj"]))
     assert_same(fewer, {name: t for name, t in first.items() if "up_proj" in name})
     other = get_peft_model_state_dict(adapt(row, tiny_llama(), stirred=False, init_seed=2))
-    assert not torch.equal(*(next(t for n, t in s.items() if n.endswith(".A")) for s in (first, other)))
+    assert not torch.equal(*(next(t for n, t in s.items() if n.endswith(down_projection(row))) for s in (first, other)))
     with_global_seed = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         model = adapt(row, tiny_llama(), stirred=False, init_seed=None)
-        with_global_seed.append(next(t for n, t in get_peft_model_state_dict(model).items() if n.endswith(".A")))
+        with_global_seed.append(next(t for n, t in get_peft_model_state_dict(model).items() if n.endswith(down_projection(row))))
     assert torch.equal(with_global_seed[0], with_global_seed[1])
     assert not torch.equal(with_global_seed[0], with_global_seed[2])
 
 
 def test_layers_start_differently(row, tiny_llama):
     saved = get_peft_model_state_dict(adapt(row, tiny_llama(), stirred=False))
-    starts = [t for name, t in saved.items() if name.endswith(".A") and t.shape[-1] == 32]
+    starts = [t for name, t in saved.items() if name.endswith(down_projection(row)) and t.shape[-1] == 32]
     assert len(starts) == 4
     assert all(not torch.equal(a, b) for n, a in enumerate(starts) for b in starts[:n])
 
@@ -126,4 +135,4 @@ def test_config_goes_through_json(row, tmp_path):
 @pytest.mark.parametrize("fields", [{"r": 100}, {"rank_pattern": {"down_proj": 33}}])
 def test_a_rank_larger_than_the_layer_is_refused_by_name(row, tiny_llama, fields):
     with pytest.raises(headwater.HeadwaterError, match=r"rank \d+ is larger than layer model\.layers\.0\.mlp"):
-        adapt(row, tiny_llama(), **fields)
+        adapt(row, tiny_llama(), **fields, **row.large_rank)

@@ -36,6 +36,7 @@ def count_layer_runs(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_checkpointing_changes_no_gradient(row, tiny_llama, mode):
     """Two forwards with other tokens and tasks, dropout on, then one backward: bit-equal to the run without."""
+    near = {} if row.exact_recomputation or mode == "non-reentrant" else {"atol": 1e-6, "rtol": 1e-5}
 
     def run(mode):
         model = adapt(row, tiny_llama()).train()
@@ -49,7 +50,7 @@ def test_checkpointing_changes_no_gradient(row, tiny_llama, mode):
     expected, runs = run("none")
     found, runs_with = run(mode)
     assert (runs, runs_with) == (12, 24), "nothing was recomputed, so this test shows nothing"
-    assert_same(found, expected)
+    assert_same(found, expected, **near)
     assert all(g.abs().max() > 0 for name, g in found.items() if name.endswith(".A"))
 
 
@@ -79,7 +80,7 @@ def test_two_forwards_before_one_backward_equal_two_backwards(row, tiny_llama):
 
 def test_gradients_are_those_of_finite_differences(row, tiny_llama):
     """One layer in float64: the slope along each parameter's gradient is that gradient's length."""
-    model = adapt(row, tiny_llama().double(), **row.no_dropout).double()
+    model = adapt(row, tiny_llama().double(), **row.no_dropout, **row.smooth).double()
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(2, 7, width, generator=generator, dtype=torch.float64) for width in (32, 48))
     x.requires_grad_()

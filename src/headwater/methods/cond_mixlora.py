@@ -148,7 +148,8 @@ class CondMixLoraBranch(Branch):
             raise NotMergeable(
                 Problem(
                     "Conditional MixLoRA cannot be merged: every row of a batch composes its own update",
-                    fix="keep the adapter unmerged",
+                    fix="keep the adapter unmerged, or merge one pairing of factors for all rows: "
+                    "headwater.merge_with_gates(model, pairings)",
                 )
             )
         if gate.shape != (self.A.shape[0], self.B.shape[0]):

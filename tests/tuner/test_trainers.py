@@ -1,0 +1,120 @@
+"""Stock trainers with a headwater config and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+from .helpers import adapt, assert_same, base_weights, config, logits, task_kwargs, tokens
+from .rows import BY_ID, ROWS
+
+# SFTTrainer's collator keeps no columns of ours; for methods that need tasks there is HeadwaterTrainer
+UNCONDITIONED = [row for row in ROWS if not row.needs_task_ids]
+COMMON = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "seed": 3,
+}
+
+
+def trained(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, row):
+        self.x, self.ids = tokens(rows=12), task_kwargs(row, 12)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, n):
+        return {"input_ids": self.x[n], "labels": self.x[n], **{name: t[n] for name, t in self.ids.items()}}
+
+
+def test_plain_trainer_resumes_on_the_same_path(row, tiny_llama, tmp_path):
+    """Dropout, optimiser and all: six steps equal three steps, a new process's worth of objects, three more."""
+
+    def run(folder, resume=None):
+        model = adapt(row, tiny_llama())
+        before = base_weights(model)
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=6, save_steps=3, remove_unused_columns=False, **COMMON
+        )
+        trainer = Trainer(model, arguments, train_dataset=Rows(row))
+        trainer.train(resume_from_checkpoint=resume)
+        assert_same(base_weights(model), before)
+        return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole, losses = run(tmp_path / "whole")
+    names = {p.name for p in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    resumed, later = run(tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert later == losses
+    assert_same(trained(resumed), trained(whole))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "whole" / "checkpoint-6")
+    assert torch.equal(logits(row, loaded), logits(row, whole.eval()))
+
+
+@pytest.mark.parametrize("row", UNCONDITIONED, ids=[row.id for row in UNCONDITIONED])
+def test_sft_trainer(row, tiny_llama, tiny_tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    base = tiny_llama()
+    before = base_weights(base)
+    texts = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(8)]
+    trainer = trl.SFTTrainer(
+        base,
+        trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, save_strategy="no", bf16=False, **COMMON),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tiny_tokenizer,
+        peft_config=config(row),
+    )
+    start = trained(trainer.model)
+    assert {name.split("_branch.")[0].rpartition(".")[2] for name in start} == {row.name}
+    trainer.train()
+    assert_same(base_weights(trainer.model), before)
+    moved = {name for name, p in trained(trainer.model).items() if not torch.equal(p, start[name])}
+    assert {name.rpartition(".")[2] for name in moved} >= {"B"}
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    assert torch.equal(logits(row, loaded), logits(row, trainer.model.eval()))
+
+
+def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tmp_path):
+    """Its loss is its own, so only what arrives through the gradient can lower the router's imbalance."""
+    trl = pytest.importorskip("trl")
+    row = BY_ID["hydralora-balance"]
+
+    def first_router_step(weight):
+        trainer = trl.SFTTrainer(
+            tiny_llama(),
+            trl.SFTConfig(
+                output_dir=str(tmp_path),
+                max_steps=1,
+                save_strategy="no",
+                bf16=False,
+                optim="sgd",
+                max_grad_norm=0.0,
+                **COMMON,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": f"{n} = ", "completion": str(n)} for n in range(8)]),
+            processing_class=tiny_tokenizer,
+            peft_config=config(row, balance_loss_weight=weight, lora_dropout=0.0),
+        )
+        start = trained(trainer.model)
+        trainer.train()
+        return {name: p - start[name] for name, p in trained(trainer.model).items() if name.endswith(".router")}
+
+    # the heads start at zero, so the router's first gradient is the auxiliary loss's alone
+    assert not any(step.any() for step in first_router_step(0.0).values())
+    once, twice = first_router_step(50.0), first_router_step(100.0)
+    assert all(step.any() for step in once.values())
+    for name, step in once.items():
+        torch.testing.assert_close(twice[name], 2 * step, atol=1e-6, rtol=1e-2)
