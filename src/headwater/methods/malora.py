@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import Problem
 from ..ops import spread_heads
-from .base import Heads, LayerShape, Method, kaiming, merge_refusal, normal, register
+from .base import Heads, LayerShape, Method, fixed_gate, kaiming, merge_refusal, normal, register
 from .call import Call
 from .moe_lora import ExpertsBranch, ExpertsConfig
 
@@ -90,6 +90,7 @@ class MaLoraBranch(ExpertsBranch):
             if self.num_experts > 1:
                 raise merge_refusal("MALoRA")
             gate = torch.ones(1)
+        gate = fixed_gate(gate, self.num_experts)
         return self.scaling * torch.einsum("n,nro,nrd,di->oi", gate.to(self.B), self.B, self.P, self.S)
 
     def heads(self) -> Heads:

@@ -28,6 +28,7 @@ from .base import (
     Method,
     MethodConfig,
     NotMergeable,
+    fixed_gate,
     kaiming,
     merge_refusal,
     normal,
@@ -256,6 +257,7 @@ class MoeLoraBranch(ExpertsBranch):
             if self.num_experts > 1:
                 raise merge_refusal("MoE-LoRA")
             gate = torch.ones(1)
+        gate = fixed_gate(gate, self.num_experts)
         return self.scaling * torch.einsum("n,nro,nri->oi", gate.to(self.B), self.B, self.A)
 
     def heads(self) -> Heads:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import Problem
-from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, merge_refusal, register
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, register
 from .call import Call
 
 
@@ -144,7 +144,7 @@ class SMoraBranch(Branch):
         """`gate`: `(r / block,)`, for instance the mean over some tokens."""
         if gate is None:
             raise merge_refusal("SMoRA")
-        ranks = gate.to(self.B).repeat_interleave(self.block)
+        ranks = fixed_gate(gate, self.router.shape[0]).to(self.B).repeat_interleave(self.block)
         return self.scaling * (self.B.T @ (ranks.unsqueeze(-1) * self.A))
 
     def heads(self) -> Heads:
