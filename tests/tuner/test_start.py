@@ -94,8 +94,8 @@ def test_only_adapter_parameters_are_trained_and_frozen_ones_are_buffers(row, ti
     assert not parameters & buffers
 
 
-def down_projection(row):
-    """The ending of its name in the file; the first that is saved."""
+def down_projection(row) -> str:
+    """How its name in the file ends; a row's `saved` names it first."""
     return f".{next(iter(row.saved(4, 32, 48)))}"
 
 
@@ -112,7 +112,9 @@ def test_init_seed_decides_the_start_whatever_else_is_targeted(row, tiny_llama):
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         model = adapt(row, tiny_llama(), stirred=False, init_seed=None)
-        with_global_seed.append(next(t for n, t in get_peft_model_state_dict(model).items() if n.endswith(down_projection(row))))
+        with_global_seed.append(
+            next(t for n, t in get_peft_model_state_dict(model).items() if n.endswith(down_projection(row)))
+        )
     assert torch.equal(with_global_seed[0], with_global_seed[1])
     assert not torch.equal(with_global_seed[0], with_global_seed[2])
 

@@ -119,6 +119,11 @@ class MethodConfig(PeftConfig):
         value = getattr(self, name)
         return None if value in allowed else Problem(f"{name} is one of {', '.join(allowed)}, not {value!r}", name)
 
+    @property
+    def needs_task_ids(self) -> bool:
+        """Whether every forward needs the tasks of the rows."""
+        return method(self.method_name).needs_task_ids
+
     def scaling(self, r: int, alpha: float) -> float:
         """The factor s on the whole update, for a layer of rank r."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
@@ -341,6 +346,18 @@ def fixed_gate(gate: Any, num_heads: int) -> Tensor:
             Problem(f"a fixed gate is one number per head, shape ({num_heads},), not {tuple(gate.shape)}", "gates")
         )
     return gate
+
+
+def known_task(task: int, num_tasks: int) -> int:
+    """The task to merge for.
+
+    Raises:
+        HeadwaterError: if it is out of range.
+    """
+    if not 0 <= task < num_tasks:
+        known = f"the adapter knows {num_tasks} tasks, 0 to {num_tasks - 1}"
+        raise HeadwaterError(Problem(f"task {task} is out of range: {known}", "task"))
+    return task
 
 
 def _nearest(name: str, known: list[str]) -> str:

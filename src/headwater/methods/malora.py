@@ -64,8 +64,10 @@ class MaLoraBranch(ExpertsBranch):
         if config.init == "svd":
             A = kaiming(r, d_in, generator, batch=(N,))
             S = torch.linalg.svd(A.flatten(0, 1), full_matrices=False).Vh[:d]
-            S = F.pad(S, (0, 0, 0, d - S.shape[0]))  # fewer singular vectors than d when N r < d
             P = A @ S.T
+            missing = d - S.shape[0]  # fewer singular vectors than d when N r < d
+            if missing:
+                S, P = torch.cat([S, kaiming(missing, d_in, generator)]), F.pad(P, (0, missing))
         else:
             orthogonal = config.init == "orthogonal"
             S = torch.linalg.qr(normal(1.0, d_in, d, generator=generator)).Q.T if orthogonal else None

@@ -30,6 +30,7 @@ from .base import (
     NotMergeable,
     fixed_gate,
     kaiming,
+    known_task,
     merge_refusal,
     normal,
     register,
@@ -77,6 +78,13 @@ class ExpertsConfig(MethodConfig):
             if self.top_k > self.num_experts
             else None,
             self.one_of("balance_loss", ("none", "mixtral", "mola", "switch", "localized")),
+            Problem(
+                f"balance_loss={self.balance_loss!r} is constant when every token uses all experts",
+                "balance_loss",
+                "use 0 < top_k < num_experts, or 'switch', which counts first choices alone",
+            )
+            if self.balance_loss in ("mixtral", "mola") and self.top_k in (0, self.num_experts)
+            else None,
             self.check("balance_loss_weight", self.balance_loss_weight >= 0, "must not be negative"),
             self.check("z_loss_weight", self.z_loss_weight >= 0, "must not be negative"),
             self.check("localized_delta", 0 <= self.localized_delta < 1, "must be in [0, 1)"),
@@ -109,6 +117,10 @@ class MoeLoraConfig(ExpertsConfig):
     num_tasks: int = 1
     task_dim: int = 64
     expert_init: str = "kaiming"
+
+    @property
+    def needs_task_ids(self) -> bool:
+        return self.router == "task"
 
     def problems(self) -> list[Problem | None]:
         return [
@@ -228,8 +240,7 @@ class MoeLoraBranch(ExpertsBranch):
 
     def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
         if self.by_task:
-            task = call.task_of_row(self.num_tasks).to(z.device)
-            rows = self.task_logits(task).to(z.dtype)
+            rows = self.task_logits(call.task_of_row(self.num_tasks)).to(z)
             gate = self.route(rows.repeat_interleave(z.shape[0] // rows.shape[0], dim=0), call)
         else:
             gate = self.route(logits[0], call)
@@ -237,7 +248,7 @@ class MoeLoraBranch(ExpertsBranch):
 
     def task_logits(self, task: Tensor) -> Tensor:
         owner = self._gate_owner[0]
-        return F.linear(owner.task_embedding[task], owner.task_gate)
+        return F.linear(owner.task_embedding[task.to(owner.task_gate.device)], owner.task_gate)
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
@@ -251,7 +262,7 @@ class MoeLoraBranch(ExpertsBranch):
                         fix="headwater.merge_task(model, task)",
                     )
                 )
-            logits = self.task_logits(torch.tensor([task or 0], device=self.A.device))
+            logits = self.task_logits(torch.tensor([known_task(task or 0, self.num_tasks)]))
             gate = choose(torch.softmax(logits, -1), self.top_k)[0][0]
         if gate is None:
             if self.num_experts > 1:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import Problem
 from ..ops import spread_heads
-from .base import Branch, Heads, LayerShape, Method, MethodConfig, NotMergeable, kaiming, register
+from .base import Branch, Heads, LayerShape, Method, MethodConfig, NotMergeable, kaiming, known_task, register
 from .call import Call
 
 
@@ -111,6 +111,7 @@ class MtlLoraBranch(Branch):
                     )
                 )
             task = 0
+        known_task(task, self.num_tasks)
         A = self.L[task] @ self.A if self.L.dim() == 3 else self.L[task].unsqueeze(1) * self.A
         mixed = self.mixing(task) if gate is None else gate.to(self.B)
         return self.scaling * torch.einsum("n,nro,ri->oi", mixed, self.B, A)

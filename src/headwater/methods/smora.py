@@ -98,26 +98,35 @@ class SMoraBranch(Branch):
         call.saw_gate(gate)
         if self.training and self.rate > 0 and call.first_time:
             self.count(chosen, call)
-        return z * gate.repeat_interleave(self.block, dim=-1)
+        return z * (gate / self.block).repeat_interleave(self.block, dim=-1)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate per block, `(tokens, r / block)`, summing to 1 over ranks, and the chosen blocks `(tokens, k)`."""
+        """The gate per block, `(tokens, r / block)`, summing to 1, and the chosen blocks `(tokens, k)`."""
         scores = logits if self.softmax else torch.sigmoid(logits)
         biased = scores + self.bias.to(scores.dtype)
         chosen = biased.topk(self.k, dim=-1).indices
         values = (biased if self.bias_in_gate else scores).gather(-1, chosen)
         if self.softmax:
             values = (values - values.detach().amax(-1, keepdim=True)).exp()
-        total = values.sum(-1, keepdim=True).clamp_min(1e-6)  # a biased sigmoid can reach 0
+        values = values.clamp_min(1e-6)  # a biased sigmoid can fall below 0, and their sum with it
+        total = values.sum(-1, keepdim=True)
         values = values / (total.detach() if self.k == 1 else total)  # one alone is always 1; this way it still learns
-        return torch.zeros_like(scores).scatter(-1, chosen, values / self.block), chosen
+        return torch.zeros_like(scores).scatter(-1, chosen, values), chosen
 
     @torch.no_grad()
     def count(self, chosen: Tensor, call: Call) -> None:
-        """Counts how many tokens, padding aside, chose each block."""
+        """Counts how many tokens, padding aside, chose each block; on all ranks together.
+
+        Ranks share their counts here, not when the bias moves: DistributedDataParallel copies the first rank's buffers
+        to all others before each forward.
+        """
         valid = call.valid_tokens()
         weight = torch.ones(chosen.shape[0], device=chosen.device) if valid is None else valid.float()
-        self.counts.index_add_(0, chosen.flatten(), weight.repeat_interleave(self.k).to(self.counts.dtype))
+        new = torch.zeros_like(self.counts, dtype=torch.float32)
+        new.index_add_(0, chosen.flatten(), weight.repeat_interleave(self.k))
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(new)
+        self.counts += new
 
     @torch.no_grad()
     def move_bias(self) -> None:
@@ -126,14 +135,8 @@ class SMoraBranch(Branch):
         An optimiser step is seen by B having changed, so no trainer or callback is needed, and neither accumulation nor
         recomputation moves the bias twice. (Tensor versions will not do: fused optimisers leave them as they are.)
         """
-        if torch.compiler.is_compiling():
-            return
         before, self._size_of_B = self._size_of_B, self.B.double().square().sum()
         stepped = torch.ones_like(self._size_of_B, dtype=torch.bool) if before is None else before != self._size_of_B
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            if not stepped:
-                return
-            dist.all_reduce(self.counts)
         self.bias += stepped * self.rate * torch.sign(self.counts.mean() - self.counts)  # no wait for an accelerator
         self.counts *= ~stepped
 
@@ -141,15 +144,17 @@ class SMoraBranch(Branch):
         return self.B
 
     def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        """`gate`: `(r / block,)`, for instance the mean over some tokens."""
+        """`gate`: `(r / block,)`, for instance the mean over some tokens, which adds up to 1."""
         if gate is None:
             raise merge_refusal("SMoRA")
-        ranks = fixed_gate(gate, self.router.shape[0]).to(self.B).repeat_interleave(self.block)
+        ranks = fixed_gate(gate, self.router.shape[0]).to(self.B) / self.block
+        ranks = ranks.repeat_interleave(self.block)
         return self.scaling * (self.B.T @ (ranks.unsqueeze(-1) * self.A))
 
     def heads(self) -> Heads:
-        """Each rank is a head: B `(r, d_out, 1)`."""
-        return Heads(self.A, self.B.unsqueeze(-1), self.router, None, None, self.scaling)
+        """Each block of ranks is a head: B `(r / block, d_out, block)`."""
+        B = self.B.unflatten(0, (-1, self.block)).transpose(1, 2)
+        return Heads(self.A, B, self.router, None, None, self.scaling)
 
 
 register(

@@ -210,10 +210,7 @@ def needs_task_ids(model: nn.Module) -> bool:
     if layer is None:
         return False
     config = getattr(model, "peft_config", {})
-    from ..methods.base import method
-
-    names = {str(getattr(c.peft_type, "value", c.peft_type)).lower() for c in config.values()}
-    return any(method(name).needs_task_ids for name in names)
+    return any(isinstance(c, MethodConfig) and c.needs_task_ids for c in config.values())
 
 
 @contextlib.contextmanager
