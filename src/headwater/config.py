@@ -12,16 +12,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import core_schema
-from typing_extensions import TypedDict
+from typing_extensions import Self, TypedDict
 
 from headwater.data.encode import DataSpec
 from headwater.data.mixture import MixtureSpec
 from headwater.data.tasks import TaskSpec
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.spec import EvaluationSpec
-from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, read_document
+from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, field_name, read_document
+from headwater.tuner.align import AlignSpec
 
 DEFAULT_METHOD = "rlora"
 # Written by PEFT into an adapter's own file; a run's file has no say in them.
@@ -113,6 +123,7 @@ class RunConfig(BaseModel):
         method: `name` and the fields of that method's config.
         tasks: at least one; their paths are relative to `base_dir`. A task's position is its task id.
         mixture: how tasks are mixed.
+        align: an alignment loss between tasks, with any method; it then draws balanced batches.
         data: how rows become tokens.
         training: keys of `transformers.TrainingArguments` and `headwater.training.HeadwaterArguments`.
         evaluation: how held-out rows are scored.
@@ -127,6 +138,7 @@ class RunConfig(BaseModel):
     method: Annotated[dict[str, Any], _MethodSchema()] = {"name": DEFAULT_METHOD}
     tasks: list[TaskSpec] = Field(min_length=1)
     mixture: MixtureSpec = Field(default_factory=MixtureSpec)
+    align: AlignSpec | None = None
     data: DataSpec = Field(default_factory=DataSpec)
     training: Annotated[dict[str, Any], _TrainingSchema()] = {}
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
@@ -155,6 +167,14 @@ class RunConfig(BaseModel):
         resume = training.get("resume_from_checkpoint")
         HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
         return training
+
+    @model_validator(mode="after")
+    def _method_knows_the_number_of_tasks(self) -> Self:
+        known = [field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])]
+        if "num_tasks" in known and self.method.setdefault("num_tasks", len(self.tasks)) < len(self.tasks):
+            what = f"num_tasks is {self.method['num_tasks']}, but there are {len(self.tasks)} tasks"
+            raise HeadwaterError(Problem(what, "method.num_tasks", "leave it out to have it counted"))
+        return self
 
     @property
     def base_dir(self) -> Path:
@@ -265,7 +285,8 @@ def explain(error: ValidationError, document: Document, model: type[BaseModel]) 
             problems.append(_nearest("method", name, list(_method_configs()), document.where((*path, "name"))))
         elif isinstance(cause, HeadwaterError):
             for problem in cause.problems:
-                inner = (*path, problem.where) if problem.where else path
+                name = problem.where.removeprefix(f"{field_name(path)}.")
+                inner = (*path, *name.split(".")) if name else path
                 problems.append(dataclasses.replace(problem, where=document.where(inner)))
         else:
             texts.setdefault(path, []).append(_plain_text(item["msg"]))

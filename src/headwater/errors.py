@@ -1,4 +1,4 @@
-"""Errors that a user can act on: what was wrong, where, and what to do. The command line prints them and exits with 2."""
+"""Errors that a user can act on: what was wrong, where, and what to do. The command line exits with 2 on them."""
 
 from __future__ import annotations
 

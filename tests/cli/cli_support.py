@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import make_tiny_llama, make_tiny_tokenizer
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
 from headwater.cli import main
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from cli_support import headwater_process, run_main, write_run
-from conftest import make_tiny_llama, make_tiny_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
 from headwater.cli import app
 from headwater.config import load_config
@@ -86,6 +86,29 @@ def test_evaluate_takes_overrides_and_splits(headwater, trained):
     cells = [line.split() for line in done.out.splitlines()]
     rows = {line[0]: line[2] for line in cells if line and line[0] in ("animals", "colours")}
     assert rows == {"animals": "5", "colours": "24"}
+
+
+def test_a_method_that_goes_by_task_keeps_its_task_ids(headwater, tmp_path):
+    path = write_run(tmp_path)
+    rate = ["--set", "training.learning_rate=0.1"]  # so that the tasks' parts of the adapter differ by much
+    assert headwater("train", path, "--set", "method={name: mtl_lora, r: 4}", *rate).code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (tmp_path / "tasks.yaml").write_text("tasks:\n  - {name: colours, test: colours-test.jsonl, metric: loss}\n")
+    done = headwater("evaluate", tmp_path / "run", "--tasks", tmp_path / "tasks.yaml", "-o", tmp_path / "s.json")
+    assert done.code == 0
+    value = json.loads((tmp_path / "s.json").read_text())["tasks"]["colours"]["value"]
+    assert value == pytest.approx(results["tasks"]["colours"]["after"], abs=1e-6)
+
+    (tmp_path / "tasks.yaml").write_text("tasks:\n  - {name: shapes, test: colours-test.jsonl}\n")
+    done = headwater("evaluate", tmp_path / "run", "--tasks", tmp_path / "tasks.yaml")
+    assert done.code == 2
+    assert "was not trained on `shapes`\n    it knows animals, colours" in done.err
+
+    answers = {t: headwater("generate", tmp_path / "run", "-p", "x", "--task", t).out for t in ("animals", "colours")}
+    assert answers["animals"] != answers["colours"]
+    done = headwater("generate", tmp_path / "run", "-p", "x")
+    assert done.code == 2
+    assert "no task was given" in done.err
 
 
 def test_generate_equals_plain_greedy_decoding(headwater, trained):

@@ -170,7 +170,18 @@ def test_unknown_keys_are_measured_against_the_chosen_method(tmp_path):
 @pytest.mark.parametrize("method", [*methods(), None], ids=lambda m: m.name if m else "lora")
 def test_every_method_is_accepted_by_name(tmp_path, method):
     name = method.name if method else "lora"
-    assert load_config(write(tmp_path, GOOD), [f"method={{name: {name}, r: 16}}"]).method == {"name": name, "r": 16}
+    needed = ", basis: subspace.safetensors" if name == "cora" else ""
+    config = load_config(write(tmp_path, GOOD), [f"method={{name: {name}, r: 16{needed}}}"])
+    assert config.method.items() >= {"name": name, "r": 16}.items()
+
+
+def test_methods_that_go_by_task_are_told_how_many_there_are(tmp_path):
+    path = write(tmp_path, GOOD)
+    assert load_config(path, ["method={name: mtl_lora}"]).method["num_tasks"] == 2
+    assert load_config(path, ["method={name: mtl_lora, num_tasks: 5}"]).method["num_tasks"] == 5
+    assert "num_tasks" not in load_config(path).method
+    found = problems_of(path, ["method={name: mtl_lora, num_tasks: 1}"])
+    assert found["--set method: method.num_tasks"].what == "num_tasks is 1, but there are 2 tasks"
 
 
 def test_every_training_argument_is_a_key(tmp_path):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import make_tiny_tokenizer
 
 from headwater.data.encode import IGNORED, DataSpec, encode_completion, encode_prompt, encode_rows
 from headwater.data.rows import Row

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
-from conftest import make_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import make_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny_models import make_tiny_llama
 
-from tests.conftest import make_tiny_llama
 from tests.training.common import adapted, make_rows, make_tasks, make_trainer, trained
 from tests.training.test_trainer import Gradients
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_two_ranks_have_the_gradients_of_one_big_batch_and_resume_exactly(tiny_llama, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     ran = subprocess.run(
         [*command, "-m", "tests.training.ranks", str(tmp_path)],
         env=environment,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama, make_tiny_tokenizer
 from peft import PeftModel
 from rich.console import Console
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from headwater.config import load_config

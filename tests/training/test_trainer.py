@@ -241,6 +241,8 @@ def test_homogeneous_batches_and_label_smoothing_train(tiny_llama, tmp_path):
         num_train_epochs=1,
     )
     trainer.train()
+    logged = [[key for key in line if key.startswith("task_loss/")] for line in trainer.state.log_history[:6]]
+    assert sorted(logged) == [["task_loss/a"]] * 3 + [["task_loss/b"]] * 3
     shares = trainer.realised_shares(6)
     assert shares["a"]["rows"] == shares["b"]["rows"] == 9
     assert shares["a"]["row_share"] == 0.5

@@ -18,5 +18,6 @@ def task_probe():
 
     from . import task_probe
 
+    base._METHODS["taskprobe"] = task_probe.METHOD  # a worker may enter this folder twice, but imports it once
     yield task_probe
-    base._METHODS.pop("taskprobe")
+    del base._METHODS["taskprobe"]

@@ -32,6 +32,7 @@ class Row:
         large_rank: config fields that go with a rank of 100, where the config alone would object to it.
         exact_recomputation: gradients under reentrant checkpointing are bit-equal; otherwise a parameter that is read
             twice has its two parts added in another order.
+        gated: the method has gates to observe.
         label: tells several rows of one method apart.
     """
 
@@ -47,6 +48,7 @@ class Row:
     smooth: dict[str, Any] = field(default_factory=dict)
     large_rank: dict[str, Any] = field(default_factory=dict)
     exact_recomputation: bool = True
+    gated: bool = True
     label: str = ""
 
     @property
@@ -99,6 +101,7 @@ ROWS = [
         trainable=lambda r, i, o: r * i + 3 * r * o,
         no_dropout=HEAD_DROPOUT_OFF,
         mergeable=True,
+        gated=False,
     ),
     Row(
         "mtl_lora",
@@ -112,6 +115,7 @@ ROWS = [
         saved=lambda r, i, o: {"A": (3, r, i), "B": (3, r, o), "c": (3, o)},
         trainable=lambda r, i, o: 3 * (r * i + r * o + o),
         mergeable=True,
+        gated=False,
     ),
     Row(
         "moe_lora",
@@ -148,6 +152,29 @@ ROWS = [
         smooth={"router_grad": "scored"},
         large_rank={"num_factors": 100},
         exact_recomputation=False,
+    ),
+    Row(
+        "lori",
+        saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
+        trainable=lambda r, i, o: r * o,
+        mergeable=True,
+        gated=False,
+    ),
+    Row(
+        "cora",
+        # as a saved adapter, so that no file of a basis is needed
+        fields={"variant": "init_b", "init_a": "kaiming", "basis_sha256": "0"},
+        saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
+        trainable=lambda r, i, o: r * i + r * o,
+        mergeable=True,
+        gated=False,
+    ),
+    Row(
+        "cola",
+        saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "A_tied": (2 * r, i), "B_tied": (2 * r, o), "link": ()},
+        trainable=lambda r, i, o: r * i + r * o,
+        mergeable=True,
+        gated=False,
     ),
     Row(
         "taskprobe",  # not headwater's: task_probe.py, beside this file

@@ -49,14 +49,13 @@ class TaskProbeBranch(Branch):
         return self.scaling * self.B.T @ (self.table[task].unsqueeze(1) * self.A)
 
 
-register(
-    Method(
-        name="taskprobe",
-        title="task probe",
-        paper="none",
-        family="test",
-        config=TaskProbeConfig,
-        branch=TaskProbeBranch,
-        needs_task_ids=True,
-    )
+METHOD = Method(
+    name="taskprobe",
+    title="task probe",
+    paper="none",
+    family="test",
+    config=TaskProbeConfig,
+    branch=TaskProbeBranch,
+    needs_task_ids=True,
 )
+register(METHOD)

@@ -10,7 +10,7 @@ import headwater
 from .helpers import LAYERS, adapt, logits, task_kwargs, tokens, train_loss
 from .rows import BY_ID, ROWS
 
-ROUTED = [row for row in ROWS if row.name not in ("mlora", "multilora")]
+ROUTED = [row for row in ROWS if row.gated]
 
 
 @pytest.fixture(params=ROUTED, ids=[row.id for row in ROUTED])

@@ -55,7 +55,7 @@ def test_bfloat16_base_keeps_a_float32_adapter(row, tiny_llama):
 def test_bfloat16_adapter_where_asked_for(row, tiny_llama):
     model = adapt(row, tiny_llama().bfloat16(), autocast=False, **row.smooth)
     branches = [t for name, t in model.state_dict().items() if "_branch." in name]
-    assert {t.dtype for t in branches} == {torch.bfloat16}
+    assert {t.dtype for t in branches if t.is_floating_point()} == {torch.bfloat16}
     assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float(), **row.smooth))
     train_loss(row, model.train()).backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values())

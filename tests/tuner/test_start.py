@@ -55,7 +55,7 @@ def test_saved_tensors_are_the_pinned_ones(row, tiny_llama):
         for tensor, shape in row.saved(4, d_in, d_out).items()
     }
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected
-    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_neither_injection_nor_a_training_step_touches_the_base(row, tiny_llama):

@@ -131,7 +131,7 @@ def test_padding_side_and_masks_do_not_move_ids(model):
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_batch_of_tasks(data):
-    from conftest import make_tiny_llama
+    from tiny_models import make_tiny_llama
 
     model = adapt(BY_ID["taskprobe"], make_tiny_llama())
     ids = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))

@@ -35,7 +35,7 @@ def sgd_step(row: Row, base: nn.Module, rank: int | None) -> dict[str, torch.Ten
 
 
 def work(rank: int, folder: Path) -> None:
-    from conftest import make_tiny_llama
+    from tiny_models import make_tiny_llama
 
     from . import task_probe  # noqa: F401
     from .penalised import train_one_step

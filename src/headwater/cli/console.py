@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,8 +27,8 @@ def err_console() -> Console:
 
 
 def out_console() -> Console:
-    """A console on the present standard output; wide where that is a file or a pipe, so that tables stay whole."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    """A console on standard output: wide where that is a file or a pipe, silent on all ranks of a run but the first."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def quiet_libraries() -> None:

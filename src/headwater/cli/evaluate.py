@@ -12,6 +12,8 @@ from headwater.cli.console import err_console, out_console, table
 from headwater.errors import HeadwaterError, Problem
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from headwater.config import RunConfig
     from headwater.data.tasks import Task
     from headwater.evaluation import TaskScore
@@ -42,6 +44,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
     if not any(getattr(task, split) for task in tasks):
         raise HeadwaterError(Problem(f"no task has {split} rows", config.where("tasks"), "give --split or --tasks"))
     model, tokenizer = load(found, config.model)
+    _refuse_unknown_tasks(model, tasks, found)
     with err_console().status("scoring") as status:
         scores = score_tasks(
             model,
@@ -87,6 +90,23 @@ def _with_trained_index(task: Task, found: Source) -> Task:
     """The task with the id it was trained under; its position says nothing where tasks come from another file."""
     names = [spec.name for spec in found.config.tasks] if found.config else []
     return dataclasses.replace(task, index=names.index(task.name)) if task.name in names else task
+
+
+def _refuse_unknown_tasks(model: nn.Module, tasks: Sequence[Task], found: Source) -> None:
+    from headwater.tuner import needs_task_ids
+
+    names = [spec.name for spec in found.config.tasks] if found.config else []
+    if not names or not needs_task_ids(model):
+        return
+    problems = [
+        Problem(
+            f"the adapter goes by task and was not trained on `{task.name}`", "tasks", f"it knows {', '.join(names)}"
+        )
+        for task in tasks
+        if task.name not in names
+    ]
+    if problems:
+        raise HeadwaterError(*problems)
 
 
 def _share(score: TaskScore) -> str | None:

@@ -1,7 +1,8 @@
 """Training: one adapter on many tasks, on transformers' Trainer."""
 
 from .arguments import HeadwaterArguments
+from .method_callback import MethodCallback
 from .run import RunResult, train
 from .trainer import HeadwaterTrainer
 
-__all__ = ["HeadwaterArguments", "HeadwaterTrainer", "RunResult", "train"]
+__all__ = ["HeadwaterArguments", "HeadwaterTrainer", "MethodCallback", "RunResult", "train"]

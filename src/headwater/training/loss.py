@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +58,9 @@ class CompletionHead:
         self._selected = False
         self._hook = head.register_forward_pre_hook(self._select) if isinstance(head, nn.Module) else None
 
+    # A compiled model takes what it finds on its modules, hooks included, for constant: it would be compiled anew for
+    # every number of positions.
+    @torch.compiler.disable
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._index is None or not args:
             return None

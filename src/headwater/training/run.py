@@ -16,11 +16,13 @@ from .. import __version__
 from ..analysis.routing import head_similarity, routing_by_task
 from ..base_model import load_base_model
 from ..data.encode import Encoded, encode_rows
+from ..data.mixture import MixtureSpec
 from ..data.tasks import Task, load_tasks
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import pad_id
 from ..evaluation.scores import TaskScore, mean_score
 from ..methods import make_config
+from ..tuner import align
 from .arguments import HeadwaterArguments
 from .files import replace_folder, write_json, write_text
 from .folder import check_folder, checkpoint_to_resume, clear_folder
@@ -79,8 +81,11 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     tasks = load_tasks(config.tasks, config.base_dir)
     model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
     encoded = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in tasks}
+    mixture = mixture_of(config, args.per_device_train_batch_size)
     set_seed(config.seed)
     adapted = add_adapter(model, config.method)
+    if config.align is not None:
+        align(adapted, config.align)
 
     first = args.process_index == 0
     console = (console or Console()) if first else Console(quiet=True)
@@ -98,7 +103,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
         args,
         train=encoded,
         pad_token_id=pad_id(tokenizer),
-        mixture=config.mixture,
+        mixture=mixture,
         weights={task.name: task.weight for task in tasks},
         evaluator=scorer.during,
         callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
@@ -146,6 +151,23 @@ def training_arguments(config: RunConfig) -> HeadwaterArguments:
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise HeadwaterError(Problem(str(error), "training")) from error
+
+
+def mixture_of(config: RunConfig, batch_size: int) -> MixtureSpec:
+    """The run's mixture; with an alignment loss, batches hold rows of all tasks unless the file says otherwise.
+
+    Raises:
+        HeadwaterError: if a balanced batch cannot hold two rows of two tasks, which the alignment loss needs.
+    """
+    tasks = len(config.tasks)
+    if config.align is None or "batching" in config.mixture.model_fields_set:
+        return config.mixture
+    least = min(2 * tasks, tasks + 2)
+    if tasks < 2 or batch_size < least:
+        what = "the alignment loss compares tasks within a batch, by at least two rows each"
+        fix = "it needs two tasks or more" if tasks < 2 else f"use at least {least} rows, or leave align out"
+        raise HeadwaterError(Problem(what, "training.per_device_train_batch_size", fix))
+    return config.mixture.model_copy(update={"batching": "balanced"})
 
 
 def add_adapter(model: nn.Module, method: dict[str, Any]) -> nn.Module:

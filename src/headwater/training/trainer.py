@@ -25,6 +25,7 @@ from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments
 from .loss import CompletionCollator, CompletionHead, completion_losses, count_items
+from .method_callback import MethodCallback
 
 if TYPE_CHECKING:
     from ..data.encode import Encoded
@@ -98,6 +99,7 @@ class HeadwaterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.accounts = Accounts(self)
         self.add_callback(self.accounts)
+        self.add_callback(MethodCallback())
         self._context = context_of(model) if is_adapted(model) else None
         self._head: CompletionHead | None = None
         self._parameters: int | None = None
@@ -206,8 +208,6 @@ class HeadwaterTrainer(Trainer):
             # The model is not given the labels, so that it computes no loss; a method may still want to know them.
             inputs |= {KEYWORD: tasks, LABELS: labels}
             self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
-        if self.args.torch_compile:
-            torch._dynamo.maybe_mark_dynamic(index, 0)  # else every number of completion tokens is compiled anew
         head = self._head or CompletionHead(self.model)
         with head.at(index):
             outputs = model(**inputs)

@@ -5,13 +5,14 @@ Liu et al., arXiv:2508.05078. No new parameters, nothing at inference; plain PEF
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
@@ -24,8 +25,7 @@ from .model import context_of, install_context
 LOSS_NAME = "align"
 
 
-@dataclass(frozen=True)
-class AlignSpec:
+class AlignSpec(BaseModel):
     """How tasks are aligned.
 
     Args:
@@ -38,25 +38,19 @@ class AlignSpec:
         detach_input: stop the gradient at the layer's input, so that only this layer's A is moved.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     kind: Literal["kl", "mmd"] = "kl"
-    weight: float = 0.1
+    weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     reduction: Literal["mean", "sum"] = "mean"
     token_mode: Literal["pooled", "per_position"] = "pooled"
     detach_input: bool = False
 
-    def __post_init__(self) -> None:
-        choices = {"kind": ("kl", "mmd"), "reduction": ("mean", "sum"), "token_mode": ("pooled", "per_position")}
-        problems = [
-            Problem(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}", f"align.{name}")
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-        if not self.weight >= 0:
-            problems.append(Problem(f"weight must not be negative, not {self.weight!r}", "align.weight"))
+    @model_validator(mode="after")
+    def _positions_are_for_kl(self) -> Self:
         if self.kind == "mmd" and self.token_mode == "per_position":
-            problems.append(Problem("per_position is for kind: kl", "align.token_mode"))
-        if problems:
-            raise HeadwaterError(*problems)
+            raise HeadwaterError(Problem("per_position is for kind: kl", "token_mode", "leave token_mode out"))
+        return self
 
 
 class AlignLoss:
@@ -106,9 +100,13 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
         spec: the loss; or give its fields as keywords. `weight=0` switches it off.
 
     Raises:
-        HeadwaterError: if the model has no adapter with a down-projection.
+        HeadwaterError: if the model has no adapter with a down-projection, or a field is out of range.
     """
-    spec = spec or AlignSpec(**fields)
+    try:
+        spec = spec or AlignSpec(**fields)
+    except ValidationError as error:
+        problems = (Problem(e["msg"], ".".join(map(str, ("align", *e["loc"])))) for e in error.errors())
+        raise HeadwaterError(*problems) from None
     layers = sum(isinstance(m, MethodLayer) for m in model.modules())
     if layers:
         context = context_of(model)
