@@ -1,0 +1,99 @@
+"""CoRA's properties that concern the adapter: its start, what it can reach, what is trained, its files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted_linear import adapt, base_of, leaf, move, noise, parameters
+from peft import PeftModel, get_peft_model
+from tiny_models import make_tiny_llama
+
+from headwater import HeadwaterError, make_config
+from headwater.methods.files import write_tensors
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+d_in, d_out, r = 5, 8, 3
+
+
+@pytest.fixture
+def basis(tmp_path):
+    B = torch.linalg.qr(noise(d_out, 4)).Q.float()
+    write_tensors({"layer": B}, tmp_path / "basis.safetensors", {})
+    return B, str(tmp_path / "basis.safetensors")
+
+
+def model_of(path, **fields):
+    return adapt("cora", d_in, d_out, basis=path, r=r, lora_alpha=6, **fields)
+
+
+@pytest.mark.parametrize("variant", ["frozen_b", "init_b"])
+def test_fused_is_the_equation_and_properties_1_5_6(basis, variant):
+    stored, path = basis
+    model, x, weight = model_of(path, variant=variant), noise(4, d_in), noise(4, d_out, seed=1)
+    assert torch.equal(model(x), base_of(model)(x))
+    (model(x) * weight).sum().backward()
+    p = parameters(model)
+    assert p["A"].grad.any()
+    assert set(p) == ({"A"} if variant == "frozen_b" else {"A", "B"})
+    assert variant == "frozen_b" or not p["B"].grad.any()
+    assert sum(t.numel() for t in p.values()) == r * d_in + (0 if variant == "frozen_b" else r * d_out)
+
+    move(model, 2).zero_grad()
+    own = {name: leaf(t) for name, t in p.items()}
+    B = own.get("B", stored[:, :r].T.double())
+    x_fused, x_plain = leaf(x), leaf(x)
+    fused = model(x_fused)
+    expected = torch.stack([base_of(model)(t) + 2.0 * (B.T @ (own["A"] @ t)) for t in x_plain])
+    torch.testing.assert_close(fused, expected, **CLOSE)
+    (fused * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, t in p.items():
+        torch.testing.assert_close(t.grad, own[name].grad, **CLOSE)
+    torch.testing.assert_close(x_fused.grad, x_plain.grad, **CLOSE)
+
+
+def test_properties_4_and_9_a_frozen_basis_rules_the_update(basis):
+    stored, path = basis
+    model, x = model_of(path), noise(16, d_in)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - noise(16, d_out, seed=3)).square().mean().backward()
+        optimizer.step()
+    branch = model.base_model.model.layer.branch("default")
+    assert torch.equal(branch.B, stored[:, :r].T.double())
+    B, delta = branch.B.T, branch.delta_weight()
+    torch.testing.assert_close(B @ (B.T @ delta), delta, rtol=1e-5, atol=1e-6)
+    assert delta.abs().max() > 0.01
+
+
+def test_property_10_the_file_holds_the_basis(basis, tmp_path):
+    _, path = basis
+    model, x = move(model_of(path), 4), noise(3, d_in)
+    config = model.peft_config["default"]
+    assert config.basis is None
+    assert len(config.basis_sha256) == 64
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = adapt("cora", d_in, d_out, basis_sha256=config.basis_sha256, r=r)  # no basis file is read
+    again = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter").double()
+    torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_basis_of_another_shape_is_refused(tmp_path):
+    fields = {"r": 4, "target_modules": ["gate_proj"], "task_type": "CAUSAL_LM"}
+    path = tmp_path / "basis.safetensors"
+
+    def make(shape):
+        write_tensors({f"model.layers.{n}.mlp.gate_proj": torch.zeros(shape) for n in range(2)}, path, {})
+        return get_peft_model(make_tiny_llama(), make_config("cora", basis=str(path), **fields))
+
+    make((48, 4))
+    for shape in ((32, 4), (48, 3)):
+        with pytest.raises(HeadwaterError, match=r"gate_proj needs a basis of 48 rows and at least 4 columns"):
+            make(shape)
+    with pytest.raises(HeadwaterError, match="the file has none for it"):
+        get_peft_model(
+            make_tiny_llama(), make_config("cora", basis=str(path), **{**fields, "target_modules": ["q_proj"]})
+        )
+    with pytest.raises(HeadwaterError, match="needs the common subspace"):
+        make_config("cora")

@@ -1,0 +1,164 @@
+"""LoRI's properties: dense and sparse, its masks, learning on top of another task."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted_linear import adapt, base_of, leaf, move, noise, parameters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from tiny_models import make_tiny_llama
+
+from headwater import HeadwaterError, make_config
+from headwater.methods.files import pack_bits, unpack_bits, write_tensors
+from headwater.methods.lori import calibrate
+from headwater.tuner import MethodLayer
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def tiny(**fields):
+    return get_peft_model(make_tiny_llama(), make_config("lori", **{"init_seed": 1, **FIELDS, **fields}))
+
+
+def branches(model):
+    return {m.name: m.branch("default") for m in model.modules() if isinstance(m, MethodLayer)}
+
+
+def train(model, steps=4, weight_decay=0.0, seed=0):
+    model.train()
+    x = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=weight_decay)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def dense():
+    return train(tiny())
+
+
+@pytest.fixture
+def mask_file(dense, tmp_path):
+    write_tensors(calibrate(branches(dense), 0.9), tmp_path / "mask.safetensors", {})
+    return str(tmp_path / "mask.safetensors")
+
+
+def test_fused_is_the_equation_values_and_gradients():
+    model = move(adapt("lori", 5, 6, r=2, lora_alpha=3), 1)
+    x, weight, A = noise(4, 5), noise(4, 6, seed=1), base_of(model).weight.new_tensor(branches(model)["layer"].A)
+    (B,) = parameters(model).values()
+    plain_B, x_fused, x_plain = leaf(B), leaf(x), leaf(x)
+    fused = model(x_fused)
+    expected = torch.stack([base_of(model)(t) + 3 / 2 * (plain_B.T @ (A @ t)) for t in x_plain])
+    torch.testing.assert_close(fused, expected, **CLOSE)
+    (fused * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(x_fused.grad, x_plain.grad, **CLOSE)
+    torch.testing.assert_close(B.grad, plain_B.grad, **CLOSE)
+
+
+def test_property_1_the_down_projection_is_never_trained_and_differs_between_tasks(dense):
+    fresh, other = branches(tiny()), branches(tiny(init_seed=2))
+    for name, branch in branches(dense).items():
+        assert torch.equal(branch.A, fresh[name].A)
+        assert branch.A.abs().max() <= branch.A.shape[1] ** -0.5
+        assert not torch.equal(branch.A, other[name].A)
+    dense.set_adapter("default")  # PEFT turns the gradients of parameters on here
+    assert not any(b.A.requires_grad for b in branches(dense).values())
+
+
+def test_property_2_one_threshold_for_all_layers(dense, mask_file):
+    sparse = tiny(mask=mask_file)
+    x = torch.tensor([[1, 2, 3]])
+    assert torch.equal(sparse.eval()(x).logits, make_tiny_llama()(x).logits)
+    trained, kept, dropped, total = train(sparse, weight_decay=0.5), [], [], 0
+    for name, branch in branches(trained).items():
+        B = branches(dense)[name].B.detach().abs().flatten()
+        inside = torch.zeros(B.numel(), dtype=torch.bool)
+        inside[branch.index.long()] = True
+        kept.append(B[inside])
+        dropped.append(B[~inside])
+        total += B.numel()
+        assert not branch.writes().flatten()[~inside].any()
+        assert branch.writes().any()
+        assert torch.equal(branch.A, branches(dense)[name].A)  # the A for which the mask was found
+    assert torch.cat(kept).min() >= torch.cat(dropped).max()
+    assert torch.cat(kept).numel() == round(0.1 * total) == trained.get_nb_trainable_parameters()[0]
+
+
+def test_property_3_a_full_mask_is_the_dense_method_step_for_step(dense, tmp_path):
+    tensors = calibrate(branches(dense), 0.5)
+    for name in [key for key in tensors if key.endswith(".mask")]:
+        tensors[name] = torch.full_like(tensors[name], 255)
+    write_tensors(tensors, tmp_path / "full.safetensors", {})
+    everything = train(tiny(mask=str(tmp_path / "full.safetensors")))
+    for name, branch in branches(everything).items():
+        torch.testing.assert_close(branch.writes(), branches(dense)[name].B, rtol=1e-5, atol=1e-7)
+
+
+def test_property_8_on_top_of_another_task_only_the_mask_changes(dense, mask_file, tmp_path):
+    dense.save_pretrained(tmp_path / "first")
+    first = {name: branch.B.detach().clone() for name, branch in branches(dense).items()}
+    second = tiny(mask=mask_file, continue_from=str(tmp_path / "first" / "adapter_model.safetensors"), init_seed=5)
+    x = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(second.eval()(x).logits, dense(x).logits)
+    train(second, weight_decay=0.5, seed=3)
+    for name, branch in branches(second).items():
+        inside = torch.zeros(first[name].numel(), dtype=torch.bool)
+        inside[branch.index.long()] = True
+        now, before = branch.writes().flatten(), first[name].flatten()
+        assert torch.equal(now[~inside], before[~inside])
+        assert not torch.equal(now[inside], before[inside])
+        assert torch.equal(branch.A, branches(dense)[name].A)
+    second.save_pretrained(tmp_path / "second")
+    again = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "second")
+    assert torch.equal(again(x).logits, second(x).logits)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 11), seed=st.integers(0, 99))
+def test_property_9_packed_bits_come_back(rows, columns, seed):
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.3
+    packed = pack_bits(mask)
+    assert packed.numel() == -(-mask.numel() // 8)
+    assert torch.equal(unpack_bits(packed, (rows, columns)), mask)
+
+
+def test_the_sparse_adapter_needs_no_mask_file_to_load(mask_file, tmp_path):
+    sparse = train(tiny(mask=mask_file))
+    sparse.save_pretrained(tmp_path / "sparse")
+    again = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "sparse")
+    x = torch.tensor([[7, 8, 9]])
+    assert torch.equal(again(x).logits, sparse(x).logits)
+    assert again.peft_config["default"].mask is None
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(x).logits, sparse(x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_property_10_masks_of_another_layout_are_refused(mask_file, tmp_path):
+    with pytest.raises(HeadwaterError, match=r"another layout: layer model\.layers\.0\.mlp\.gate_proj needs shape \(2"):
+        tiny(mask=mask_file, r=2)
+    with pytest.raises(HeadwaterError, match="layers that this adapter has not"):
+        tiny(mask=mask_file, target_modules=["gate_proj"])
+    with pytest.raises(HeadwaterError, match="no such layer"):
+        tiny(mask=mask_file, target_modules=["gate_proj", "down_proj", "up_proj"])
+    with pytest.raises(HeadwaterError, match="no such file"):
+        tiny(mask=str(tmp_path / "none.safetensors"))
+    (tmp_path / "text.safetensors").write_text("not tensors at all")
+    with pytest.raises(HeadwaterError, match="not a readable safetensors file"):
+        tiny(mask=str(tmp_path / "text.safetensors"))
+
+
+def test_calibration_refuses_what_was_not_trained(dense):
+    with pytest.raises(HeadwaterError, match="all zero"):
+        calibrate(branches(tiny()))
+    with pytest.raises(HeadwaterError, match="between 0 and 1"):
+        calibrate(branches(dense), 1.0)
+    with pytest.raises(HeadwaterError, match="LoRI-D"):
+        calibrate({})

@@ -1,0 +1,199 @@
+"""Align-LoRA's loss: its value against torch.distributions, and a gradient that reaches A in every mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
+from tiny_models import make_tiny_llama
+from torch.distributions import Independent, Normal, kl_divergence
+
+import headwater
+from headwater import HeadwaterError
+from headwater.methods.call import Call, State
+from headwater.ops.alignment import (
+    BANDWIDTHS,
+    kl_alignment,
+    kl_alignment_per_position,
+    membership,
+    mmd_alignment,
+    over_pairs,
+    thin,
+)
+from headwater.tuner import AlignLoss, AlignSpec, context_of
+
+KINDS = [{"kind": "kl"}, {"kind": "mmd"}, {"kind": "kl", "token_mode": "per_position"}]
+IDS = torch.tensor([0, 0, 1, 1])
+CONFIGS = {
+    "lora": lambda: LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "rlora": lambda: headwater.make_config(
+        "rlora", r=4, head_dropout=0.0, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM", init_seed=3
+    ),
+}
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), r=st.integers(1, 4))
+def test_kl_is_that_of_the_fitted_gaussians(seed, r):
+    z, task = noise(60, r, seed=seed), torch.arange(60) % 3
+    z = z * (task.unsqueeze(1) + 1.0) + task.unsqueeze(1)
+    found = kl_alignment(z, membership(task, None, 3).double())
+    fits = []
+    for t in range(3):
+        own = z[task == t]
+        fits.append(Independent(Normal(own.mean(0), own.var(0, unbiased=False).sqrt()), 1))
+    for i in range(3):
+        for j in range(3):
+            expected = (kl_divergence(fits[i], fits[j]) + kl_divergence(fits[j], fits[i])) / 2
+            torch.testing.assert_close(found[i, j], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_mmd_is_the_mean_of_kernels():
+    z, task = noise(14, 3), torch.tensor([0] * 5 + [1] * 9)
+
+    def kernel(a, b):
+        return sum(torch.exp(-((a - b) ** 2).sum() / (2 * sigma)) for sigma in BANDWIDTHS)
+
+    def mean(first, second):
+        return sum(kernel(a, b) for a in first for b in second) / (len(first) * len(second))
+
+    X, Y = z[:5], z[5:]
+    found = mmd_alignment(z, membership(task, None, 2).double())
+    expected = mean(X, X) + mean(Y, Y) - 2 * mean(X, Y)
+    torch.testing.assert_close(found[0, 1], expected, rtol=1e-9, atol=1e-9)
+    assert found[0, 0].abs() < 1e-9
+
+
+def test_per_position_statistics_are_unbiased_ones_over_rows():
+    z, task = noise(5, 3, 2), torch.tensor([0, 0, 1, 1, 1])
+    found = kl_alignment_per_position(z, task, 2)[0, 1]
+    total = 0.0
+    for s in range(3):
+        (m0, v0), (m1, v1) = ((z[task == t, s].mean(0), z[task == t, s].var(0) + 1e-8) for t in (0, 1))
+        gap = (m0 - m1) ** 2
+        total = total + 0.25 * ((v0 + gap) / v1 + (v1 + gap) / v0 - 2).sum()
+    torch.testing.assert_close(found, total / 3, rtol=1e-9, atol=1e-12)
+
+
+def loss_of(spec, z, ids, valid=None):
+    state = State(batch=len(ids), length=z.shape[1], task_ids=ids, valid=valid)
+    return AlignLoss(spec, 1).loss(Call("layer", tuple(z.shape[:2]), state), z.flatten(0, 1))
+
+
+@pytest.mark.parametrize("fields", KINDS)
+def test_property_1_zero_for_equal_tasks_and_blind_to_order(fields):
+    spec, half = AlignSpec(**fields), noise(2, 20, 3)
+    assert loss_of(spec, torch.cat([half, half]), IDS).abs() < 1e-9
+    z = noise(4, 20, 3, seed=1)
+    value = loss_of(spec, z, IDS)
+    assert value > 0
+    torch.testing.assert_close(loss_of(spec, z, 1 - IDS), value)
+    torch.testing.assert_close(loss_of(spec, z[[1, 2, 0, 3]], IDS[[1, 2, 0, 3]]), value)
+
+
+@pytest.mark.parametrize("kind", ["kl", "mmd"])
+def test_property_2_padding_adds_nothing(kind):
+    spec, z = AlignSpec(kind=kind), noise(4, 20, 3)
+    padded = torch.cat([z, 100 + noise(4, 6, 3, seed=2)], dim=1)
+    valid = torch.arange(26).expand(4, -1) < 20
+    torch.testing.assert_close(loss_of(spec, padded, IDS, valid), loss_of(spec, z, IDS))
+
+
+def test_property_9_one_task_or_one_row_contributes_nothing():
+    z = noise(4, 20, 3)
+    for ids in ([0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 2, 3]):
+        assert loss_of(AlignSpec(), z, torch.tensor(ids)) == 0
+    assert loss_of(AlignSpec(), noise(4, 2, 3), IDS) == 0, "four tokens a task are fewer than 4 r"
+
+
+def test_pairs_and_thinning():
+    distances, usable = noise(3, 3).abs(), torch.tensor([True, True, False])
+    assert over_pairs(distances, usable, reduction="mean") == distances[0, 1]
+    all_of_them = over_pairs(distances, torch.ones(3, dtype=torch.bool), reduction="sum")
+    torch.testing.assert_close(all_of_them, distances[0, 1] + distances[0, 2] + distances[1, 2])
+    kept = thin(torch.ones(2, 1000), 256).sum(1)
+    assert kept.tolist() == [256, 256]
+    assert thin(torch.ones(1, 10), 256).sum() == 10
+
+
+def gradients(name, checkpointing=None, steps=0, **fields):
+    torch.manual_seed(1)
+    model = get_peft_model(make_tiny_llama(), CONFIGS[name]()).train()
+    if fields:
+        headwater.align(model, **fields)
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    x = torch.randint(0, 250, (4, 30), generator=torch.Generator().manual_seed(0))
+    model(input_ids=x, labels=x, **({"headwater_task_ids": IDS} if fields else {})).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fields", KINDS[:2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_property_3_the_loss_has_a_gradient_with_and_without_checkpointing(name, fields):
+    plain, _ = gradients(name)
+    aligned, model = gradients(name, weight=5.0, **fields)
+    down = [n for n in plain if "lora_A" in n or n.endswith(".A")]
+    assert len(down) == 4
+    for n in down:
+        assert (aligned[n] - plain[n]).norm() > 1e-2 * plain[n].norm()
+    assert context_of(model).last_losses["align"] > 0
+    for reentrant in (True, False):
+        again, _ = gradients(name, reentrant, weight=5.0, **fields)
+        for n, grad in aligned.items():
+            torch.testing.assert_close(again[n], grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_detach_input_moves_only_the_down_projections(name):
+    plain, _ = gradients(name)
+    aligned, _ = gradients(name, weight=5.0, detach_input=True)
+    for n, grad in plain.items():
+        assert torch.equal(aligned[n], grad) != ("lora_A" in n or n.endswith(".A"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_property_4_weight_zero_is_the_method_itself(name):
+    plain, _ = gradients(name)
+    off, _ = gradients(name, weight=0.0)
+    assert all(torch.equal(off[n], grad) for n, grad in plain.items())
+
+
+def test_property_5_minimising_it_alone_brings_two_tasks_together():
+    z = torch.cat([noise(50, 3), 3 * noise(50, 3, seed=1) + 4]).requires_grad_()
+    member = membership(torch.arange(100) // 50, None, 2).double()
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        kl_alignment(z, member)[0, 1].backward()
+        optimizer.step()
+    first, second = z.detach().split(50)
+    assert (first.mean(0) - second.mean(0)).abs().max() < 0.05
+    assert (first.std(0) / second.std(0) - 1).abs().max() < 0.05
+
+
+def test_a_frozen_model_in_eval_computes_nothing(tiny_llama):
+    _, model = gradients("lora", weight=1.0)
+    x = torch.tensor([[1, 2, 3]])
+    model.eval()(x)  # no ids, and no error
+    assert context_of(model).last_losses == {}
+
+
+def test_wrong_settings_are_refused(tiny_llama):
+    model = get_peft_model(tiny_llama(), CONFIGS["lora"]())
+    for fields in ({"kind": "cosine"}, {"weight": -1}, {"wieght": 1}, {"kind": "mmd", "token_mode": "per_position"}):
+        with pytest.raises(HeadwaterError):
+            headwater.align(model, **fields)
+    with pytest.raises(HeadwaterError, match="no adapter to align"):
+        headwater.align(tiny_llama(), weight=1.0)
+    with pytest.raises(ValidationError):
+        AlignSpec(kind="cosine")
