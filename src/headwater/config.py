@@ -251,6 +251,8 @@ def load_config(
 def dump_config(config: RunConfig) -> str:
     """The config as YAML with all defaults written out and local paths made absolute, so that it can be moved."""
     data = config.model_dump(mode="json")
+    if "batching" not in config.mixture.model_fields_set:
+        del data["mixture"]["batching"]  # left open, it is balanced where an alignment loss needs that
     data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
     data["output_dir"] = str(Path(data["output_dir"]).absolute())
     for task in data["tasks"]:

@@ -229,6 +229,17 @@ def test_dumped_text_is_complete_and_reads_back_from_anywhere(tmp_path, monkeypa
     assert set(yaml.safe_load(dump_config(config))) == set(RunConfig.model_fields)
 
 
+def test_a_dumped_run_with_an_alignment_loss_still_leaves_its_batches_open(tmp_path):
+    path = write(tmp_path, GOOD)
+    open_ = load_config(write(tmp_path, dump_config(load_config(path, ["align={kind: kl}"])), "open.yaml"))
+    assert open_.align.kind == "kl"
+    assert "batching" not in open_.mixture.model_fields_set
+    mixed = load_config(path, ["align={kind: kl}", "mixture.batching=mixed"])
+    assert "batching" in load_config(write(tmp_path, dump_config(mixed), "mixed.yaml")).mixture.model_fields_set
+    found = problems_of(path, ["align={kind: mmd, token_mode: per_position}"])
+    assert list(found) == ["--set align: align.token_mode"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     r=st.integers(1, 64),

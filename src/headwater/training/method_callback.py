@@ -14,7 +14,7 @@ class MethodCallback(TrainerCallback):
     """Calls `after_step(step, total_steps)` of every active branch that has it, after each optimiser step.
 
     When a branch answers True, the optimiser forgets what it knows: Chain of LoRA has then tied a knot, and stale
-    momentum must not reach the fresh link. `HeadwaterTrainer` adds this callback itself; give it to a plain `Trainer` as
+    momentum must not reach the fresh link. `HeadwaterTrainer` adds this callback itself; a plain `Trainer` is given it,
     `Trainer(..., callbacks=[MethodCallback()])`.
     """
 
