@@ -1,0 +1,150 @@
+"""The common subspace of several models' weights: CoRA's up-projection.
+
+Xiao et al., arXiv:2409.02119. The leading left singular vectors of weights side by side, [W_1 | W_2 | ...], are the
+leading eigenvectors of sum_i W_i W_i^T; so models are read one after the other, and no wide matrix is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HeadwaterError, Problem
+from .tuner.layer import floating_weight, linear_sizes
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class SubspaceSpec:
+    """How a basis is extracted.
+
+    Args:
+        r: number of basis vectors.
+        targets: endings of the layers' names.
+        scope: which layers share a basis. "layer_qkv": the targets of one transformer block; "layer_projection": each
+            layer has its own; "global": all layers. Layers of different output width never share one.
+        orientation: "output" takes left singular vectors, which live where B writes; "input" right ones, for square
+            layers only.
+        basis_scale: "orthonormal", or columns times their singular value ("s") or its root ("sqrt_s").
+        normalize: divide each weight by its Frobenius norm, for sources of different scale.
+    """
+
+    r: int = 64
+    targets: tuple[str, ...] = QKV
+    scope: Literal["layer_qkv", "layer_projection", "global"] = "layer_qkv"
+    orientation: Literal["output", "input"] = "output"
+    basis_scale: Literal["orthonormal", "sqrt_s", "s"] = "orthonormal"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "scope": ("layer_qkv", "layer_projection", "global"),
+            "orientation": ("output", "input"),
+            "basis_scale": ("orthonormal", "sqrt_s", "s"),
+        }
+        problems = [
+            Problem(f"{name} is one of {', '.join(values)}, not {getattr(self, name)!r}", name)
+            for name, values in allowed.items()
+            if getattr(self, name) not in values
+        ]
+        if self.r < 1:
+            problems.append(Problem(f"r must be at least 1, not {self.r}", "r"))
+        if problems:
+            raise HeadwaterError(*problems)
+
+
+def target_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, Tensor]:
+    """The weights `(d_out, d_in)` of the linear layers whose names end on one of `targets`.
+
+    Raises:
+        HeadwaterError: if there are none, or one is quantised.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in targets or not hasattr(module, "weight"):
+            continue
+        weight = floating_weight(module)
+        if weight is None:
+            raise HeadwaterError(Problem(f"the weight of {name} is quantised", fix="load the model unquantised"))
+        d_in, d_out = linear_sizes(module)
+        found[name] = weight.detach() if tuple(weight.shape) == (d_out, d_in) else weight.detach().T
+    if not found:
+        raise HeadwaterError(
+            Problem(
+                f"the model has no linear layer named {', '.join(targets)}",
+                "targets",
+                "models with fused query, key and value need targets of their own",
+            )
+        )
+    return found
+
+
+def extract(sources: Iterable[Mapping[str, Tensor]], spec: SubspaceSpec) -> dict[str, Tensor]:
+    """The basis of each layer.
+
+    Args:
+        sources: layer name -> weight `(d_out, d_in)`, or a difference of weights, one mapping per model; read once.
+        spec: what is shared and how.
+
+    Returns:
+        Layer name -> float32 `(d_out, r)`. The sign of a column is such that its largest entry is positive.
+
+    Raises:
+        HeadwaterError: if the models' layers differ, r is larger than a layer, or a layer is not square where it must.
+    """
+    grams: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, weights in enumerate(sources):
+        here = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if number and here != shapes:
+            odd = sorted(set(here.items()) ^ set(shapes.items()))[0][0]
+            raise HeadwaterError(
+                Problem(f"the models differ in layer {odd}", f"model {number + 1}", "give models of one architecture")
+            )
+        shapes = here
+        for name, weight in weights.items():
+            _add_gram(grams, name, weight, spec)
+    bases = {key: _basis(gram, spec) for key, gram in grams.items()}
+    return {name: bases[_group(name, shape, spec)] for name, shape in shapes.items()}
+
+
+def differences(models: Iterable[Mapping[str, Tensor]], base: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Each model's weights minus the base model's."""
+    for weights in models:
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in base.items()}:
+            raise HeadwaterError(Problem("the base model's layers are not those of the models", "base"))
+        yield {name: weight.float() - base[name].float() for name, weight in weights.items()}
+
+
+def _add_gram(grams: dict[str, Tensor], name: str, weight: Tensor, spec: SubspaceSpec) -> None:
+    d_out, d_in = weight.shape
+    if spec.orientation == "input" and d_in != d_out:
+        raise HeadwaterError(
+            Problem(f"layer {name} is not square ({d_in} -> {d_out})", "orientation", "use orientation output")
+        )
+    if spec.r > d_out:
+        raise HeadwaterError(Problem(f"layer {name} has {d_out} outputs, fewer than r = {spec.r}", "r", "lower r"))
+    W = weight.double() if spec.orientation == "output" else weight.double().T
+    if spec.normalize:
+        W = W / W.norm()
+    key = _group(name, tuple(weight.shape), spec)
+    grams[key] = grams.get(key, 0) + W @ W.T
+
+
+def _group(name: str, shape: tuple[int, ...], spec: SubspaceSpec) -> str:
+    block = {"layer_projection": name, "layer_qkv": name.rpartition(".")[0], "global": "all"}[spec.scope]
+    return f"{block}:{shape[0]}"
+
+
+def _basis(gram: Tensor, spec: SubspaceSpec) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)  # rising
+    U = vectors.flip(1)[:, : spec.r]
+    U = U * torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
+    s = values.flip(0)[: spec.r].clamp_min(0).sqrt()
+    scale = {"orthonormal": torch.ones_like(s), "sqrt_s": s.sqrt(), "s": s}[spec.basis_scale]
+    return (U * scale).float()

@@ -1,0 +1,75 @@
+"""`headwater calibrate` and `headwater subspace`: what they write makes an adapter."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from cli_support import run_main, write_run
+from safetensors.torch import load_file
+
+LORI = "{name: lori, r: 4, lora_alpha: 8, target_modules: [up_proj, down_proj]}"
+
+
+@pytest.fixture
+def headwater(capsys):
+    return functools.partial(run_main, capsys)
+
+
+def test_dense_then_mask_then_sparse(headwater, tmp_path):
+    run_file = write_run(tmp_path)
+    assert headwater("train", run_file, "--set", f"method={LORI}").code == 0
+    mask = tmp_path / "mask.safetensors"
+    done = headwater("calibrate", tmp_path / "run", "--sparsity", "0.8", "--output", mask)
+    assert done.code == 0, done.err
+    entries = 2 * 4 * (48 + 32)
+    assert f"{round(0.2 * entries)} of {entries} entries in 4 layers" in done.out
+    sparse = LORI.replace("}", f", mask: {mask}}}")
+    done = headwater("train", run_file, "--set", f"method={sparse}", "--set", f"output_dir={tmp_path / 'sparse'}")
+    assert done.code == 0, done.err
+    results = json.loads((tmp_path / "sparse" / "results.json").read_text())
+    assert results["trainable_parameters"] == round(0.2 * entries)
+
+
+def test_calibrating_another_method_is_an_error(headwater, tmp_path):
+    run_file = write_run(tmp_path)
+    assert headwater("train", run_file).code == 0
+    done = headwater("calibrate", tmp_path / "run", "--output", tmp_path / "mask.safetensors")
+    assert done.code == 2
+    assert "LoRI-D" in done.err
+    assert not (tmp_path / "mask.safetensors").exists()
+
+
+def test_subspace_then_cora(headwater, tmp_path):
+    run_file = write_run(tmp_path)
+    basis = tmp_path / "basis.safetensors"
+    options = ("--r", "6", "--scope", "layer_projection", "--target", "up_proj", "--target", "down_proj")
+    done = headwater("subspace", "--model", tmp_path / "model", *options, "--output", basis)
+    assert done.code == 0, done.err
+    for name, tensor in load_file(basis).items():
+        assert tensor.shape == (48 if "up_proj" in name else 32, 6)
+        torch.testing.assert_close(tensor.T @ tensor, torch.eye(6), rtol=0, atol=1e-5)
+    cora = f"{{name: cora, basis: {basis}, r: 4, target_modules: [up_proj, down_proj]}}"
+    done = headwater("train", run_file, "--set", f"method={cora}")
+    assert done.code == 0, done.err
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(saved[f"base_model.model.{name}.cora_branch.B"], load_file(basis)[name][:, :4].T)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--r", "40"), "fewer than r = 40"),
+        (("--r", "4", "--target", "c_attn"), "no linear layer named c_attn"),
+        (("--r", "4", "--scope", "all"), "scope is one of"),
+    ],
+)
+def test_subspace_says_what_is_wrong(headwater, tmp_path, options, said):
+    write_run(tmp_path)
+    done = headwater("subspace", "--model", tmp_path / "model", *options, "--output", tmp_path / "basis.safetensors")
+    assert done.code == 2
+    assert said in " ".join(done.err.split())
+    assert not (tmp_path / "basis.safetensors").exists()

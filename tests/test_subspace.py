@@ -1,0 +1,94 @@
+"""Extraction of a common subspace: against an SVD of the weights side by side, and of a planted one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import make_tiny_llama
+
+from headwater import HeadwaterError
+from headwater.subspace import SubspaceSpec, differences, extract, target_weights
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def projector(B):
+    B = B.double()
+    return B @ torch.linalg.pinv(B)
+
+
+NAMES = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(2) for p in "qkv"]
+
+
+def sources(count, sizes=(8, 4, 4), d_in=8):
+    return [
+        {name: noise(sizes["qkv".index(name[-6])], d_in, seed=10 * m + i) for i, name in enumerate(NAMES)}
+        for m in range(count)
+    ]
+
+
+@pytest.mark.parametrize("scope", ["layer_qkv", "layer_projection", "global"])
+def test_it_spans_what_an_svd_of_the_weights_side_by_side_does(scope):
+    models = sources(3)
+    bases = extract(iter(models), SubspaceSpec(r=2, scope=scope))
+    assert set(bases) == set(NAMES)
+    for name in NAMES:
+        d_out = models[0][name].shape[0]
+        mates = [
+            other
+            for other in NAMES
+            if models[0][other].shape[0] == d_out
+            and (scope == "global" or other == name or (scope == "layer_qkv" and other[:15] == name[:15]))
+        ]
+        U = torch.linalg.svd(torch.cat([m[other] for m in models for other in mates], dim=1)).U[:, :2]
+        torch.testing.assert_close(projector(bases[name]), projector(U), rtol=0, atol=1e-5)
+        torch.testing.assert_close(bases[name].T @ bases[name], torch.eye(2), rtol=0, atol=1e-5)
+
+
+def test_a_planted_subspace_is_found_in_any_order_of_sources():
+    U = torch.linalg.qr(noise(8, 3)).Q
+    models = [{"q_proj": U @ noise(3, 20, seed=s) + 1e-3 * noise(8, 20, seed=50 + s)} for s in range(4)]
+    spec = SubspaceSpec(r=3, scope="layer_projection")
+    found, turned = extract(iter(models), spec), extract(iter(models[::-1]), spec)
+    torch.testing.assert_close(projector(found["q_proj"]), projector(U), rtol=0, atol=1e-2)
+    torch.testing.assert_close(found["q_proj"], turned["q_proj"], rtol=1e-5, atol=1e-6)
+    assert torch.all(found["q_proj"].gather(0, found["q_proj"].abs().argmax(0, keepdim=True)) > 0)
+
+
+@pytest.mark.parametrize(("scale", "power"), [("sqrt_s", 0.5), ("s", 1.0)])
+def test_columns_may_carry_their_singular_values(scale, power):
+    W = noise(6, 9)
+    basis = extract([{"q_proj": W}], SubspaceSpec(r=4, basis_scale=scale))["q_proj"]
+    expected = torch.linalg.svdvals(W)[:4] ** power
+    torch.testing.assert_close(basis.norm(dim=0).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_input_orientation_is_that_of_the_transpose_and_needs_square_layers():
+    W = noise(6, 6)
+    turned = extract([{"q_proj": W}], SubspaceSpec(r=2, orientation="input"))["q_proj"]
+    straight = extract([{"q_proj": W.T}], SubspaceSpec(r=2))["q_proj"]
+    torch.testing.assert_close(turned, straight)
+    with pytest.raises(HeadwaterError, match="not square"):
+        extract([{"q_proj": noise(6, 5)}], SubspaceSpec(r=2, orientation="input"))
+
+
+def test_weights_of_a_model_and_differences_to_a_base():
+    model, base = make_tiny_llama(1), make_tiny_llama(0)
+    weights = target_weights(model, ("q_proj", "k_proj"))
+    assert set(weights) == {f"model.layers.{n}.self_attn.{p}_proj" for n in range(2) for p in "qk"}
+    (delta,) = differences([weights], target_weights(base, ("q_proj", "k_proj")))
+    name = "model.layers.1.self_attn.k_proj"
+    assert torch.equal(delta[name], model.get_submodule(name).weight - base.get_submodule(name).weight)
+    with pytest.raises(HeadwaterError, match="no linear layer named c_attn"):
+        target_weights(model, ("c_attn",))
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(HeadwaterError, match="differ in layer q_proj"):
+        extract([{"q_proj": noise(6, 6)}, {"q_proj": noise(4, 6)}], SubspaceSpec(r=2))
+    with pytest.raises(HeadwaterError, match="fewer than r = 7"):
+        extract([{"q_proj": noise(6, 6)}], SubspaceSpec(r=7))
+    with pytest.raises(HeadwaterError, match="scope is one of"):
+        SubspaceSpec(scope="everything")  # type: ignore[arg-type]
