@@ -174,7 +174,7 @@ def localized_loss(gate: Tensor, types: Tensor, delta: float) -> Tensor:
     """
     first = torch.arange(gate.shape[-1], device=gate.device) < gate.shape[-1] // 2
     own = first == (types.unsqueeze(-1) == 1)
-    weighted = gate * torch.where(own, 1 + delta, 1 - delta)
+    weighted = gate * (1 + delta * torch.where(own, 1.0, -1.0).to(gate))
     return weighted.var() / (weighted.mean() ** 2 + 1e-10)
 
 

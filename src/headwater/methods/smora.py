@@ -106,9 +106,8 @@ class SMoraBranch(Branch):
         biased = scores + self.bias.to(scores.dtype)
         chosen = biased.topk(self.k, dim=-1).indices
         values = (biased if self.bias_in_gate else scores).gather(-1, chosen)
-        if self.softmax:
-            values = (values - values.detach().amax(-1, keepdim=True)).exp()
-        values = values.clamp_min(1e-6)  # a biased sigmoid can fall below 0, and their sum with it
+        shifted = values - values.detach().amax(-1, keepdim=True)
+        values = shifted.exp() if self.softmax else values.clamp_min(1e-6)  # a biased sigmoid can fall below 0
         total = values.sum(-1, keepdim=True)
         values = values / (total.detach() if self.k == 1 else total)  # one alone is always 1; this way it still learns
         return torch.zeros_like(scores).scatter(-1, chosen, values), chosen
