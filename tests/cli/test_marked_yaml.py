@@ -4,7 +4,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import HeadwaterError
@@ -45,6 +45,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 @settings(deadline=None)
+@example({"a": "\x85", "b": ["\u2028", "\ufeff", "é"]})
 @given(st.dictionaries(keys, values, min_size=1, max_size=4))
 def test_what_is_dumped_is_read_back_and_every_place_is_its_line(data):
     text = dump(data)
