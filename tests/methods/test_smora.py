@@ -135,7 +135,7 @@ def test_property_5_blocks_are_experts_of_moe_lora():
 
 def skewed(**fields):
     """A float32 model, in training, whose ranks 0 to 2 take every token but those without a first coordinate."""
-    model = move(model_of(bias_update_rate=0.01, dtype=torch.float32, **fields), 5, size=0.1).train()
+    model = move(model_of(**{"bias_update_rate": 0.01, "dtype": torch.float32, **fields}), 5, size=0.1).train()
     with torch.no_grad():
         parameters(model)["router"].zero_()
         parameters(model)["router"][:3, 0] = torch.tensor([3.0, 2.0, 1.0])
@@ -171,6 +171,9 @@ def test_property_6_evaluation_does_not_count():
     x = positive(2, 4, d_in)
     model(x).square().sum().backward()
     counts = branch_of(model).counts.clone()
+    with torch.no_grad():
+        model(x)  # in training mode, as when a trainer generates
+    assert torch.equal(branch_of(model).counts, counts)
     optimiser.step()
     model.eval()(x)
     with torch.no_grad():
@@ -179,6 +182,21 @@ def test_property_6_evaluation_does_not_count():
     assert not branch_of(model).bias.any()
     model.train()(x)
     torch.testing.assert_close(branch_of(model).bias, UP_DOWN)
+
+
+def test_property_6_half_precision_rounds_neither_counts_nor_nudges():
+    """In bfloat16 a count stops at 256, and a nudge of 1e-5 is lost on a bias of 0.3."""
+    model, optimiser = skewed(bias_update_rate=1e-5)
+    set_bias(model, torch.full((8,), 0.3))
+    start = branch_of(model).bias.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(branch_of(model).bias, start)
+    for _ in range(300):
+        model(positive(1, 1, d_in).bfloat16()).square().sum().backward()
+    assert branch_of(model).counts.tolist() == [300] * 3 + [0] * 5
+    optimiser.step()
+    model(positive(1, 1, d_in).bfloat16())
+    torch.testing.assert_close(branch_of(model).bias, start + UP_DOWN / 1000, rtol=0, atol=1e-7)
 
 
 def test_property_6_padding_does_not_count():

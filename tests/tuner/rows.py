@@ -31,8 +31,10 @@ class Row:
             top-k flips under rounding, and the slope of a straight-through estimator is another than its gradient.
         large_rank: config fields that go with a rank of 100, where the config alone would object to it.
         exact_recomputation: gradients under reentrant checkpointing are bit-equal; otherwise a parameter that is read
-            twice has its two parts added in another order.
+            more than once has its parts added in another order.
         gated: the method has gates to observe.
+        saved_once: tensors that only the first of the adapter's layers holds, for all of them; all are trained.
+        kept_wide: buffers that stay float32 in an adapter of half precision.
         label: tells several rows of one method apart.
     """
 
@@ -49,6 +51,8 @@ class Row:
     large_rank: dict[str, Any] = field(default_factory=dict)
     exact_recomputation: bool = True
     gated: bool = True
+    saved_once: Shapes = field(default_factory=dict)
+    kept_wide: tuple[str, ...] = ()
     label: str = ""
 
     @property
@@ -124,6 +128,16 @@ ROWS = [
         trainable=lambda r, i, o: 4 * (r * i + r * o + i),
     ),
     Row(
+        "moe_lora",
+        label="moe_lora-by-task",
+        fields={"num_experts": 4, "top_k": 0, "router": "task", "num_tasks": 3, "task_dim": 5},
+        saved=lambda r, i, o: {"A": (4, r, i), "B": (4, r, o)},
+        saved_once={"task_embedding": (3, 5), "task_gate": (4, 5)},
+        trainable=lambda r, i, o: 4 * (r * i + r * o),
+        needs_task_ids=True,
+        exact_recomputation=False,  # all layers' parts of the one gate
+    ),
+    Row(
         "malora",
         fields={"num_experts": 4, "shared_rank": 6},
         saved=lambda r, i, o: {"S": (6, i), "P": (4, r, 6), "B": (4, r, o), "router": (4, i)},
@@ -137,6 +151,7 @@ ROWS = [
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "router": (r, i), "bias": (r,), "counts": (r,)},
         trainable=lambda r, i, o: 2 * r * i + r * o,
         alpha_over_rank=False,
+        kept_wide=("bias", "counts"),
     ),
     Row(
         "cond_mixlora",

@@ -54,8 +54,10 @@ def test_bfloat16_base_keeps_a_float32_adapter(row, tiny_llama):
 
 def test_bfloat16_adapter_where_asked_for(row, tiny_llama):
     model = adapt(row, tiny_llama().bfloat16(), autocast=False, **row.smooth)
-    branches = [t for name, t in model.state_dict().items() if "_branch." in name]
-    assert {t.dtype for t in branches if t.is_floating_point()} == {torch.bfloat16}
+    branches = {n: t for n, t in model.state_dict().items() if "_branch." in n and t.is_floating_point()}
+    wide = {name for name, tensor in branches.items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in branches if name.endswith(row.kept_wide)}
+    assert {t.dtype for name, t in branches.items() if name not in wide} == {torch.bfloat16}
     assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float(), **row.smooth))
     train_loss(row, model.train()).backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values())

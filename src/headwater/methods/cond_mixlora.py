@@ -64,17 +64,26 @@ class CondMixLoraConfig(MethodConfig):
 class CondMixLoraBranch(Branch):
     needs_state = True
 
+    router_A: Tensor  # noqa: N815, the equation's names, as in all methods
+    router_B: Tensor  # noqa: N815
+    router_AB: Tensor  # noqa: N815
+
     def __init__(self, config: CondMixLoraConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
         E, r, d_in = config.num_factors, shape.r, shape.in_features
         self.r, self.config = r, config
         self.A = nn.Parameter(kaiming(E, d_in, generator))
         self.B = nn.Parameter(torch.zeros(E, shape.out_features))
-        self.router_A = nn.Parameter(kaiming(E, d_in, generator))
+        routers = {"router_A": kaiming(E, d_in, generator)}
         if config.router != "tied":
-            self.router_B = nn.Parameter(kaiming(E, d_in, generator))
+            routers["router_B"] = kaiming(E, d_in, generator)
         if config.router == "ifs+cfs":  # U(-1/sqrt(r d_in), ...), as one linear layer from r concatenated factors
-            self.router_AB = nn.Parameter(kaiming(E, d_in, generator, batch=(r,)) / r**0.5)
+            routers["router_AB"] = kaiming(E, d_in, generator, batch=(r,)) / r**0.5
+        for name, router in routers.items():  # untrained ones decide as much, so they are saved, too
+            if config.router_grad == "none":
+                self.register_buffer(name, router)
+            else:
+                self.register_parameter(name, nn.Parameter(router))
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), (self.router_A,) if self.config.router == "tied" else (self.router_A, self.router_B)

@@ -14,6 +14,7 @@ It is a buffer without gradient, moved once per optimiser step from what the ste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,17 +87,27 @@ class SMoraBranch(Branch):
         self.register_buffer("bias", torch.zeros(r // self.block))
         # Saved, so that a run resumed right after an optimiser step moves the bias as one that never stopped.
         self.register_buffer("counts", torch.zeros(r // self.block))
-        self._size_of_B: Tensor | None = None
+        self._bits_of_B: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Nudges are small and counts large, so both stay float32 where the adapter is asked to be half precision.
+        exact = {name: buffer for name, buffer in self.named_buffers() if buffer.device.type != "meta"}
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            wide = torch.promote_types(buffer.dtype, torch.float32)
+            setattr(self, name, exact.get(name, buffer).to(buffer.device, wide))
+        return self
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A, self.router), ()  # one dropped x for both
 
     def mix(self, z: Tensor, logits: Tensor, *, call: Call) -> Tensor:
-        if self.training and self.rate > 0 and call.first_time:
+        balancing = self.training and self.rate > 0
+        if balancing and call.first_time:
             self.move_bias()
         gate, chosen = self.route(logits)
         call.saw_gate(gate)
-        if self.training and self.rate > 0 and call.first_time:
+        if balancing and self.counts_here(call):
             self.count(chosen, call)
         return z * (gate / self.block).repeat_interleave(self.block, dim=-1)
 
@@ -111,6 +122,18 @@ class SMoraBranch(Branch):
         total = values.sum(-1, keepdim=True)
         values = values / (total.detach() if self.k == 1 else total)  # one alone is always 1; this way it still learns
         return torch.zeros_like(scores).scatter(-1, chosen, values), chosen
+
+    def counts_here(self, call: Call) -> bool:
+        """Whether to count: once per forward, and only where gradients are taken.
+
+        Reentrant checkpointing takes them in the recomputation alone, other checkpointing in both runs of a layer.
+        """
+        memory = {} if call.state is None else call.state.memory  # in training, one forward's
+        key = ("counted", id(self))
+        if not torch.is_grad_enabled() or key in memory:
+            return False
+        memory[key] = True
+        return True
 
     @torch.no_grad()
     def count(self, chosen: Tensor, call: Call) -> None:
@@ -131,11 +154,14 @@ class SMoraBranch(Branch):
     def move_bias(self) -> None:
         """Moves the bias once for each optimiser step, at the first forward after it.
 
-        An optimiser step is seen by B having changed, so no trainer or callback is needed, and neither accumulation nor
-        recomputation moves the bias twice. (Tensor versions will not do: fused optimisers leave them as they are.)
+        An optimiser step is seen by B's bits having changed, so no trainer or callback is needed, and neither
+        accumulation nor recomputation moves the bias twice. A step at learning rate 0 counts with the next one.
+        (Tensor versions will not do: fused optimisers leave them as they are.)
         """
-        before, self._size_of_B = self._size_of_B, self.B.double().square().sum()
-        stepped = torch.ones_like(self._size_of_B, dtype=torch.bool) if before is None else before != self._size_of_B
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.B.element_size()]
+        before, now = self._bits_of_B, self.B.view(whole).sum()
+        stepped = torch.ones_like(now, dtype=torch.bool) if before is None else before.to(now.device) != now
+        self._bits_of_B = now
         self.bias += stepped * self.rate * torch.sign(self.counts.mean() - self.counts)  # no wait for an accelerator
         self.counts *= ~stepped
 
