@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -78,6 +79,20 @@ def test_evaluate_an_adapter_folder_on_a_tasks_file(headwater, trained, tmp_path
         loss = model(input_ids=torch.tensor([prompt + completion]), labels=labels).loss
     assert score["metric"] == "loss"
     assert score["value"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("section", "normalization"), [("", "bytes"), ("evaluation: {batch_size: 2}\n", "none")])
+def test_a_tasks_file_leaves_to_the_run_what_it_does_not_say(headwater, trained, tmp_path, section, normalization):
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("choice_normalization: none", "choice_normalization: bytes"))
+    assert config.read_text() != text
+    file = tmp_path / "tasks.yaml"
+    file.write_text(f"tasks: [{{name: new, test: {trained.parent}/animals-test.jsonl}}]\n{section}")
+    assert headwater("evaluate", tmp_path / "run", "--tasks", file, "-o", tmp_path / "s.json").code == 0
+    detail = json.loads((tmp_path / "s.json").read_text())["tasks"]["new"]["detail"]
+    assert detail["normalization"] == normalization
 
 
 def test_evaluate_takes_overrides_and_splits(headwater, trained):
