@@ -1,5 +1,6 @@
 """headwater: one adapter, many tasks. Importing it registers its methods with PEFT."""
 
+from . import analysis
 from . import methods as _methods
 from .errors import HeadwaterError, Problem
 from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
@@ -19,6 +20,7 @@ __all__ = [
     "NotMergeable",
     "Problem",
     "align",
+    "analysis",
     "make_config",
     "merge_task",
     "merge_with_gates",
