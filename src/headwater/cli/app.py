@@ -73,8 +73,41 @@ def evaluate(
         typer.Option("--output", "-o", metavar="FILE", help="Write the scores as JSON, too."),
     ] = None,
     overrides: Overrides = None,
+    lm_eval: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--lm-eval", metavar="NAMES", help="Run lm-eval's tasks instead: names or files, with commas."),
+    ] = None,
+    include_path: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="For --lm-eval: folder with task files of your own."),
+    ] = None,
+    num_fewshot: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="For --lm-eval: solved examples before each question; the task's own by default."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="For --lm-eval: at most so many rows a task.")] = None,  # noqa: UP045
+    task: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="For --lm-eval: the trained task, for methods that go by task."),
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="For --lm-eval: use the model's chat template.")] = False,
 ) -> None:
-    """Score an adapter on held-out rows, task by task."""
+    """Score an adapter on held-out rows, task by task; or on lm-eval's tasks."""
+    if lm_eval is not None:
+        from headwater.cli.lm_eval import run as run_lm_eval
+
+        run_lm_eval(
+            source,
+            [name for name in lm_eval.split(",") if name],
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task=task,
+            chat=chat,
+            output=output,
+            overrides=overrides or [],
+        )
+        return
     from headwater.cli.evaluate import run
 
     run(source, tasks, split, output, overrides or [])
