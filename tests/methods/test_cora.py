@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapted_linear import adapt, base_of, leaf, move, noise, parameters
-from peft import PeftModel, get_peft_model
+from adapted_linear import OneLinear, adapt, base_of, leaf, move, noise, parameters
+from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import make_tiny_llama
 
 from headwater import HeadwaterError, make_config
@@ -70,13 +70,23 @@ def test_properties_4_and_9_a_frozen_basis_rules_the_update(basis):
 def test_property_10_the_file_holds_the_basis(basis, tmp_path):
     _, path = basis
     model, x = move(model_of(path), 4), noise(3, d_in)
-    config = model.peft_config["default"]
-    assert config.basis is None
-    assert len(config.basis_sha256) == 64
     model.save_pretrained(tmp_path / "adapter")
-    fresh = adapt("cora", d_in, d_out, basis_sha256=config.basis_sha256, r=r)  # no basis file is read
-    again = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter").double()
+    (tmp_path / "basis.safetensors").unlink()
+    saved = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert saved.basis is None
+    assert len(saved.basis_sha256) == 64
+    again = PeftModel.from_pretrained(OneLinear(d_in, d_out), tmp_path / "adapter").double()
     torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)
+    without_its_file = get_peft_model(OneLinear(d_in, d_out), saved)
+    assert without_its_file(x.float()).isnan().all(), "an adapter without its B must not look as if it worked"
+
+
+def test_one_config_makes_several_adapters(basis):
+    stored, path = basis
+    model = model_of(path)
+    model.add_adapter("second", model.peft_config["default"])
+    branches = model.base_model.model.layer.branches
+    assert torch.equal(branches["second"].B, stored[:, :r].T)
 
 
 def test_a_basis_of_another_shape_is_refused(tmp_path):

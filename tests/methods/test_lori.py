@@ -7,7 +7,7 @@ import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import make_tiny_llama
 
 from headwater import HeadwaterError, make_config
@@ -105,7 +105,7 @@ def test_property_3_a_full_mask_is_the_dense_method_step_for_step(dense, tmp_pat
 def test_property_8_on_top_of_another_task_only_the_mask_changes(dense, mask_file, tmp_path):
     dense.save_pretrained(tmp_path / "first")
     first = {name: branch.B.detach().clone() for name, branch in branches(dense).items()}
-    second = tiny(mask=mask_file, continue_from=str(tmp_path / "first" / "adapter_model.safetensors"), init_seed=5)
+    second = tiny(mask=mask_file, continue_from=str(tmp_path / "first"), init_seed=5)
     x = torch.tensor([[4, 5, 6]])
     torch.testing.assert_close(second.eval()(x).logits, dense(x).logits)
     train(second, weight_decay=0.5, seed=3)
@@ -119,6 +119,31 @@ def test_property_8_on_top_of_another_task_only_the_mask_changes(dense, mask_fil
     second.save_pretrained(tmp_path / "second")
     again = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "second")
     assert torch.equal(again(x).logits, second(x).logits)
+
+
+def test_continuing_takes_the_whole_adapter_under_the_same_scaling(dense, tmp_path):
+    dense.save_pretrained(tmp_path / "first")
+    first = str(tmp_path / "first")
+    x = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(tiny(continue_from=first, init_seed=5).eval()(x).logits, dense(x).logits)
+    with pytest.raises(HeadwaterError, match="continue_from: it has lora_alpha 8, this one 16"):
+        tiny(continue_from=first, lora_alpha=16)
+    with pytest.raises(HeadwaterError, match=r"layers that this adapter has not.* model\.layers\.0\.mlp\.down_proj"):
+        tiny(continue_from=first, target_modules=["gate_proj"])
+    with pytest.raises(HeadwaterError, match=r"layer model\.layers\.0\.mlp\.up_proj is missing there"):
+        tiny(continue_from=first, target_modules=["gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(HeadwaterError, match="cannot be read"):
+        tiny(continue_from=str(tmp_path / "nothing"))
+
+
+def test_without_its_file_a_sparse_adapter_computes_nothing(mask_file, tmp_path):
+    sparse = tiny(mask=mask_file)
+    sparse.save_pretrained(tmp_path / "sparse")
+    saved = PeftConfig.from_pretrained(tmp_path / "sparse")
+    assert saved.mask is None
+    assert len(saved.mask_sha256) == 64
+    assert get_peft_model(make_tiny_llama(), saved)(torch.tensor([[1]])).logits.isnan().all()
+    sparse.add_adapter("second", sparse.peft_config["default"])  # the same config again reads the file again
 
 
 @settings(max_examples=40, deadline=None)
@@ -136,13 +161,14 @@ def test_the_sparse_adapter_needs_no_mask_file_to_load(mask_file, tmp_path):
     again = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "sparse")
     x = torch.tensor([[7, 8, 9]])
     assert torch.equal(again(x).logits, sparse(x).logits)
-    assert again.peft_config["default"].mask is None
     merged = again.merge_and_unload()
     torch.testing.assert_close(merged(x).logits, sparse(x).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_property_10_masks_of_another_layout_are_refused(mask_file, tmp_path):
-    with pytest.raises(HeadwaterError, match=r"another layout: layer model\.layers\.0\.mlp\.gate_proj needs shape \(2"):
+    with pytest.raises(
+        HeadwaterError, match=r"another layout: layer model\.layers\.0\.mlp\.gate_proj needs .* \(2, 48, 32\)"
+    ):
         tiny(mask=mask_file, r=2)
     with pytest.raises(HeadwaterError, match="layers that this adapter has not"):
         tiny(mask=mask_file, target_modules=["gate_proj"])

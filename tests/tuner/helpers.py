@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import os
+import tempfile
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny_models import make_tiny_llama
 from torch import Tensor, nn
 
 import headwater
+from headwater.methods.files import write_tensors
 
 from .rows import Row
 
@@ -26,13 +33,30 @@ LAYERS = {  # the tiny llama's, by module name: d_in, d_out
 }
 
 
-def config(row: Row, **fields: Any) -> PeftConfig:
-    return headwater.make_config(row.name, **{**DEFAULTS, **row.fields, **fields})
+FILES = tempfile.TemporaryDirectory()  # of what some methods are made from
+
+
+def config(row: Row, base: nn.Module | None = None, **fields: Any) -> PeftConfig:
+    """The row's config; where it is made from a file, a file for the layers of `base`, by default the tiny llama's."""
+    fields = {**DEFAULTS, **row.fields, **fields}
+    if row.ingredient is not None:
+        name, tensors_of = row.ingredient
+        shared = {
+            key: value for key, value in fields.items() if key in {f.name for f in dataclasses.fields(LoraConfig)}
+        }
+        plain = get_peft_model(copy.deepcopy(base or make_tiny_llama()), LoraConfig(**shared))
+        tensors = {}
+        for key, layer in plain.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                tensors |= tensors_of(key, layer.r["default"], layer.in_features, layer.out_features)
+        fields[name] = f"{FILES.name}/{row.id}-{len(os.listdir(FILES.name))}.safetensors"
+        write_tensors(tensors, fields[name], {})
+    return headwater.make_config(row.name, **fields)
 
 
 def adapt(row: Row, base: nn.Module, *, stirred: bool = True, autocast: bool = True, **fields: Any) -> PeftModel:
     """The base model with the row's method; `stirred` moves the adapter away from its start, as training would."""
-    model = get_peft_model(base, config(row, **fields), autocast_adapter_dtype=autocast)
+    model = get_peft_model(base, config(row, base, **fields), autocast_adapter_dtype=autocast)
     if stirred:
         stir(model)
     return model

@@ -9,6 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from headwater.methods.files import pack_bits
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -35,6 +40,10 @@ class Row:
         gated: the method has gates to observe.
         saved_once: tensors that only the first of the adapter's layers holds, for all of them; all are trained.
         kept_wide: buffers that stay float32 in an adapter of half precision.
+        learns: a tensor that the first step moves.
+        drawn: the start is random.
+        ingredient: a config field that names a tensor file to make the adapter from, and what such a file holds for a
+            layer, from its name, rank, d_in and d_out.
         label: tells several rows of one method apart.
     """
 
@@ -53,11 +62,26 @@ class Row:
     gated: bool = True
     saved_once: Shapes = field(default_factory=dict)
     kept_wide: tuple[str, ...] = ()
+    learns: str = "B"
+    drawn: bool = True
+    ingredient: tuple[str, Callable[[str, int, int, int], dict[str, Tensor]]] | None = None
     label: str = ""
 
     @property
     def id(self) -> str:
         return self.label or self.name
+
+
+def basis_of(name: str, r: int, d_in: int, d_out: int) -> dict[str, Tensor]:
+    return {name: torch.randn(d_out, r, generator=torch.Generator().manual_seed(r)) / d_out**0.5}
+
+
+def mask_of(name: str, r: int, d_in: int, d_out: int) -> dict[str, Tensor]:
+    """Every other rank's entries."""
+    mask = torch.zeros(r, d_out, dtype=torch.bool)
+    mask[::2] = True
+    A = torch.randn(r, d_in, generator=torch.Generator().manual_seed(r)) / d_in**0.5
+    return {f"{name}.mask": pack_bits(mask), f"{name}.shape": torch.tensor((r, d_out)), f"{name}.A": A}
 
 
 HEAD_DROPOUT_OFF = {"lora_dropout": 0.0, "head_dropout": 0.0}
@@ -176,12 +200,35 @@ ROWS = [
         gated=False,
     ),
     Row(
+        "lori",
+        label="lori-sparse",
+        ingredient=("mask", mask_of),
+        fields={"reuse_a": False},
+        learns="values",
+        saved=lambda r, i, o: {"A": (r, i), "values": ((r + 1) // 2 * o,), "index": ((r + 1) // 2 * o,)},
+        trainable=lambda r, i, o: (r + 1) // 2 * o,
+        mergeable=True,
+        gated=False,
+    ),
+    Row(
         "cora",
-        # as a saved adapter, so that no file of a basis is needed
-        fields={"variant": "init_b", "init_a": "kaiming", "basis_sha256": "0"},
+        ingredient=("basis", basis_of),
+        learns="A",
+        drawn=False,
+        saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
+        trainable=lambda r, i, o: r * i,
+        mergeable=True,
+        gated=False,
+    ),
+    Row(
+        "cora",
+        label="cora-init-b",
+        ingredient=("basis", basis_of),
+        fields={"variant": "init_b", "init_a": "kaiming"},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
         trainable=lambda r, i, o: r * i + r * o,
         mergeable=True,
+        starts_as_base=False,  # A is random and B is not zero
         gated=False,
     ),
     Row(

@@ -118,6 +118,8 @@ def test_init_seed_decides_the_start_whatever_else_is_targeted(row, tiny_llama):
         if not name.endswith(tuple(row.saved_once))  # held by the first layer, whichever that is
     }
     assert_same(fewer, {name: t for name, t in first.items() if "up_proj" in name})
+    if not row.drawn:
+        return
     other = get_peft_model_state_dict(adapt(row, tiny_llama(), stirred=False, init_seed=2))
     assert not torch.equal(*(next(t for n, t in s.items() if n.endswith(down_projection(row))) for s in (first, other)))
     with_global_seed = []
@@ -135,7 +137,7 @@ def test_layers_start_differently(row, tiny_llama):
     saved = get_peft_model_state_dict(adapt(row, tiny_llama(), stirred=False))
     starts = [t for name, t in saved.items() if name.endswith(down_projection(row)) and t.shape[-1] == 32]
     assert len(starts) == 4
-    assert all(not torch.equal(a, b) for n, a in enumerate(starts) for b in starts[:n])
+    assert not row.drawn or all(not torch.equal(a, b) for n, a in enumerate(starts) for b in starts[:n])
 
 
 def test_config_goes_through_json(row, tmp_path):

@@ -10,7 +10,9 @@ With B frozen, half the parameters train and every update stays in B's span; ada
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,10 @@ class CoraConfig(MethodConfig):
     init_a: str = "zeros"
     basis_sha256: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: without the file's path once B is in the adapter."""
+        return {**super().to_dict(), **({} if self.basis_sha256 is None else {"basis": None})}
+
     def problems(self) -> list[Problem | None]:
         return [
             *super().problems(),
@@ -59,7 +65,8 @@ class CoraBranch(Branch):
         super().__init__(config, shape, generator)
         r, d_in = shape.r, shape.in_features
         self.A = nn.Parameter(torch.zeros(r, d_in) if config.init_a == "zeros" else kaiming(r, d_in, generator))
-        B = torch.zeros(r, shape.out_features) if config.basis is None else self._basis(config, shape)
+        # Where a saved adapter is being loaded there is no basis; without its file nothing must look as if it worked.
+        B = torch.full((r, shape.out_features), math.nan) if config.basis is None else self._basis(config, shape)
         if config.variant == "frozen_b":
             self.register_buffer("B", B)
         else:
@@ -71,7 +78,7 @@ class CoraBranch(Branch):
             shared["cora_basis"], sha = read_tensors(config.basis or "", "basis")
 
             def finish() -> None:
-                config.basis, config.basis_sha256 = None, sha
+                config.basis_sha256 = sha
 
             shared.setdefault("finish", []).append(finish)
         basis = shared["cora_basis"].get(shape.name)

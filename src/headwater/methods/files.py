@@ -39,7 +39,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata))
+    # cloned, because safetensors refuses tensors that share memory, as layers with one basis do
+    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    save_file(own, temporary, metadata=dict(metadata))
     os.replace(temporary, file)
 
 

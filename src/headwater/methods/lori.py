@@ -11,8 +11,12 @@ so no optimiser, weight decay or momentum can move an entry outside the mask.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,8 @@ from ..errors import HeadwaterError, Problem
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
 from .call import Call
 from .files import pack_bits, read_tensors, unpack_bits
+
+_TENSORS = ("A", "B", "values", "index", "values_before", "index_before")
 
 
 @dataclass
@@ -32,10 +38,10 @@ class LoriConfig(MethodConfig):
             adapter's own file then holds all.
         reuse_a: take A from the mask's adapter, for which the mask was found; False draws a new one, as the released
             scripts do.
-        continue_from: the adapter file (`adapter_model.safetensors`) of another task, to learn this task on top of it:
-            its A and B stay, and only entries inside the mask change.
+        continue_from: the adapter folder of another task, to learn this task on top of it: its A and B stay, and with a
+            mask only entries inside that change.
         kept, kept_before: number of trained and of earlier entries of each layer. Set when the adapter is made.
-        mask_sha256: checksum of the mask file that was used. Set when the adapter is made.
+        mask_sha256, continued_sha256: checksums of the files that were used. Set when the adapter is made.
     """
 
     r: int = 32
@@ -46,6 +52,12 @@ class LoriConfig(MethodConfig):
     kept: dict[str, int] = field(default_factory=dict)
     kept_before: dict[str, int] = field(default_factory=dict)
     mask_sha256: str | None = None
+    continued_sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: without the paths of files once what they hold is in the adapter."""
+        used = {"mask": self.mask_sha256, "continue_from": self.continued_sha256}
+        return {**super().to_dict(), **{name: None for name, sha in used.items() if sha is not None}}
 
 
 class LoriBranch(Branch):
@@ -57,36 +69,40 @@ class LoriBranch(Branch):
     def __init__(self, config: LoriConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
         self.shape = (shape.r, shape.out_features)
-        A = kaiming(shape.r, shape.in_features, generator)
+        A, before = kaiming(shape.r, shape.in_features, generator), torch.zeros(self.shape)
+        if config.continue_from is not None:
+            A, before = self._continued(config, shape)
         if config.mask is None and config.mask_sha256 is None:
             self.register_buffer("A", A)
-            self.B = nn.Parameter(torch.zeros(self.shape))
+            self.B = nn.Parameter(before)
             return
-        before = torch.zeros(self.shape)
         if config.mask is None:  # a saved adapter is being loaded: only sizes are known here, and needed
-            index = torch.zeros(config.kept[shape.name], dtype=torch.int32)
-            index_before = torch.zeros(config.kept_before.get(shape.name, 0), dtype=torch.int32)
+            if shape.name not in config.kept:
+                raise HeadwaterError(Problem(f"this adapter was not made for layer {shape.name}", "target_modules"))
+            kept, kept_before = config.kept[shape.name], config.kept_before.get(shape.name, 0)
+            index, index_before = (torch.zeros(n, dtype=torch.int32) for n in (kept, kept_before))
+            values = torch.full((kept,), math.nan)  # without its file nothing must look as if it worked
         else:
-            index, A, before = self._from_files(config, shape, A)
+            index, stored = self._masked(config, shape)
+            if config.reuse_a and config.continue_from is None and stored is not None:
+                A = stored
+            values = before.flatten()[index.long()]
             index_before = before.flatten().nonzero().squeeze(1).int()
             config.kept[shape.name] = index.numel()
             if index_before.numel():
                 config.kept_before[shape.name] = index_before.numel()
         self.register_buffer("A", A)
         self.register_buffer("index", index)
-        self.values = nn.Parameter(before.flatten()[index.long()])
-        self.register_buffer("index_before", index_before if index_before.numel() else None)
+        self.values = nn.Parameter(values)
         held = before.flatten()[index_before.long()]
+        self.register_buffer("index_before", index_before if index_before.numel() else None)
         self.register_buffer("values_before", held if index_before.numel() else None)
 
-    def _from_files(self, config: LoriConfig, shape: LayerShape, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The trained entries' places, A and the earlier B, from the mask's file and the continued adapter's."""
+    def _masked(self, config: LoriConfig, shape: LayerShape) -> tuple[Tensor, Tensor | None]:
+        """The places of the trained entries, and the A that the mask was found with."""
         shared = shape.shared
         if "lori_mask" not in shared:
             shared["lori_mask"], sha = read_tensors(config.mask or "", "mask")
-            shared["lori_before"] = {}
-            if config.continue_from is not None:
-                shared["lori_before"], _ = read_tensors(config.continue_from, "continue_from")
 
             def finish() -> None:
                 unused = sorted(key for key in shared["lori_mask"] if key.endswith(".mask"))
@@ -98,38 +114,53 @@ class LoriBranch(Branch):
                             "use the target_modules that the mask was calibrated with",
                         )
                     )
-                config.mask, config.continue_from, config.mask_sha256 = None, None, sha
+                config.mask_sha256 = sha
 
             shared.setdefault("finish", []).append(finish)
-        masks: dict[str, Tensor] = shared["lori_mask"]
-        packed = masks.pop(f"{shape.name}.mask", None)
-        layout = masks.pop(f"{shape.name}.shape", None)
-        stored = masks.pop(f"{shape.name}.A", None)
-        if packed is None or layout is None or tuple(layout.tolist()) != self.shape:
-            found = "no such layer" if layout is None else str(tuple(layout.tolist()))
+        packed, layout, A = (shared["lori_mask"].pop(f"{shape.name}.{part}", None) for part in ("mask", "shape", "A"))
+        inputs = shape.in_features if A is None else A.shape[1]
+        needed, found = (*self.shape, shape.in_features), () if layout is None else (*layout.tolist(), inputs)
+        if packed is None or found != needed:
             raise HeadwaterError(
                 Problem(
-                    f"the mask is of another layout: layer {shape.name} needs shape {self.shape}, the file has {found}",
+                    f"the mask is of another layout: layer {shape.name} needs (r, outputs, inputs) = {needed}, the "
+                    f"file has {found or 'no such layer'}",
                     "mask",
                     "calibrate it on an adapter of the same base model, r and target_modules",
                 )
             )
         index = unpack_bits(packed, self.shape).flatten().nonzero().squeeze(1).int()
-        before = torch.zeros(self.shape)
-        if config.continue_from is not None:
-            A, before = self._continued(shared["lori_before"], shape)
-        elif config.reuse_a and stored is not None:
-            A = stored.float()
-        return index, A, before
+        return index, None if A is None else A.float()
 
-    def _continued(self, tensors: Mapping[str, Tensor], shape: LayerShape) -> tuple[Tensor, Tensor]:
+    def _continued(self, config: LoriConfig, shape: LayerShape) -> tuple[Tensor, Tensor]:
+        """A and B of the adapter that is learned on top of."""
+        shared = shape.shared
+        if "lori_before" not in shared:
+            shared["lori_before"], sha = _read_adapter(config)
+
+            def finish() -> None:
+                unused = sorted(key for key in shared["lori_before"] if key.endswith(".lori_branch.A"))
+                if unused:
+                    name = unused[0].removeprefix("base_model.model.").removesuffix(".lori_branch.A")
+                    raise HeadwaterError(
+                        Problem(
+                            f"it has layers that this adapter has not, which would be lost; the first is {name}",
+                            "continue_from",
+                            "use its target_modules",
+                        )
+                    )
+                config.continued_sha256 = sha
+
+            shared.setdefault("finish", []).append(finish)
         prefix = f"base_model.model.{shape.name}.lori_branch."
-        A, B = tensors.get(f"{prefix}A"), tensors.get(f"{prefix}B")
-        if A is not None and B is None and f"{prefix}values" in tensors:
+        held: dict[str, Tensor] = shared["lori_before"]
+        found = {name: held.pop(prefix + name) for name in _TENSORS if prefix + name in held}
+        A, B = found.get("A"), found.get("B")
+        if B is None and "values" in found:
             B = torch.zeros(self.shape).flatten()
             for part in ("_before", ""):
-                if f"{prefix}index{part}" in tensors:
-                    B[tensors[f"{prefix}index{part}"].long()] = tensors[f"{prefix}values{part}"].float()
+                if f"index{part}" in found:
+                    B[found[f"index{part}"].long()] = found[f"values{part}"].float()
             B = B.view(self.shape)
         if A is None or B is None or A.shape != (shape.r, shape.in_features) or B.shape != self.shape:
             raise HeadwaterError(
@@ -160,6 +191,25 @@ class LoriBranch(Branch):
 
     def heads(self) -> Heads:
         return Heads(self.A, self.writes().T.unsqueeze(0), None, None, None, self.scaling)
+
+
+def _read_adapter(config: LoriConfig) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the adapter that `continue_from` names; its B means the same only under the same scaling."""
+    folder = Path(config.continue_from or "")
+    file = folder / "adapter_config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        there = {name: fields[name] for name in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "give the folder of a LoRI adapter"
+        raise HeadwaterError(Problem(f"{file} cannot be read: {error}", "continue_from", fix)) from error
+    here = {name: getattr(config, name) for name in there} | {"peft_type": "LORI"}
+    different = [name for name in there if there[name] != here[name]]
+    if different:
+        raise HeadwaterError(
+            *(Problem(f"it has {n} {there[n]!r}, this one {here[n]!r}", "continue_from") for n in different)
+        )
+    return read_tensors(folder / "adapter_model.safetensors", "continue_from")
 
 
 def calibrate(branches: Mapping[str, Branch], sparsity: float = 0.9) -> dict[str, Tensor]:
