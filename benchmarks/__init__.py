@@ -1,0 +1,1 @@
+"""Speed and memory of headwater's adapters beside the frozen model, PEFT's LoRA and the public formulation."""

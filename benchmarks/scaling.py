@@ -1,0 +1,168 @@
+"""How the cost of one adapted linear layer grows with heads N, rank r, tasks T and tokens.
+
+    python -m benchmarks.scaling --json benchmarks/results/scaling.json --plot benchmarks/results/scaling
+
+The floor is the frozen linear's forward and the gradient of its input, measured in the same rounds; the plot draws it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import layers, measure
+from .layers import FLOOR, LOOP, Shape
+
+PEFT_SAME_RANK = "PEFT LoRA, rank r"
+PEFT_TOTAL_RANK = "PEFT LoRA, rank N r"
+OURS = "R-LoRA"
+MTL = "MTL-LoRA"
+LOOP_LIMIT = 16  # heads; beyond, the loop takes minutes and the picture is clear
+
+BASE = Shape(896, 4864, 2048)
+SMOKE = Shape(32, 48, 16, r=2, N=2, rows=2)
+
+
+def models_at(shape: Shape) -> dict[str, nn.Module]:
+    linear = layers.frozen_linear(shape)
+    models: dict[str, nn.Module] = {
+        FLOOR: layers.Layer(linear),
+        PEFT_SAME_RANK: layers.peft_lora(linear, shape.r, shape.dropout),
+        PEFT_TOTAL_RANK: layers.peft_lora(linear, shape.N * shape.r, shape.dropout),
+        OURS: layers.ours(linear, shape),
+    }
+    if shape.N <= LOOP_LIMIT:
+        models[LOOP] = layers.PublicLoop(linear, shape.r, shape.N, shape.dropout)
+    return models
+
+
+def tasks_at(shape: Shape, num_tasks: int) -> dict[str, nn.Module]:
+    linear = layers.frozen_linear(shape)
+    return {FLOOR: layers.Layer(linear), MTL: layers.ours(linear, shape, "mtl_lora", num_tasks=num_tasks)}
+
+
+def sweep(
+    axis: str, values: Sequence[int], at: Callable[[int], tuple[Shape, dict[str, nn.Module]]], *, rounds: int, seed: int
+) -> dict[str, Any]:
+    """Every value of one axis in the same rounds, so that its points can be compared with each other."""
+    steps: dict[tuple[str, int], Callable[[], None]] = {}
+    for value in values:
+        shape, models = at(value)
+        x, dy = shape.inputs()
+        steps |= {(name, value): layers.step(model, x, dy) for name, model in models.items()}
+    seconds = measure.interleave(
+        {f"{name}|{value}": run for (name, value), run in steps.items()}, rounds=rounds, seed=seed
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in steps:
+        own, floor = seconds[f"{name}|{value}"], seconds[f"{FLOOR}|{value}"]
+        ratio = measure.spread([t / f for t, f in zip(own, floor, strict=True)])
+        found.setdefault(name, {})[str(value)] = {**ratio, "seconds": measure.spread(own)}
+    return {"axis": axis, "values": list(values), "variants": found}
+
+
+def sweeps(base: Shape, *, smoke: bool, rounds: int, seed: int) -> list[dict[str, Any]]:
+    def with_(**fields: int) -> tuple[Shape, dict[str, nn.Module]]:
+        shape = dataclasses.replace(base, **fields)
+        return shape, models_at(shape)
+
+    few = {"rounds": rounds, "seed": seed}
+    heads, ranks, tokens = (
+        ((1, 2), (1, 2), (8, 16))
+        if smoke
+        else (
+            (1, 2, 4, 8, 16, 32),
+            (2, 4, 8, 16, 32, 64),
+            (128, 512, 2048, 8192),
+        )
+    )
+    narrow = base.r if smoke else 4
+    return [
+        sweep(f"heads N (r={narrow})", heads, lambda N: with_(N=N, r=narrow), **few),
+        sweep(f"rank r (N={base.N})", ranks, lambda r: with_(r=r), **few),
+        sweep("tasks T of MTL-LoRA", (3, 10, 100, 1000), lambda T: (base, tasks_at(base, T)), **few),
+        sweep("tokens", tokens, lambda n: with_(tokens=n), **few),
+    ]
+
+
+def draw(found: Sequence[dict[str, Any]], base: Shape, path: Path) -> None:
+    """One panel per axis, as `path.png` and `path.svg`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from headwater.report.theme import colour, style
+
+    colours = {OURS: "accent", MTL: "accent", PEFT_SAME_RANK: "task-0", PEFT_TOTAL_RANK: "task-5", LOOP: "task-1"}
+    with style():
+        figure, axes = plt.subplots(1, len(found), figsize=(15, 4), layout="constrained")
+        for ax, one in zip(axes, found, strict=True):
+            ax.axhline(1.0, color=colour("ink"), linewidth=1.0, linestyle=(0, (4, 3)))
+            ax.annotate(
+                "frozen layer (floor)",
+                (0.02, 1.0),
+                (0, -11),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=9,
+                color=colour("muted"),
+            )
+            for name, points in one["variants"].items():
+                if name == FLOOR:
+                    continue
+                at = [int(value) for value in points]
+                medians = [point["median"] for point in points.values()]
+                low = [point["min"] for point in points.values()]
+                high = [point["max"] for point in points.values()]
+                shade = colour(colours[name])
+                ax.fill_between(at, low, high, color=shade, alpha=0.15, linewidth=0)
+                ax.plot(at, medians, marker="o", markersize=4, color=shade, label=name)
+            ax.set_xscale("log", base=10 if "tasks" in one["axis"] else 2)
+            ax.set_xticks(one["values"], [f"{value:,}" for value in one["values"]])
+            ax.minorticks_off()
+            ax.set_yscale("log")
+            ax.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
+            top = max(p["max"] for points in one["variants"].values() for p in points.values())
+            ax.set_ylim(0.88, max(2.0, top * 1.1))
+            ax.grid(axis="y")
+            ax.set_xlabel(one["axis"])
+            ax.legend(frameon=False, fontsize=9, loc="upper left")
+        axes[0].set_ylabel("time / frozen layer")
+        figure.suptitle(f"Forward + backward of one adapted linear layer, {base.title}, where not varied", fontsize=11)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path.with_suffix(".png"), dpi=130)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = measure.arguments(__doc__ or "", rounds=5)
+    parser.add_argument("--plot", type=Path, default=None, help="draw to this path, .png and .svg")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny size, to see that it runs; the numbers mean nothing"
+    )
+    options = parser.parse_args(argv)
+    measure.prepare(options)
+    base = SMOKE if options.smoke else BASE
+    found = sweeps(base, smoke=options.smoke, rounds=options.rounds, seed=options.seed)
+    for one in found:
+        rows = [
+            [name, *(measure.show_ratio(points[str(v)]) if str(v) in points else "" for v in one["values"])]
+            for name, points in one["variants"].items()
+        ]
+        title = f"{one['axis']}, {base.d_in} -> {base.d_out}; time / floor, median (min-max)"
+        measure.print_table(title, ["", *(f"{v:,}" for v in one["values"])], rows)
+    results = {"environment": measure.environment(options), "base": vars(base), "sweeps": found}
+    measure.write(options.json, results)
+    if options.plot is not None:
+        draw(found, base, options.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Each benchmark runs, at a size where its numbers mean nothing, and writes what it says it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
+
+from benchmarks import adapter_speed, decode_speed, measure, scaling, training_throughput
+
+FEW = ["--rounds", "2"]
+METHODS = ["--methods", "rlora", "mtl_lora", "cond_mixlora"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_llama().save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_adapter_speed(tmp_path, capsys):
+    adapter_speed.main(["--smoke", *FEW, "--json", str(tmp_path / "r.json")])
+    assert "floor: frozen linear" in capsys.readouterr().out
+    (shape,) = json.loads((tmp_path / "r.json").read_text())["shapes"]
+    found = shape["variants"]
+    assert {"floor", "PEFT LoRA r=2", "R-LoRA, public loop", "R-LoRA", "SMoRA"} <= found.keys()
+    assert found["floor"]["saved"] == 0
+    assert found["floor"]["flops"] == 1
+
+
+def test_scaling_draws_its_picture(tmp_path, capsys):
+    scaling.main(["--smoke", *FEW, "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "picture")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [sweep["values"][-1] for sweep in found["sweeps"]] == [2, 2, 1000, 16]
+    assert "frozen layer (floor)" in (tmp_path / "picture.svg").read_text()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_decode_speed(model_folder, tmp_path, capsys):
+    decode_speed.main(["--model", model_folder, *FEW, *METHODS, "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [batch["batch"] for batch in found["batches"]] == [1, 8]
+    assert {"floor", "M-LoRA, merged", "MTL-LoRA"} <= found["batches"][0]["variants"].keys()
+
+
+def test_training_throughput(model_folder, tmp_path, capsys):
+    for task in ("one", "two"):
+        rows = [{"prompt": f"{task} {'very ' * (n % 5)}{n} is", "completion": f" {n % 3}"} for n in range(12)]
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        (tmp_path / "tasks" / task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["--r", "2", "--num-heads", "2", "--steps", "3", "--repeats", "1", "--tasks", str(tmp_path / "tasks")]
+    training_throughput.main(["--model", model_folder, *FEW, *METHODS, *sizes, "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["steps"]["variants"]["floor"]["time"]["median"] == 1
+    assert found["trainers"]["headwater_to_trl"]["median"] > 0
+    for trainer in found["trainers"]["trainers"].values():
+        assert 0 < trainer["share_of_useful_tokens"]["median"] <= 1
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter():
+    import torch
+
+    layer = torch.nn.Linear(6, 4).requires_grad_(True)
+    x = torch.randn(5, 6, requires_grad=True)
+    assert measure.saved_bytes(lambda: layer(x), without=layer) == x.nbytes
+    assert measure.saved_bytes(lambda: (x * x).exp(), without=layer) == 2 * x.nbytes
+
+
+def test_in_place_products_count_as_work():
+    import torch
+
+    y, a, b = torch.zeros(5, 7), torch.ones(5, 3), torch.ones(3, 7)
+    assert measure.flops(lambda: y.addmm_(a, b)) == 2 * 5 * 3 * 7
+
+
+def test_the_kept_heap_is_set_before_the_process_starts():
+    root = Path(__file__).parents[2]
+    code = "import os; from benchmarks import measure; o = measure.arguments('').parse_args(['--heap', 'kept'])"
+    code += "; measure.prepare(o); print(os.environ['MALLOC_MMAP_MAX_'])"
+    plain = {key: value for key, value in os.environ.items() if key not in measure.KEPT_HEAP}
+    environment = {**plain, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
