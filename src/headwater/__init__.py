@@ -2,6 +2,7 @@
 
 from . import analysis
 from . import methods as _methods
+from .compose import AdapterPool
 from .errors import HeadwaterError, Problem
 from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
 from .tuner import AlignSpec, align, merge_task, merge_with_gates, observe, task_ids
@@ -13,6 +14,7 @@ _CONFIGS = {m.config.__name__: m.config for m in _methods.methods()}
 globals().update(_CONFIGS)
 
 __all__ = [
+    "AdapterPool",
     "AlignSpec",
     "HeadwaterError",
     "Heads",
