@@ -43,10 +43,10 @@ class TaskProbeBranch(Branch):
     def writes(self) -> Tensor:
         return self.B
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if task is None:
             raise merge_refusal("the task probe")
-        return self.scaling * self.B.T @ (self.table[task].unsqueeze(1) * self.A)
+        return self.table[task].unsqueeze(1) * self.A, self.scaling * self.B.T
 
 
 METHOD = Method(

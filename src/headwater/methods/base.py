@@ -216,17 +216,22 @@ class Branch(nn.Module):
         h = self.mix(*ranks, call=call)
         return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        """The update as one matrix `(d_out, d_in)`.
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        """The update as one plain LoRA: A `(R, d_in)` and B `(d_out, R)` with B A what the branch adds, s included.
 
         Args:
-            gate: `(N,)`, fixed gates to merge with where a method's gates depend on its input.
-            task: the task to merge for, where a method has an update for each.
+            gate: `(N,)`, fixed gates where a method's gates depend on its input.
+            task: the task, where a method has an update for each.
 
         Raises:
             NotMergeable: when no matrix equals the branch and neither was given.
         """
         raise NotImplementedError
+
+    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+        """The update as one matrix `(d_out, d_in)`; arguments and errors as of `factors`."""
+        A, B = self.factors(gate, task)
+        return B @ A
 
     def heads(self) -> Heads | None:
         """The branch's heads for analysis; None where a method has none."""

@@ -139,14 +139,16 @@ class ColaBranch(Branch):
     def writes(self) -> Tensor:
         return torch.cat([self.B, self.B_tied])
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        current = self.relative_scaling(int(self.link)) * (self.B.T @ self.A)
-        return self.scaling * (current + self.B_tied.T @ self.A_tied)
+    def chain(self) -> Tensor:
+        """A of all links, `(r_1 + ... + r_M, d_in)`, in the order of `writes`."""
+        return torch.cat([self.relative_scaling(int(self.link)) * self.A, self.A_tied])
+
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.chain(), self.scaling * self.writes().T
 
     def heads(self) -> Heads:
         """The whole chain as one head of rank r_1 + ... + r_M."""
-        A = torch.cat([self.relative_scaling(int(self.link)) * self.A, self.A_tied])
-        return Heads(A, self.writes().T.unsqueeze(0), None, None, None, self.scaling)
+        return Heads(self.chain(), self.writes().T.unsqueeze(0), None, None, None, self.scaling)
 
 
 register(

@@ -151,7 +151,7 @@ class CondMixLoraBranch(Branch):
     def writes(self) -> Tensor:
         return self.B
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         """`gate`: the pairing `(E, E)`, entry (i, j) the weight of a_i with b_j."""
         if gate is None:
             raise NotMergeable(
@@ -163,7 +163,7 @@ class CondMixLoraBranch(Branch):
             )
         if gate.shape != (self.A.shape[0], self.B.shape[0]):
             raise HeadwaterError(f"the pairing is (E, E) = {(self.A.shape[0],) * 2}, not {tuple(gate.shape)}")
-        return self.scaling * (self.B.T @ gate.T.to(self.B) @ self.A)
+        return self.A, self.scaling * (self.B.T @ gate.T.to(self.B))
 
     def heads(self) -> Heads:
         """Each b is a head: B `(E, d_out, 1)`."""

@@ -103,8 +103,8 @@ class CoraBranch(Branch):
     def writes(self) -> Tensor:
         return self.B
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        return self.scaling * (self.B.T @ self.A)
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.A, self.scaling * self.B.T
 
     def heads(self) -> Heads:
         return Heads(self.A, self.B.T.unsqueeze(0), None, None, None, self.scaling)

@@ -82,12 +82,12 @@ class HydraLoraBranch(Branch):
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if gate is None:
             if self.num_heads > 1:
                 raise merge_refusal("HydraLoRA")
             gate = torch.ones(1)
-        return self.scaling * torch.einsum("n,nro,ri->oi", fixed_gate(gate, self.num_heads).to(self.B), self.B, self.A)
+        return self.A, self.scaling * torch.einsum("n,nro->or", fixed_gate(gate, self.num_heads).to(self.B), self.B)
 
     def heads(self) -> Heads:
         return Heads(self.A, self.B.transpose(1, 2), self.router, None, None, self.scaling)

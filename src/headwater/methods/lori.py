@@ -186,8 +186,8 @@ class LoriBranch(Branch):
             B = B.scatter(0, self.index_before.long(), self.values_before.to(B.dtype))
         return B.scatter(0, self.index.long(), self.values).view(self.shape)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        return self.scaling * (self.writes().T @ self.A)
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.A, self.scaling * self.writes().T
 
     def heads(self) -> Heads:
         return Heads(self.A, self.writes().T.unsqueeze(0), None, None, None, self.scaling)

@@ -87,13 +87,13 @@ class MaLoraBranch(ExpertsBranch):
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if gate is None:
             if self.num_experts > 1:
                 raise merge_refusal("MALoRA")
             gate = torch.ones(1)
         gate = fixed_gate(gate, self.num_experts)
-        return self.scaling * torch.einsum("n,nro,nrd,di->oi", gate.to(self.B), self.B, self.P, self.S)
+        return self.S, self.scaling * torch.einsum("n,nro,nrd->od", gate.to(self.B), self.B, self.P)
 
     def heads(self) -> Heads:
         """A is all experts' P_n S stacked, `(N r, d_in)`."""

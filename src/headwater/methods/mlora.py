@@ -50,8 +50,8 @@ class MLoraBranch(MultiHeadBranch):
     def mix(self, z: Tensor, *start: Tensor, call: Call) -> Tensor:
         return self.gated(z, self.gate(), start)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        return self.merged(self.gate())  # no gate depends on the input, so there is none to hold fixed
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.held(self.gate())  # no gate depends on the input, so there is none to hold fixed
 
 
 register(

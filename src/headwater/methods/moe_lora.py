@@ -253,7 +253,7 @@ class MoeLoraBranch(ExpertsBranch):
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if gate is None and self.by_task:
             if task is None and self.num_tasks > 1:
                 raise NotMergeable(
@@ -268,8 +268,8 @@ class MoeLoraBranch(ExpertsBranch):
             if self.num_experts > 1:
                 raise merge_refusal("MoE-LoRA")
             gate = torch.ones(1)
-        gate = fixed_gate(gate, self.num_experts)
-        return self.scaling * torch.einsum("n,nro,nri->oi", gate.to(self.B), self.B, self.A)
+        gated = fixed_gate(gate, self.num_experts).to(self.B).view(-1, 1, 1) * self.B
+        return self.A.flatten(0, 1), self.scaling * gated.flatten(0, 1).T
 
     def heads(self) -> Heads:
         """A is all experts' stacked, `(N r, d_in)`."""

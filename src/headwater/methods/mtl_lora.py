@@ -100,8 +100,8 @@ class MtlLoraBranch(Branch):
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        """The update for one task, `s sum_k m_{t,k} B_k L_t A`; the task may be left out when there is only one."""
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        """L_t A and `s sum_k m_{t,k} B_k` of one task; the task may be left out when there is only one."""
         if task is None:
             if self.num_tasks > 1:
                 raise NotMergeable(
@@ -114,7 +114,7 @@ class MtlLoraBranch(Branch):
         known_task(task, self.num_tasks)
         A = self.L[task] @ self.A if self.L.dim() == 3 else self.L[task].unsqueeze(1) * self.A
         mixed = self.mixing(task) if gate is None else gate.to(self.B)
-        return self.scaling * torch.einsum("n,nro,ri->oi", mixed, self.B, A)
+        return A, self.scaling * torch.einsum("n,nro->or", mixed, self.B)
 
     def heads(self) -> Heads:
         return Heads(self.A, self.B.transpose(1, 2), None, None, None, self.scaling)

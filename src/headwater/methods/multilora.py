@@ -58,8 +58,8 @@ class MultiLoraBranch(Branch):
     def writes(self) -> Tensor:
         return (self.c.unsqueeze(1) * self.B).flatten(0, 1)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
-        return self.scaling * (self.writes().T @ self.A.flatten(0, 1))
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.A.flatten(0, 1), self.scaling * self.writes().T
 
     def heads(self) -> Heads:
         """A is all branches' stacked, `(N r, d_in)`; B has the scales in it."""

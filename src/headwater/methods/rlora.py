@@ -177,12 +177,12 @@ class MultiHeadBranch(Branch):
         stacked = self.B.flatten(0, 1)
         return stacked if self.B0 is None else torch.cat([stacked, self.B0])
 
-    def merged(self, gate: Tensor) -> Tensor:
-        """`s sum_n gate_n B_n A - s B0 A0`, `(d_out, d_in)`, for a gate `(N,)`."""
-        delta = torch.einsum("n,nro,ri->oi", gate.to(self.B), self.B, self.A)
+    def held(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of `s sum_n gate_n B_n A - s B0 A0` for a gate `(N,)`; the heads share A, so R is r or 2 r."""
+        A, B = self.A, torch.einsum("n,nro->or", gate.to(self.B), self.B)
         if self.A0 is not None and self.B0 is not None:
-            delta = delta - self.B0.T @ self.A0
-        return self.scaling * delta
+            A, B = torch.cat([A, self.A0]), torch.cat([B, -self.B0.T], dim=1)
+        return A, self.scaling * B
 
     def heads(self) -> Heads:
         return Heads(
@@ -210,12 +210,12 @@ class RLoraBranch(MultiHeadBranch):
         call.saw_gate(gate)
         return self.gated(z, gate, start)
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if gate is None:
             if self.num_heads > 1:
                 raise merge_refusal("R-LoRA")
             gate = torch.ones(1)
-        return self.merged(fixed_gate(gate, self.num_heads))
+        return self.held(fixed_gate(gate, self.num_heads))
 
 
 register(

@@ -168,13 +168,13 @@ class SMoraBranch(Branch):
     def writes(self) -> Tensor:
         return self.B
 
-    def delta_weight(self, gate: Tensor | None = None, task: int | None = None) -> Tensor:
+    def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         """`gate`: `(r / block,)`, for instance the mean over some tokens, which adds up to 1."""
         if gate is None:
             raise merge_refusal("SMoRA")
         ranks = fixed_gate(gate, self.router.shape[0]).to(self.B) / self.block
         ranks = ranks.repeat_interleave(self.block)
-        return self.scaling * (self.B.T @ (ranks.unsqueeze(-1) * self.A))
+        return self.A, self.scaling * ranks * self.B.T
 
     def heads(self) -> Heads:
         """Each block of ranks is a head: B `(r / block, d_out, block)`."""
