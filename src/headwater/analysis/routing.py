@@ -25,6 +25,7 @@ from headwater.tuner import is_adapted, observe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from headwater.data.rows import Row
     from headwater.data.tasks import Task
 
 _BATCH = 8
@@ -47,14 +48,20 @@ def routing_by_task(
     routing: dict[str, dict[str, list[float]]] = {}
     adapted, limit = is_adapted(model), max_positions(model)
     for task in tasks:
-        sequences = [
-            # As many tokens as the model takes: a row too long to train on must not stop a look at the others.
-            [*encode_prompt(row, tokenizer, data_spec), *encode_completion(row.completion, tokenizer, end=True)][:limit]
-            for row in sample(task.test or task.train, rows_per_task)
-        ]
+        rows = sample(task.test or task.train, rows_per_task)
+        sequences = [encode_whole(row, tokenizer, data_spec, limit) for row in rows]
         gates = mean_gates(model, sequences, fill=pad_id(tokenizer), task_index=task.index) if adapted else {}
         routing[task.name] = {module: gate.tolist() for module, gate in gates.items()}
     return {"routing": routing}
+
+
+def encode_whole(row: Row, tokenizer: PreTrainedTokenizerBase, data_spec: DataSpec, limit: int | None) -> list[int]:
+    """A row's prompt and completion as ids, as many as the model takes.
+
+    A row that is too long to train on must not stop a look at the others.
+    """
+    ids = [*encode_prompt(row, tokenizer, data_spec), *encode_completion(row.completion, tokenizer, end=True)]
+    return ids[:limit]
 
 
 def mean_gates(

@@ -159,6 +159,26 @@ def inspect(source: Adapter, as_json: AsJson = False) -> None:
     run(source, as_json=as_json)
 
 
+@app.command()
+def export(
+    source: Adapter,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder that is not there yet.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write the base model with the adapter merged in.")] = False,
+    per_task: Annotated[
+        bool, typer.Option("--per-task", help="Write one plain LoRA for each task of the run.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Rows per task that --per-task averages gates over.")] = 64,
+    score_rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Test rows per task that --per-task scores; all by default, 0 for none."),
+    ] = None,
+) -> None:
+    """Write an adapter as plain PEFT LoRA, or merged, for tools that do not know headwater."""
+    from headwater.cli.export import run
+
+    run(source, output, merge=merge, per_task=per_task, rows=rows, score_rows=score_rows)
+
+
 @data_app.command()
 def check(file: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read every row of every task and report what is there and what is wrong; trains nothing."""

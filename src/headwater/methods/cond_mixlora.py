@@ -153,7 +153,7 @@ class CondMixLoraBranch(Branch):
 
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         """`gate`: the pairing `(E, E)`, entry (i, j) the weight of a_i with b_j."""
-        if gate is None:
+        if gate is None or gate.dim() == 1:  # how often a factor is used does not say with which it is paired
             raise NotMergeable(
                 Problem(
                     "Conditional MixLoRA cannot be merged: every row of a batch composes its own update",
