@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftType
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..ops import add_update, project
+from ..ops import add_update, draw_seed, drop, project
 from .call import Call
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # by annotation, of those fields that a range check would trip over
@@ -176,11 +175,16 @@ class Branch(nn.Module):
     """
 
     needs_state: bool = False  # uses task ids, the padding mask or auxiliary losses of the forward pass
+    head_dropout: float = 0.0  # dropout that `mix` makes from `call.seed`
 
     def __init__(self, config: Any, shape: LayerShape, generator: torch.Generator):
         super().__init__()
         self.lora_dropout = config.lora_dropout
         self.scaling = config.scaling(shape.r, shape.alpha)
+
+    @property
+    def drops(self) -> bool:
+        return self.lora_dropout > 0 or self.head_dropout > 0
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Down-projections `(k, d_in)`: those behind the input dropout, and those that see x as it is."""
@@ -197,10 +201,11 @@ class Branch(nn.Module):
         """The up-projections, `(m, d_out)`."""
         raise NotImplementedError
 
-    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+    def read(self, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What `reads` reads from x; `seed` is that of the input dropout, None outside training."""
         dropped, clean = self.reads()
-        if self.training and self.lora_dropout > 0:
-            ranks = project(F.dropout(x, self.lora_dropout), dropped)
+        if seed is not None and self.lora_dropout > 0:
+            ranks = project(drop(x, seed, self.lora_dropout), dropped)
             return ranks + project(x, clean) if clean else ranks
         return project(x, dropped + clean)
 
@@ -209,7 +214,8 @@ class Branch(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, call: Call, *, in_place: bool = False) -> Tensor:
         """Adds the branch's update. y `(tokens, d_out)`, x `(tokens, d_in)`; returns y's shape and dtype."""
-        ranks = self.read(x)
+        of_input, call.seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
+        ranks = self.read(x, of_input)
         if call.align is not None and self.training:
             again = functools.partial(self._read_again, x.detach())
             ranks = (call.align(call, ranks[0], again), *ranks[1:])

@@ -63,6 +63,7 @@ class Call:
         observers: called with the layer's name and each gate.
         align: an alignment loss; given A x, `(tokens, r)`, and how to compute it from a detached x, returns A x with
             the loss attached.
+        seed: of the dropout in rank space (`headwater.ops.dropout`), drawn for each run of each branch in training.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Call:
     observers: list[Observer] = field(default_factory=list)
     align: Align | None = None
     losses: list[Tensor] = field(default_factory=list)
+    seed: Tensor | None = None
 
     @property
     def tokens(self) -> int:

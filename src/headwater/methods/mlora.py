@@ -48,7 +48,7 @@ class MLoraBranch(MultiHeadBranch):
         return (self.A,), () if self.A0 is None else (self.A0,)
 
     def mix(self, z: Tensor, *start: Tensor, call: Call) -> Tensor:
-        return self.gated(z, self.gate(), start)
+        return self.gated(z, self.gate(), start, call)
 
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         return self.held(self.gate())  # no gate depends on the input, so there is none to hold fixed

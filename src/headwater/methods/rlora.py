@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..ops import spread_heads
+from ..ops import gated_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, normal, register
 from .call import Call
 
@@ -169,8 +169,9 @@ class MultiHeadBranch(Branch):
         """What the heads add up to at the start, `(r, d_out)`."""
         return self.total_weight * B.mean(0)
 
-    def gated(self, z: Tensor, gate: Tensor, start: tuple[Tensor, ...]) -> Tensor:
-        h = spread_heads(z, gate, dropout=self.head_dropout, training=self.training)
+    def gated(self, z: Tensor, gate: Tensor, start: tuple[Tensor, ...], call: Call) -> Tensor:
+        """`gate`: a router's logits `(tokens, N)`, or fixed gates `(N,)`."""
+        h = gated_heads(z, gate, seed=call.seed, dropout=self.head_dropout)
         return torch.cat([h, -start[0]], dim=-1) if start else h
 
     def writes(self) -> Tensor:
@@ -206,9 +207,9 @@ class RLoraBranch(MultiHeadBranch):
         return (self.A,), (self.router,) if self.A0 is None else (self.router, self.A0)
 
     def mix(self, z: Tensor, logits: Tensor, *start: Tensor, call: Call) -> Tensor:
-        gate = torch.softmax(logits, dim=-1)
-        call.saw_gate(gate)
-        return self.gated(z, gate, start)
+        if call.observers:
+            call.saw_gate(torch.softmax(logits, dim=-1))
+        return self.gated(z, logits, start, call)
 
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if gate is None:
