@@ -228,6 +228,16 @@ def test_only_what_the_batch_uses_is_loaded_and_stacked(pool):
     assert loaded == ["plain", "rs", "patterns", "plain"]  # two are kept
 
 
+def test_a_stack_much_larger_than_the_batch_needs_is_given_up(pool, pooled):
+    inputs, layer = ids(1), "model.layers.0.mlp.up_proj"
+    logits(pooled, [dict.fromkeys(PLANS, 0.25)], inputs)
+    assert pooled._row_stacks[layer].ranks == 4 + 2 + 3 + 4
+    logits(pooled, [{"plain": 0.5, "rs": 0.5}], inputs)
+    assert pooled._row_stacks[layer].ranks == 4 + 2 + 3 + 4
+    logits(pooled, [{"plain": 1.0}], inputs)
+    assert pooled._row_stacks[layer].ranks == 4
+
+
 def test_wrong_rows_are_refused(pool, pooled):
     with pytest.raises(HeadwaterError, match="2 mixtures of adapters do not fit a batch of 3 rows"):
         logits(pooled, [{"plain": 1.0}, {}], ids(3))

