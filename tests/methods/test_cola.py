@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import make_tiny_llama
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from headwater import HeadwaterError, make_config
 from headwater.training import MethodCallback
@@ -103,7 +105,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-def run(method, folder, *, steps=6, seen=None, resume=None, **fields):
+def run(method, folder, *, steps=6, seen=None, resume=None, arguments=None, **fields):
     config = {"r": 2, "lora_alpha": 4, "target_modules": ["gate_proj"], "task_type": "CAUSAL_LM"}
     config = LoraConfig(**config) if method == "lora" else make_config(method, init_seed=1, **config, **fields)
     model = get_peft_model(make_tiny_llama(), config)
@@ -117,7 +119,8 @@ def run(method, folder, *, steps=6, seen=None, resume=None, **fields):
                     model.get_submodule(name).lora_A["default"].weight.copy_(module.branch("default").A)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        disable_tqdm=True, use_cpu=True, save_steps=3, logging_steps=1, seed=1, save_strategy="steps",
+        disable_tqdm=True, use_cpu=True, save_steps=1, logging_steps=1, seed=1, save_strategy="steps",
+        **(arguments or {}),
     )  # fmt: skip
     trainer = Trainer(model, args, train_dataset=Rows(), callbacks=[MethodCallback(), *([seen] if seen else [])])
     trainer.train(resume_from_checkpoint=resume)
@@ -132,12 +135,19 @@ def weights(trainer):
     return {n: t.clone() for n, t in trainer.model.state_dict().items() if "_branch" in n}
 
 
+def logged(trainer, key):
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
 def test_property_2_one_link_is_lora(tmp_path):
-    losses = [
-        [line["loss"] for line in run(method, tmp_path / method, **fields).state.log_history if "loss" in line]
-        for method, fields in (("cola", {"num_links": 1}), ("lora", {}))
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    chain, lora = run("cola", tmp_path / "cola", num_links=1), run("lora", tmp_path / "lora")
+    assert logged(chain, "loss") == pytest.approx(logged(lora, "loss"), rel=1e-5)
+    layers = [m for m in chain.model.modules() if isinstance(m, MethodLayer)]
+    assert layers
+    for layer in layers:
+        plain, branch = lora.model.get_submodule(f"base_model.model.{layer.name}"), layer.branch("default")
+        torch.testing.assert_close(branch.A, plain.lora_A["default"].weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(branch.B.T, plain.lora_B["default"].weight, rtol=1e-5, atol=1e-6)
 
 
 def test_knots_in_a_plain_trainer(tmp_path):
@@ -159,12 +169,127 @@ def test_knots_in_a_plain_trainer(tmp_path):
     assert trainer.state.global_step == 6  # property 10: no more steps than one LoRA
 
 
-def test_property_9_resuming_between_knots_is_exact(tmp_path):
-    whole = weights(run("cola", tmp_path / "whole", num_links=3))
-    again = weights(run("cola", tmp_path / "again", num_links=3, resume=str(tmp_path / "whole" / "checkpoint-3")))
-    assert whole.keys() == again.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, again[name]), name
+@pytest.mark.parametrize(
+    "fields", [{}, {"mode": "fold"}, {"lr_policy": "restart", "link_warmup": 0.5}], ids=["stack", "fold", "restart"]
+)
+def test_property_9_resuming_between_knots_and_at_one_is_exact(tmp_path, fields):
+    whole = run("cola", tmp_path / "whole", num_links=3, **fields)
+    for step in (2, 3):  # the first knot is after step 2
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        again = run("cola", tmp_path / f"again{step}", num_links=3, resume=checkpoint, **fields)
+        assert logged(again, "learning_rate") == logged(whole, "learning_rate")
+        found, expected = weights(again), weights(whole)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), name
+
+
+def test_property_3_folding_and_stacking_give_the_same_curve(tmp_path):
+    fields = {"num_links": 3, "link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha"}
+    stack, fold = (run("cola", tmp_path / mode, mode=mode, steps=9, **fields) for mode in ("stack", "fold"))
+    assert logged(fold, "loss") == pytest.approx(logged(stack, "loss"), rel=1e-5)
+    assert len(set(logged(fold, "loss"))) > 6
+    found, expected = weights(fold), weights(stack)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_folding_leaves_the_base_weight_alone_and_saves_the_chain(tmp_path):
+    """Property 7, for fold: whatever is asked of the base, it is as it was."""
+    untouched = make_tiny_llama()
+    model = run("cola", tmp_path, num_links=3, mode="fold").model.eval()
+    x = torch.tensor([[5, 6, 7]])
+    layer = next(m for m in model.modules() if isinstance(m, MethodLayer))
+    branch, W = layer.branch("default"), layer.get_base_layer().weight
+    tied = branch.scaling * branch.B_tied.T @ branch.A_tied
+    assert tied.abs().max() > 1e-3
+    torch.testing.assert_close(branch.folded_weight(W, transposed=False), W + tied)
+    assert torch.equal(W, untouched.get_submodule(layer.name).weight)
+    expected = model(x).logits
+    with model.disable_adapter():
+        assert torch.equal(model(x).logits, untouched(x).logits)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "adapter")
+    torch.testing.assert_close(again(x).logits, expected, rtol=1e-5, atol=1e-5)
+    half = PeftModel.from_pretrained(make_tiny_llama().bfloat16(), tmp_path / "adapter")  # loaded, it is stacked
+    assert next(m for m in half.modules() if isinstance(m, MethodLayer)).branch("default").reads()[1]
+    torch.testing.assert_close(model.merge_and_unload()(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_folding_reads_no_tied_link():
+    model, x = move(model_of(mode="fold"), 1), noise(4, d_in)
+    branch, base = branch_of(model), base_of(model)
+    branch.tie()
+    move(model, 2)
+    expected = torch.nn.functional.linear(
+        x, base.weight + branch.scaling * (branch.B_tied.T @ branch.A_tied), base.bias
+    ) + branch.scaling * (x @ branch.A.T @ branch.B)
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+    assert [w.shape for w in branch.reads()[0] + branch.reads()[1]] == [(2, d_in)]
+    other = move(model_of(mode="fold"), 5)
+    branch_of(other).tie()
+    other(x)  # folds links of its own, which loading must forget
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), expected, **CLOSE)
+
+
+def test_folding_works_on_transposed_weights():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300, "n_positions": 64}
+    base = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    fields = {"r": 2, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM", "init_seed": 1}
+    models = [get_peft_model(deepcopy(base), make_config("cola", mode=mode, **fields)) for mode in ("stack", "fold")]
+    for model in models:
+        move(model, 1)
+        next(m for m in model.modules() if isinstance(m, MethodLayer)).branch("default").tie()
+    x = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(models[1].eval()(x).logits, models[0].eval()(x).logits, rtol=1e-4, atol=1e-5)
+    assert (models[0](x).logits - base(x).logits).abs().max() > 0.01
+
+
+def test_folding_into_half_precision_is_refused():
+    config = make_config("cola", mode="fold", target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(HeadwaterError, match=r"gate_proj: its weight is bfloat16.*\n.*mode: stack"):
+        get_peft_model(make_tiny_llama().bfloat16(), config)
+
+
+def test_a_folding_chain_is_alone():
+    model = move(model_of(mode="fold"), 1)
+    model.add_adapter("second", make_config("cola", target_modules=["layer"], r=2))
+    model.base_model.set_adapter(["default", "second"])
+    model.double()(noise(2, d_in))  # nothing is tied yet
+    branch_of(model).tie()
+    with pytest.raises(HeadwaterError, match="cannot be active together"):
+        model(noise(2, d_in))
+
+
+def test_each_link_has_its_own_decay(tmp_path):
+    """Oracle: transformers' linear schedule, once for each link."""
+    from transformers import get_linear_schedule_with_warmup
+
+    def linear(steps, warmup):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+        schedule, rates = get_linear_schedule_with_warmup(optimizer, warmup, steps), []
+        for _ in range(steps):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return rates
+
+    fields = {"num_links": 3, "knots": [3, 5], "lr_policy": "restart"}
+    plain = run("cola", tmp_path / "plain", steps=9, **fields)
+    assert logged(plain, "learning_rate") == pytest.approx(linear(3, 0) + linear(2, 0) + linear(4, 0))
+    warm = run("cola", tmp_path / "warm", steps=9, link_warmup=0.5, arguments={"lr_scheduler_type": "cosine"}, **fields)
+    assert logged(warm, "learning_rate") == pytest.approx(linear(3, 2) + linear(2, 1) + linear(4, 2))
+    going_on = run("cola", tmp_path / "on", steps=9, num_links=3)
+    assert logged(going_on, "learning_rate") == pytest.approx(linear(9, 0))
+
+
+def test_a_schedule_that_cannot_be_replaced_is_refused():
+    model = model_of(lr_policy="restart")
+    schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    with pytest.raises(HeadwaterError, match="restart sets the learning rate itself and cannot with a StepLR"):
+        MethodCallback().on_train_begin(None, None, None, model=model, lr_scheduler=schedule)
 
 
 def test_property_8_a_chain_reaches_ranks_that_one_link_cannot():
@@ -187,6 +312,7 @@ def test_property_8_a_chain_reaches_ranks_that_one_link_cannot():
 
 
 def test_wrong_chains_are_refused():
-    for fields in ({"num_links": 0}, {"link_ranks": [4]}, {"knots": [3, 2]}, {"knots": [1]}, {"train_factor": "C"}):
+    wrong = [{"num_links": 0}, {"link_ranks": [4]}, {"knots": [3, 2]}, {"knots": [1]}, {"train_factor": "C"}]
+    for fields in [*wrong, {"mode": "merge"}, {"lr_policy": "again"}, {"link_warmup": 1.0}]:
         with pytest.raises(HeadwaterError):
             make_config("cola", **fields)

@@ -222,6 +222,13 @@ class Branch(nn.Module):
         h = self.mix(*ranks, call=call)
         return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
 
+    def folded_weight(self, weight: Tensor, *, transposed: bool) -> Tensor | None:
+        """A copy of the base layer's weight that takes its place, with some of the update in it; None for none.
+
+        `transposed`: the weight is `(d_in, d_out)`.
+        """
+        return None
+
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         """The update as one plain LoRA: A `(R, d_in)` and B `(d_out, R)` with B A what the branch adds, s included.
 

@@ -4,18 +4,20 @@ Xia et al., "Chain of LoRA: Efficient Fine-tuning of Language Models via Residua
 
     y = W x + sum_{j < i} s_j B_j A_j x + s_i B_i A_i dropout(x)          link i trains, earlier links are tied
 
-Tied links are stacked in the adapter ("stack" mode): the base weight is never touched, so quantised bases work and half
-precision cannot round the update away. The sum is one LoRA of rank r_1 + ... + r_M, and merges as one.
+Tied links are stacked in the adapter: the base weight is never touched, so quantised bases work and half precision
+cannot round the update away. The sum is one LoRA of rank r_1 + ... + r_M, and merges as one. The paper folds each link
+into W instead; `mode="fold"` does so in a copy of W, which the base layer then uses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import Problem
+from ..errors import HeadwaterError, Problem
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
 from .call import Call
 
@@ -31,6 +33,15 @@ class ColaConfig(MethodConfig):
         alpha_mode: "fixed_scaling" keeps s when the rank changes; "fixed_alpha" keeps alpha.
         reinit_a: "fresh" draws a new A for each link; "same" starts each from the first link's.
         train_factor: "both"; "B" with each link's A random and frozen; "A" with its B so.
+        mode: "stack" computes tied links from their factors; "fold" adds them to a copy of the base weight, which costs
+            that copy and makes a forward as cheap as one LoRA's. Both save the same file, and an adapter loaded for
+            inference is stacked.
+        lr_policy: "continue" leaves the learning rate to the trainer, one schedule over the whole run; "restart" gives
+            each link a linear decay of its own.
+        link_warmup: for "restart", the share of a link's steps over which its rate first rises.
+
+    Raises:
+        HeadwaterError: `mode="fold"` on a base weight that is quantised or of half precision.
     """
 
     num_links: int = 3
@@ -39,6 +50,9 @@ class ColaConfig(MethodConfig):
     alpha_mode: str = "fixed_scaling"
     reinit_a: str = "fresh"
     train_factor: str = "both"
+    mode: str = "stack"
+    lr_policy: str = "continue"
+    link_warmup: float = 0.0
 
     def problems(self) -> list[Problem | None]:
         ranks, knots = self.link_ranks, self.knots
@@ -48,7 +62,9 @@ class ColaConfig(MethodConfig):
             self.one_of("alpha_mode", ("fixed_scaling", "fixed_alpha")),
             self.one_of("reinit_a", ("fresh", "same")),
             self.one_of("train_factor", ("both", "A", "B")),
-            self.one_of("train_factor", ("both", "A", "B")),
+            self.one_of("mode", ("stack", "fold")),
+            self.one_of("lr_policy", ("continue", "restart")),
+            self.check("link_warmup", 0 <= self.link_warmup < 1, "must be in [0, 1)"),
             Problem(f"link_ranks needs {self.num_links} ranks of at least 1, not {ranks}", "link_ranks")
             if ranks and (len(ranks) != self.num_links or min(ranks) < 1)
             else None,
@@ -63,6 +79,14 @@ class ColaConfig(MethodConfig):
     def knots_of(self, total_steps: int) -> list[int]:
         """The steps after which a link is tied, in a run of `total_steps` optimiser steps."""
         return self.knots or [round(total_steps * i / self.num_links) for i in range(1, self.num_links)]
+
+    def learning_rate_factor(self, step: int, total_steps: int) -> float:
+        """What the peak learning rate is multiplied by after `step` steps: a linear decay for each link."""
+        knots = [0, *self.knots_of(total_steps), total_steps]
+        link = min(sum(step >= knot for knot in knots), self.num_links) - 1
+        steps, done = knots[link + 1] - knots[link], step - knots[link]
+        warmup = round(self.link_warmup * steps)
+        return done / warmup if done < warmup else max(0.0, (steps - done) / max(1, steps - warmup))
 
 
 class ColaBranch(Branch):
@@ -88,6 +112,18 @@ class ColaBranch(Branch):
         self.register_buffer("B_tied", torch.zeros(tied, d_out))
         self.register_buffer("link", torch.zeros((), dtype=torch.int64))
         self.start_link(0)
+        self.learning_rate_factor = config.learning_rate_factor if config.lr_policy == "restart" else None
+        self.folds = config.mode == "fold" and not config.inference_mode
+        if self.folds and (shape.weight is None or shape.weight.dtype not in (torch.float32, torch.float64)):
+            kind = "quantised" if shape.weight is None else str(shape.weight.dtype).removeprefix("torch.")
+            raise HeadwaterError(
+                Problem(
+                    f"links cannot be folded into {shape.name}: its weight is {kind}, which would round them away",
+                    "mode",
+                    "use mode: stack, or load the base model in float32",
+                )
+            )
+        self._folded: Tensor | None = None  # made when first needed, from W and what is tied, so that resuming is exact
 
     def start_link(self, link: int) -> None:
         """Makes A and B those of a new link: one random, the other zero."""
@@ -115,6 +151,7 @@ class ColaBranch(Branch):
         self.B_tied[start : start + rank] = self.B[:rank] * self.relative_scaling(link)
         self.link += 1
         self.start_link(link + 1)
+        self._folded = None
 
     def after_step(self, step: int, total_steps: int) -> bool:
         """Called by the trainer after each optimiser step.
@@ -128,27 +165,44 @@ class ColaBranch(Branch):
         self.tie()
         return True
 
-    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return (self.A,), (self.A_tied,)
+    def folded_weight(self, weight: Tensor, *, transposed: bool) -> Tensor | None:
+        if self.folds and self._folded is None and int(self.link):
+            tied = self.scaling * (self.B_tied.T @ self.A_tied)
+            self._folded = weight.detach() + (tied.T if transposed else tied).to(weight)
+        return self._folded
 
-    def mix(self, z: Tensor, tied: Tensor, *, call: Call) -> Tensor:
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._folded = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return (self.A,), () if self.folds else (self.A_tied,)
+
+    def mix(self, z: Tensor, *tied: Tensor, call: Call) -> Tensor:
         if self.config.alpha_mode == "fixed_alpha":
             z = z * self.relative_scaling(int(self.link))
-        return torch.cat([z, tied], dim=-1)
+        return torch.cat([z, *tied], dim=-1) if tied else z
 
     def writes(self) -> Tensor:
-        return torch.cat([self.B, self.B_tied])
+        return self.B if self.folds else torch.cat([self.B, self.B_tied])
 
-    def chain(self) -> Tensor:
-        """A of all links, `(r_1 + ... + r_M, d_in)`, in the order of `writes`."""
-        return torch.cat([self.relative_scaling(int(self.link)) * self.A, self.A_tied])
+    def chain(self) -> tuple[Tensor, Tensor]:
+        """A and B of all links, `(r_1 + ... + r_M, d_in)` and `(r_1 + ... + r_M, d_out)`."""
+        A = torch.cat([self.relative_scaling(int(self.link)) * self.A, self.A_tied])
+        return A, torch.cat([self.B, self.B_tied])
 
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
-        return self.chain(), self.scaling * self.writes().T
+        A, B = self.chain()
+        return A, self.scaling * B.T
 
     def heads(self) -> Heads:
         """The whole chain as one head of rank r_1 + ... + r_M."""
-        return Heads(self.chain(), self.writes().T.unsqueeze(0), None, None, None, self.scaling)
+        A, B = self.chain()
+        return Heads(A, B.T.unsqueeze(0), None, None, None, self.scaling)
 
 
 register(

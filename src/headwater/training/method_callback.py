@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import HeadwaterError, Problem
+from ..methods.base import Branch
 from ..tuner import MethodLayer
 
 
 class MethodCallback(TrainerCallback):
-    """Calls `after_step(step, total_steps)` of every active branch that has it, after each optimiser step.
+    """Calls what active branches have for an optimiser's steps. `HeadwaterTrainer` adds this callback itself; a plain
+    `Trainer` is given it, `Trainer(..., callbacks=[MethodCallback()])`.
 
-    When a branch answers True, the optimiser forgets what it knows: Chain of LoRA has then tied a knot, and stale
-    momentum must not reach the fresh link. `HeadwaterTrainer` adds this callback itself; a plain `Trainer` is given it,
-    `Trainer(..., callbacks=[MethodCallback()])`.
+    `after_step(step, total_steps)` runs after each optimiser step. When a branch answers True, the optimiser forgets
+    what it knows: Chain of LoRA has then tied a knot, and stale momentum must not reach the fresh link.
+    `learning_rate_factor(step, total_steps)`, unless it is None, takes the place of the trainer's schedule.
     """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        factors = (getattr(branch, "learning_rate_factor", None) for branch in active_branches(model))
+        factor = next((f for f in factors if f is not None), None)
+        if factor is None:
+            return
+        if not isinstance(lr_scheduler, LambdaLR):
+            what = f"lr_policy: restart sets the learning rate itself and cannot with a {type(lr_scheduler).__name__}"
+            raise HeadwaterError(Problem(what, "lr_scheduler_type", "use lr_scheduler_type: linear"))
+        lr_scheduler.lr_lambdas = [lambda step: factor(step, state.max_steps)] * len(lr_scheduler.lr_lambdas)
+        now = factor(lr_scheduler.last_epoch, state.max_steps)
+        lr_scheduler._last_lr = [base * now for base in lr_scheduler.base_lrs]
+        for group, rate in zip(optimizer.param_groups, lr_scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
     def on_step_end(
         self,
@@ -28,10 +56,17 @@ class MethodCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         changed = False
-        for layer in (m for m in (model or nn.Module()).modules() if isinstance(m, MethodLayer)):
-            for name in set(layer.active_adapters) & set(layer.branches):
-                after_step = getattr(layer.branch(name), "after_step", None)
-                if after_step is not None:
-                    changed = after_step(state.global_step, state.max_steps) or changed
+        for branch in active_branches(model):
+            after_step = getattr(branch, "after_step", None)
+            if after_step is not None:
+                changed = after_step(state.global_step, state.max_steps) or changed
         if changed and optimizer is not None:
             optimizer.state.clear()
+
+
+def active_branches(model: nn.Module | None) -> Iterator[Branch]:
+    """The active adapters' branches, layer by layer."""
+    for layer in (m for m in (model or nn.Module()).modules() if isinstance(m, MethodLayer)):
+        for name in layer.active_adapters:
+            if name in layer.branches:
+                yield layer.branch(name)

@@ -51,7 +51,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
             if self.disable_adapters and self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        active = [self.branches[name] for name in self.active_adapters if name in self.branches]
+        active = [self.branch(name) for name in self.active_adapters if name in self.branches]
         if not active:
             return self.base_layer(x, *args, **kwargs)
 
@@ -60,12 +60,28 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         # A plain linear layer's fresh output is nobody else's, so the update may be added in its memory; flat, because
         # autograd copies the gradient of an in-place write through a view.
         in_place = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
-        y = self.base_layer(rows, *args, **kwargs) if in_place else self.base_layer(x, *args, **kwargs)
-        y = y.reshape(-1, self.out_features)
+        y = self._base_forward(active, rows if in_place else x, *args, **kwargs).reshape(-1, self.out_features)
         call = self.context.call(self.name, tuple(lead))
         for branch in active:
             y = branch(y, rows, call, in_place=in_place)
         return call.attach(y).reshape(*lead, self.out_features)
+
+    def _base_forward(self, active: list[Branch], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        weight: Any = getattr(base, "weight", None)
+        copies = [branch.folded_weight(weight, transposed=isinstance(base, Conv1D)) for branch in active]
+        folded = [copy for copy in copies if copy is not None]
+        if not folded:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) > 1:
+            raise HeadwaterError(
+                Problem(
+                    f"{self.name}: an adapter that folds into the base weight cannot be active together with another",
+                    "mode",
+                    "make it with mode: stack",
+                )
+            )
+        return torch.func.functional_call(self.base_layer, {"weight": folded[0]}, (x, *args), kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters to the base weight; the weight before is kept, so `unmerge` restores it bit for bit.
