@@ -141,7 +141,7 @@ class WithTasks(nn.Module):
         self.ids = torch.arange(rows) * max(num_tasks // rows, 1) % num_tasks
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x, headwater_task_ids=self.ids)
+        return self.model(x, headwater_task_ids=self.ids.to(x.device))
 
 
 def method_names() -> list[str]:
@@ -153,13 +153,15 @@ def title_of(name: str) -> str:
     return registered(name).title
 
 
-def step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def step(model: nn.Module, x: Tensor, dy: Tensor, *, autocast: bool = False) -> Callable[[], None]:
     """One forward and backward with fresh gradients."""
 
     def run() -> None:
         x.grad = None
         for parameter in model.parameters():
             parameter.grad = None
-        model(x).backward(dy)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            y = model(x)
+        y.backward(dy)
 
     return run

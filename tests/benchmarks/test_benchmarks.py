@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
-from benchmarks import adapter_speed, decode_speed, measure, scaling, training_throughput
+from benchmarks import adapter_speed, decode_speed, gpu_speed, measure, scaling, training_throughput
 
 FEW = ["--rounds", "2"]
 METHODS = ["--methods", "rlora", "mtl_lora", "cond_mixlora"]
@@ -62,6 +62,13 @@ def test_training_throughput(model_folder, tmp_path, capsys):
     assert found["trainers"]["headwater_to_trl"]["median"] > 0
     for trainer in found["trainers"]["trainers"].values():
         assert 0 < trainer["share_of_useful_tokens"]["median"] <= 1
+
+
+def test_gpu_speed_runs_on_the_cpu_as_well(tmp_path, capsys):
+    gpu_speed.main(["--device", "cpu", "--smoke", "--layers", "2", *FEW, "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert {"floor", "R-LoRA, public loop", "R-LoRA, autograd"} <= found["shapes"][0]["variants"].keys()
+    assert found["model"]["variants"]["floor"]["tokens_per_second"] > 0
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():

@@ -1,0 +1,72 @@
+"""The Triton kernels: through Triton's interpreter, on a GPU where there is one, and compiled for GPUs elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).with_name("triton_cases.py")
+TESTS = Path(__file__).parents[1]
+
+
+def run_cases(device: str, **variables: str) -> None:
+    path = os.pathsep.join([str(TESTS / "methods"), *sys.path])
+    environment = {**os.environ, "HEADWATER_TEST_DEVICE": device, "PYTHONPATH": path, **variables}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_kernels_through_the_interpreter():
+    run_cases("cpu", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_the_gpu():
+    run_cases("cuda", TRITON_INTERPRET="0")
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from headwater.ops import triton_heads
+from headwater.ops.dropout import M0, M1, M2
+
+pointers = {"z": "*bf16", "h": "*bf16", "dh": "*bf16", "dz": "*bf16", "gate": "*fp32", "dgate": "*fp32", "seed": "*i64"}
+for kernel in (triton_heads._forward, triton_heads._backward):
+    for fixed in (False, True):
+        constants = dict(SCALE=1.25, DROPS=True, FIXED=fixed, WIDE=tl.float32, M0=M0, M1=M1, M2=M2)
+        constants |= dict(HEADS=4, RANKS=8, TOKENS=128)
+        names = kernel.arg_names
+        signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
+        places = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+        for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+            text = triton.compile(source, target=target, options={"enable_fp_fusion": True}).asm
+            assert "st.local" not in text.get("ptx", ""), "registers spill"
+"""
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """Types and operations that the interpreter takes and a compiler does not; needs no GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes tensors on the CPU")
+def test_a_tensor_on_the_cpu_is_refused(monkeypatch):
+    from headwater import HeadwaterError
+    from headwater.ops import gated_heads
+
+    monkeypatch.setenv("HEADWATER_OPS", "triton")
+    with pytest.raises(HeadwaterError, match=r"need a GPU.*\n?.*HEADWATER_OPS"):
+        gated_heads(torch.ones(3, 2), torch.ones(3, 2))

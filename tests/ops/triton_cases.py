@@ -1,0 +1,156 @@
+"""The Triton kernels against the reference. Collected by `test_triton.py` alone, which runs it in a process of its own:
+
+with TRITON_INTERPRET=1, read when triton is first imported, through Triton's interpreter on the CPU; or on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from headwater.ops import gated_heads, heads, triton_heads
+from headwater.ops.dropout import keep_mask
+
+DEVICE = os.environ["HEADWATER_TEST_DEVICE"]
+CLOSE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-13},
+    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
+    torch.float16: {"rtol": 2e-3, "atol": 2e-4},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-3},
+}
+# tokens, r, N: one token and none; neither a power of two; more tokens than a block; more heads, and more ranks, than
+# tokens in the smallest block; single ranks and heads, which Triton turns into constants
+SIZES = [(1, 8, 3), (0, 3, 2), (7, 3, 3), (130, 5, 6), (300, 8, 3), (21, 2, 33), (19, 40, 2), (33, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
+    monkeypatch.setenv("HEADWATER_OPS", "triton")
+
+
+def noise(*shape: int, seed: int, dtype=torch.float64) -> Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return made.to(DEVICE, dtype)
+
+
+def inputs(tokens: int, r: int, N: int, *, fixed: bool, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """z and logits as they come from one stacked matmul, so neither is contiguous, and dh."""
+    read = 2 * noise(tokens, r + N, seed=1, dtype=dtype)
+    gate = noise(N, seed=2, dtype=dtype) if fixed else read[:, r:]
+    return read[:, :r], gate, noise(tokens, N * r, seed=3, dtype=dtype)
+
+
+def key(seed: int = 2**61 + 12345) -> Tensor:
+    return torch.tensor([seed], device=DEVICE)
+
+
+def expected(z: Tensor, gate: Tensor, dh: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, ...]:
+    """h, dz and the gate's gradient through plain autograd in float64."""
+    z, gate = (t.detach().double().requires_grad_() for t in (z, gate))
+    h = heads.reference(z, gate, seed, p)
+    dz, dgate = torch.autograd.grad(h, (z, gate), dh.double(), allow_unused=True)
+    return h.detach(), dz, torch.empty(0, device=DEVICE) if dgate is None else dgate
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_values_and_gradients(size, fixed, p):
+    check(size, fixed, p, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_narrower_dtypes(dtype, fixed):
+    check((150, 5, 3), fixed, 0.3, dtype)
+
+
+def check(size: tuple[int, int, int], fixed: bool, p: float, dtype: torch.dtype) -> None:
+    z, gate, dh = inputs(*size, fixed=fixed, dtype=dtype)
+    seed = key() if p else None
+    h = triton_heads.forward(z, gate, seed, p)
+    dz, dgate = triton_heads.backward(dh, z, gate, seed, p)
+    assert (h.dtype, dz.dtype, dgate.dtype) == (dtype, dtype, dtype)
+    for got, want in zip((h, dz, dgate), expected(z, gate, dh, seed, p), strict=True):
+        torch.testing.assert_close(got, want.to(dtype), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("size", SIZES[2:], ids=str)  # strides of a single row or none mean nothing
+def test_layout_is_that_of_the_other_implementation(size):
+    z, gate, dh = inputs(*size, fixed=False)
+    mine = triton_heads.forward(z, gate, key(), 0.3), *triton_heads.backward(dh, z, gate, key(), 0.3)
+    other = heads.forward(z, gate, key(), 0.3), *heads.backward(dh, z, gate, key(), 0.3)
+    assert [t.stride() for t in mine] == [t.stride() for t in other]
+    from_features = dh.T.contiguous().T
+    for got, want in zip(triton_heads.backward(from_features, z, gate, key(), 0.3), mine[1:], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**62 - 1])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_masks_are_identical(seed, p):
+    tokens, r, N = 300, 5, 3
+    z, gate = torch.ones(tokens, r, device=DEVICE), torch.ones(N, device=DEVICE)
+    kept = keep_mask(key(seed), tokens, N * r, p)
+    assert torch.equal(triton_heads.forward(z, gate, key(seed), p) != 0, kept)
+    dh = torch.ones(tokens, N * r, device=DEVICE)
+    dz, _ = triton_heads.backward(dh, z, gate, key(seed), p)
+    torch.testing.assert_close(dz, kept.unflatten(1, (N, r)).sum(1) / (1 - p))
+
+
+@pytest.mark.parametrize("size", [-1e4, 1e4])
+def test_large_logits_neither_overflow_nor_vanish(size):
+    z = torch.ones(3, 2, device=DEVICE)
+    gate = torch.tensor([[size, 0.0, 0.0]], device=DEVICE).expand(3, 3)
+    h = triton_heads.forward(z, gate, None, 0.0)
+    want = torch.softmax(gate, -1).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(h, want)
+    assert torch.isfinite(triton_heads.backward(h, z, gate, None, 0.0)[1]).all()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_gradcheck_through_the_dispatcher(fixed):
+    z, gate, _ = (t.detach() for t in inputs(5, 3, 2, fixed=fixed))
+    assert torch.autograd.gradcheck(
+        lambda z, gate: gated_heads(z, gate, seed=key(), dropout=0.3),
+        (z.requires_grad_(), gate.requires_grad_(not fixed)),
+        nondet_tol=0.0,
+    )
+
+
+def test_a_compiled_graph_calls_the_kernels():
+    z, gate, dh = inputs(40, 3, 2, fixed=False)
+
+    def run(z: Tensor, gate: Tensor) -> Tensor:
+        return (gated_heads(z, gate, seed=key(), dropout=0.3) * dh).sum()
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    leaves = [[t.detach().clone().requires_grad_() for t in (z, gate)] for _ in range(2)]
+    run(*leaves[0]).backward()
+    compiled(*leaves[1]).backward()
+    for plain, through in zip(*leaves, strict=True):
+        assert torch.equal(plain.grad, through.grad)
+
+
+@pytest.mark.parametrize("name", ["rlora", "hydralora", "mlora"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_trains_as_with_the_other_implementation(name, autocast, monkeypatch):
+    from adapted_linear import adapt, move, parameters
+
+    model = move(adapt(name, 24, 40, dtype=torch.float32, num_heads=3, r=4), seed=5, size=0.3).to(DEVICE).train()
+    x = noise(2, 70, 24, seed=6, dtype=torch.float32).requires_grad_()
+    found = []
+    for chosen in ("triton", "autograd"):
+        monkeypatch.setenv("HEADWATER_OPS", chosen)
+        torch.manual_seed(0)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y = model(x)
+        own = parameters(model)
+        found.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *own.values()])))
+    close = {"rtol": 3e-2, "atol": 3e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    for got, want in zip(*found, strict=True):
+        size = want.abs().max().clamp_min(1e-6)
+        torch.testing.assert_close(got / size, want / size, **close)
