@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from cli_support import headwater_process, run_main, write_run
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from headwater.cli import app
 from headwater.config import load_config
@@ -173,10 +174,115 @@ def test_inspect_agrees_with_the_file(headwater, trained):
     assert f"{first:+.3f}" in shown
 
 
-def test_inspect_a_plain_lora(headwater, trained, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+def gates_by_hand(trained, texts):
+    """Mean softmax of each router over the tokens of some texts, one text at a time: module -> [N]."""
+    model = PeftModel.from_pretrained(make_tiny_llama(), trained / "adapter").eval()
+    tokenizer, sums, count = make_tiny_tokenizer(), {}, 0
+    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "branches")}
+    for name, layer in layers.items():
+        router = layer.branches["default"].router.detach()
+        layer.register_forward_pre_hook(
+            lambda _, args, n=name, r=router: sums.__setitem__(
+                n, sums.get(n, 0) + (args[0][0] @ r.T).softmax(-1).sum(0)
+            )
+        )
+    with torch.no_grad():
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            count += len(ids)
+            model(input_ids=torch.tensor([ids]))
+    return {name: (total / count).tolist() for name, total in sums.items()}, count
 
+
+def test_inspect_shows_what_the_gates_do_on_the_runs_rows(headwater, trained):
+    found = json.loads(headwater("inspect", trained, "--rows", 8, "--json").out)
+    rows = {
+        task: [json.loads(line) for line in (trained.parent / f"{task}-test.jsonl").read_text().splitlines()]
+        for task in ("animals", "colours")
+    }
+    texts = {task: [row["prompt"] + row["completion"] + "<eos>" for row in each] for task, each in rows.items()}
+    wanted, count = gates_by_hand(trained, [text for each in texts.values() for text in each])
+    assert found["gates"] == {"tokens": count, "texts": {"animals": 8, "colours": 8}, "dead_below": 0.1}
+    assert list(wanted) == [layer["name"] for layer in found["layers"]]
+    by_task = {task: gates_by_hand(trained, each)[0] for task, each in texts.items()}
+    for layer in found["layers"]:
+        gates = layer["gates"]
+        assert gates["load"] == pytest.approx(wanted[layer["name"]], abs=1e-5)
+        assert (gates["top_k"], gates["dead_experts"]) == (2, [])
+        for task in texts:
+            assert gates["load_by_task"][task] == pytest.approx(by_task[task][layer["name"]], abs=1e-5)
+    shown = headwater("inspect", trained, "--rows", 8).out
+    first = found["layers"][0]["gates"]
+    assert f"{count:,} tokens, 16 texts of 2 tasks" in shown
+    assert f"{first['gate_entropy']:.3f}" in shown
+    assert "0 of 8 (load below 10% of an equal one)" in shown
+    mean = sum(layer["gates"]["load_by_task"]["colours"][1] for layer in found["layers"]) / 4
+    assert f"{100 * mean:.1f}" in next(line for line in shown.splitlines() if line.strip().startswith("colours"))
+
+
+def test_inspect_reads_no_text_unless_there_is_some(headwater, trained, tmp_path):
+    shutil.copytree(trained / "adapter", tmp_path / "bare")
+    for source, rows, fix in ((tmp_path / "bare", 4, "or --text FILE"), (trained, 0, "give --rows 4")):
+        found = json.loads(headwater("inspect", source, "--rows", rows, "--json").out)
+        assert (found["gated"], found["gates"]) == (True, None)
+        assert {layer["gates"] for layer in found["layers"]} == {None}
+        assert fix in headwater("inspect", source, "--rows", rows).out
+
+    (tmp_path / "lines.txt").write_text("one text\n\n  \nand another one\n")
+    done = headwater("inspect", tmp_path / "bare", "--text", tmp_path / "lines.txt", "--json")
+    found = json.loads(done.out)
+    wanted, count = gates_by_hand(trained, ["one text", "and another one"])
+    assert found["gates"] == {"tokens": count, "texts": {"text": 2}, "dead_below": 0.1}
+    for layer in found["layers"]:
+        assert layer["gates"]["load"] == pytest.approx(wanted[layer["name"]], abs=1e-5)
+
+    (tmp_path / "lines.txt").write_text("\n")
+    done = headwater("inspect", trained, "--text", tmp_path / "lines.txt")
+    assert (done.code, "there is no text in this file" in done.err) == (2, True)
+    done = headwater("inspect", trained, "--text", tmp_path / "none.txt")
+    assert (done.code, "cannot be read as text" in done.err) == (2, True)
+
+
+def test_inspect_still_shows_the_weights_when_the_runs_rows_are_gone(headwater, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("animals-test.jsonl", "gone.jsonl"))
+    done = headwater("inspect", tmp_path / "run", "--json")
+    assert done.code == 0
+    assert "what the gates do is not shown" in done.err
+    assert "gone.jsonl" in done.err
+    found = json.loads(done.out)
+    assert found["gates"] is None
+    assert len(found["layers"]) == 4
+
+
+def test_inspect_a_method_that_goes_by_task(headwater, trained, tmp_path):
+    """An adapter of top-k experts routed by task, alone, on text: every task it knows has its own experts."""
+    import headwater as package
+
+    fields = {"num_experts": 10, "top_k": 2, "router": "task", "num_tasks": 3, "target_modules": ["up_proj"]}
+    base = AutoModelForCausalLM.from_pretrained(trained.parent / "model")
+    model = get_peft_model(base, package.make_config("moe_lora", r=2, task_type="CAUSAL_LM", init_seed=0, **fields))
+    model.save_pretrained(tmp_path / "moe")
+    (tmp_path / "lines.txt").write_text("a text\n")
+    found = json.loads(headwater("inspect", tmp_path / "moe", "--text", tmp_path / "lines.txt", "--json").out)
+    owner = next(m for m in model.modules() if hasattr(m, "task_gate"))
+    chosen = (owner.task_embedding @ owner.task_gate.T).topk(2).indices.tolist()
+    assert found["gates"]["texts"] == {"task 0": 1, "task 1": 1, "task 2": 1}
+    for layer in found["layers"]:
+        for task, experts in enumerate(chosen):
+            load = layer["gates"]["load_by_task"][f"task {task}"]
+            assert load == [1.0 if n in experts else 0.0 for n in range(10)]
+        used = {n for experts in chosen for n in experts}
+        assert layer["gates"]["dead_experts"] == [n for n in range(10) if n not in used]
+    shown = headwater("inspect", tmp_path / "moe", "--text", tmp_path / "lines.txt").out
+    best = sorted(n + 1 for n in chosen[0])
+    assert f"{best[0]} (100%), {best[1]} (100%)" in shown
+    done = headwater("inspect", tmp_path / "moe")
+    assert "or --text FILE" in done.out
+
+
+def test_inspect_a_plain_lora(headwater, trained, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(trained.parent / "model")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "lora")

@@ -96,7 +96,7 @@ def test_rows_that_are_too_long_do_not_stop_it(tiny_llama, tiny_tokenizer):
 def test_without_a_router_there_is_no_routing(tiny_llama, tiny_tokenizer, method):
     model = adapted(tiny_llama, method)
     tasks = [Task("a", 0, "loss", 1.0, train=[], validation=[], test=[Row("a", "b")])]
-    assert routing_by_task(model, tiny_tokenizer, tasks, DataSpec()) == {"routing": {"a": {}}}
+    assert routing_by_task(model, tiny_tokenizer, tasks, DataSpec()) == {"routing": {"a": {}}, "gates": {}}
 
 
 def test_head_similarity(tiny_llama):

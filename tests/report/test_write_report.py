@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -200,6 +201,28 @@ def test_methods_without_router_or_heads_say_so(tmp_path):
     text = Reader(write_report(heads).read_text(encoding="utf-8")).text
     assert "every two of the 5 heads" in text
     assert "This run's adapter has no router." in text
+
+
+def test_entropies_and_dead_heads_are_said(tmp_path):
+    folder = write_run(tmp_path / "run", layers=9)
+    analysis = json.loads((folder / "analysis.json").read_text())
+    modules = list(analysis["routing"]["reuters"])
+    analysis["gates"] = {
+        module: {"load": [0.5, 0.4, 0.1], "gate_entropy": 0.1 * n, "load_entropy": 0.5, "dead_experts": []}
+        for n, module in enumerate(modules[:3])
+    }
+    (folder / "analysis.json").write_text(json.dumps(analysis))
+    text = Reader(write_report(folder).read_text()).text
+    assert "Entropy of a token's gate: 0.10 (layers 0.00 to 0.20); entropy of the heads' load: 0.50 (layers" in text
+    assert "No head is dead (load below 10.0 % of an equal one)." in text
+    for module in modules[:3]:
+        analysis["gates"][module]["dead_experts"] = [0, 2]
+    for module in modules[3:9]:
+        analysis["gates"][module] = {"load": [1, 0, 0], "load_entropy": math.nan, "dead_experts": [1]}
+    (folder / "analysis.json").write_text(json.dumps(analysis))
+    text = Reader(write_report(folder).read_text()).text
+    assert "12 of 27 heads are dead (load below 10.0 % of an equal one): gate_proj of layer 0: 1, 3;" in text
+    assert "and 3 more layers." in text
 
 
 def test_a_loss_task_counts_down_and_stays_out_of_the_mean(tmp_path):

@@ -153,6 +153,9 @@ def test_analysis_names_heads_and_routing(finished):
     gates = analysis["routing"]["colour"]["model.layers.1.mlp.down_proj"]
     assert len(gates) == 3
     assert sum(gates) == pytest.approx(1, abs=1e-5)
+    whole = analysis["gates"]["model.layers.1.mlp.down_proj"]
+    assert sum(whole["load"]) == pytest.approx(1, abs=1e-5)
+    assert whole["dead_experts"] == []
 
 
 def test_plain_lines_tell_the_progress(finished):

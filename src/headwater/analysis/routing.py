@@ -1,13 +1,15 @@
-"""Which heads each task uses, and how alike the heads have become."""
+"""Which heads each task uses, what the gates do, and how alike the heads have become."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from headwater.analysis.gates import GateRecorder, GateStatistics
 from headwater.analysis.weights import heads
 from headwater.data.encode import DataSpec, encode_completion, encode_prompt
 from headwater.evaluation.forward import (
@@ -20,7 +22,8 @@ from headwater.evaluation.forward import (
     task_keywords,
 )
 from headwater.evaluation.scoring import sample
-from headwater.tuner import is_adapted, observe
+from headwater.tuner import is_adapted
+from headwater.tuner.context import LABELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,28 +34,102 @@ if TYPE_CHECKING:
 _BATCH = 8
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of some texts of one task.
+
+    Args:
+        sequences: a list of ids per text.
+        prompt_lengths: how many tokens of each are its prompt, for methods that route by the prompt alone; None where
+            a text has no prompt.
+        task_index: the task's index, for methods that go by task.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    prompt_lengths: Sequence[int] | None = None
+    task_index: int | None = None
+
+
+def task_texts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, data_spec: DataSpec, rows: int
+) -> Texts:
+    """Some rows of a task, prompt and completion, drawn with a fixed seed from its test rows, or its training rows
+    where it has no test.
+    """
+    limit = max_positions(model)
+    chosen = sample(task.test or task.train, rows)
+    sequences = [encode_whole(row, tokenizer, data_spec, limit) for row in chosen]
+    return Texts(sequences, [len(encode_prompt(row, tokenizer, data_spec)) for row in chosen], task.index)
+
+
 def routing_by_task(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     data_spec: DataSpec,
     rows_per_task: int = 16,
-) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """How much of its gate each task gives to each head: the mean over all tokens, prompt and completion, of some rows.
-
-    Rows are drawn with a fixed seed from the task's test rows, or its training rows where it has no test.
+) -> dict[str, dict[str, Any]]:
+    """How much of its gate each task gives to each head: the mean over all tokens of some rows, see `task_texts`.
 
     Returns:
-        `{"routing": {task: {module: [N]}}}`; a task's entry is empty where no layer has a router, as in plain LoRA.
+        `{"routing": {task: {module: [N]}}, "gates": {module: GateStatistics.as_dict() over all tasks}}`; a task's
+        entry is empty where no layer has a router, as in plain LoRA.
     """
-    routing: dict[str, dict[str, list[float]]] = {}
-    adapted, limit = is_adapted(model), max_positions(model)
-    for task in tasks:
-        rows = sample(task.test or task.train, rows_per_task)
-        sequences = [encode_whole(row, tokenizer, data_spec, limit) for row in rows]
-        gates = mean_gates(model, sequences, fill=pad_id(tokenizer), task_index=task.index) if adapted else {}
-        routing[task.name] = {module: gate.tolist() for module, gate in gates.items()}
-    return {"routing": routing}
+    texts = {task.name: task_texts(model, tokenizer, task, data_spec, rows_per_task) for task in tasks}
+    by_task, together = gates_by_task(model, texts, pad_id(tokenizer))
+    return {
+        "routing": {
+            name: {module: gates.mean_gate.tolist() for module, gates in by_module.items()}
+            for name, by_module in by_task.items()
+        },
+        "gates": {module: gates.as_dict() for module, gates in together.items()},
+    }
+
+
+def gates_by_task(
+    model: nn.Module, texts: Mapping[str, Texts], fill: int = 0
+) -> tuple[dict[str, dict[str, GateStatistics]], dict[str, GateStatistics]]:
+    """`gate_statistics` of each of several texts by name, and of all their tokens together."""
+    if not is_adapted(model):
+        return {name: {} for name in texts}, {}
+    with GateRecorder(model) as recorder:
+        by_task = {name: gate_statistics(model, some, fill=fill) for name, some in texts.items()}
+    return by_task, recorder.statistics()
+
+
+def gate_statistics(
+    model: nn.Module, texts: Texts | Sequence[Sequence[int]], *, fill: int = 0
+) -> dict[str, GateStatistics]:
+    """What the gates of each adapted layer do over the tokens of some texts, padding left out.
+
+    Args:
+        model: a causal language model with an adapter of headwater's.
+        texts: token ids, a list per text, or `Texts` to say more about them.
+        fill: any token id, to pad with.
+
+    Returns:
+        Layer name -> its `GateStatistics`; empty for methods without gates.
+
+    Raises:
+        HeadwaterError: if the model has no such adapter, or its method goes by task and the texts name none.
+    """
+    texts = texts if isinstance(texts, Texts) else Texts(texts)
+    lengths = texts.prompt_lengths or [0] * len(texts.sequences)
+    rows = sorted(zip(texts.sequences, lengths, strict=True), key=lambda row: len(row[0]), reverse=True)
+    with evaluating(model), GateRecorder(model) as recorder:
+        for start in range(0, len(rows), _BATCH):
+            sequences, prompts = zip(*rows[start : start + _BATCH], strict=True)
+            padded = pad(sequences, fill).to(input_device(model))
+            in_prompt = torch.arange(padded.input_ids.shape[1]) < torch.tensor(prompts).unsqueeze(1)
+            logits_at(
+                model,
+                torch.zeros((len(prompts), 1), dtype=torch.long),  # only gates are wanted, so the least of the logits
+                input_ids=padded.input_ids,
+                attention_mask=padded.attention_mask,
+                **{LABELS: padded.input_ids.masked_fill(in_prompt.to(padded.input_ids.device), -100)},
+                **task_keywords(model, texts.task_index, len(prompts)),
+            )
+    return recorder.statistics()
 
 
 def encode_whole(row: Row, tokenizer: PreTrainedTokenizerBase, data_spec: DataSpec, limit: int | None) -> list[int]:
@@ -68,32 +145,8 @@ def mean_gates(
     model: nn.Module, sequences: Sequence[Sequence[int]], *, fill: int, task_index: int | None = None
 ) -> dict[str, Tensor]:
     """Mean gate `(N,)` of each adapted layer that has a router, over the tokens of `sequences`, padding left out."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    mask: Tensor
-
-    def add(name: str, gate: Tensor) -> None:
-        # A layer behind a token dispatch sees tokens in an order of its own; all of them count there.
-        by_token = gate.reshape(-1, gate.shape[-1]).double()
-        if len(by_token) == mask.numel():
-            by_token = by_token[mask.reshape(-1).to(gate.device)]
-        sums[name] = sums.get(name, 0) + by_token.sum(0).cpu()
-        counts[name] = counts.get(name, 0) + len(by_token)
-
-    order = sorted(sequences, key=len, reverse=True)
-    with evaluating(model), observe(model, add):
-        for start in range(0, len(order), _BATCH):
-            padded = pad(order[start : start + _BATCH], fill).to(input_device(model))
-            mask = padded.attention_mask.bool()
-            batch = len(mask)
-            logits_at(
-                model,
-                torch.zeros((batch, 1), dtype=torch.long),  # gates are all that is wanted, so the least of the logits
-                input_ids=padded.input_ids,
-                attention_mask=padded.attention_mask,
-                **task_keywords(model, task_index, batch),
-            )
-    return {name: total / counts[name] for name, total in sums.items()}
+    found = gate_statistics(model, Texts(sequences, task_index=task_index), fill=fill)
+    return {name: gates.mean_gate for name, gates in found.items()}
 
 
 def head_similarity(model: nn.Module, adapter_name: str = "default") -> dict[str, list[list[float]]]:

@@ -154,11 +154,21 @@ def generate(
 
 
 @app.command()
-def inspect(source: Adapter, as_json: AsJson = False) -> None:
-    """Show what an adapter is made of: method, ranks, parameters, how alike its heads are."""
+def inspect(
+    source: Adapter,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Rows of each of the run's tasks to see the gates on; 0 reads no text.")
+    ] = 4,
+    text: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="See the gates on the lines of this file instead."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an adapter is made of, how alike its heads are, and what its gates do on text."""
     from headwater.cli.inspect import run
 
-    run(source, as_json=as_json)
+    run(source, text=text, rows=rows, as_json=as_json)
 
 
 @app.command()

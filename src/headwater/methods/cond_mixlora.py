@@ -103,8 +103,8 @@ class CondMixLoraBranch(Branch):
         u = rows.gather(-1, index_a.unsqueeze(1).expand(-1, length, -1)) * (weight_a * weight_b).unsqueeze(1)
         h = torch.zeros_like(rows).scatter_add(-1, index_b.unsqueeze(1).expand(-1, length, -1), u)
         if call.observers:
-            used = torch.zeros(rows.shape[0], E, device=z.device).scatter(-1, index_a, 1 / self.r)
-            call.saw_gate(used.repeat_interleave(length, dim=0))
+            used = z.new_zeros(rows.shape[0], 2 * E).scatter(-1, torch.cat([index_a, index_b + E], 1), 0.5 / self.r)
+            call.saw_gate(used.repeat_interleave(length, dim=0))  # both pools: what A's router chose, then what B's did
         return h.flatten(0, 1)
 
     def pooled(self, logits: Tensor, call: Call) -> Tensor:

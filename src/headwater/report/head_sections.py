@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from headwater.analysis import DEAD_BELOW
 from headwater.report import head_figures
 from headwater.report.html import Block, FigureBlock, Note, Section, Text
 from headwater.report.modules import arrange, layers_of, routing_arrays, similarity_table, square
-from headwater.report.run import Run
+from headwater.report.run import Gates, Run, finite
 from headwater.report.text import missing_text, names_text, percent_text
 from headwater.report.theme import task_fills
 
@@ -70,6 +73,7 @@ def routing_section(run: Run) -> Section:
     share = percent_text(1 / heads)
     by_projection = head_figures.plots_by_projection(arrays)
     blocks: list[Block] = [
+        *([Text(_load_text(run.analysis.gates))] if run.analysis.gates else []),
         FigureBlock(
             "router_use",
             "Mean share of each head in percent, over the layers and over the task's tokens without padding. "
@@ -94,3 +98,28 @@ def routing_section(run: Run) -> Section:
         draw = lambda w: head_figures.router_distance(arrays, fills, w)  # noqa: E731
         blocks.append(FigureBlock("router_distance", caption, alt, draw))
     return Section(anchor, title, blocks)
+
+
+def _load_text(gates: Mapping[str, Gates]) -> str:
+    """Entropies and dead heads over all tasks' tokens, in words."""
+    sentences = []
+    for name, values in (
+        ("Entropy of a token's gate", [finite(g.gate_entropy) for g in gates.values()]),
+        ("entropy of the heads' load", [finite(g.load_entropy) for g in gates.values()]),
+    ):
+        known = [v for v in values if v is not None]
+        if known:
+            sentences.append(f"{name}: {np.mean(known):.2f} (layers {min(known):.2f} to {max(known):.2f})")
+    entropies = f"{'; '.join(sentences)}; 1 is equal use of all heads, 0 of one alone. " if sentences else ""
+    dead = {module: g.dead_experts for module, g in gates.items() if g.dead_experts}
+    count, heads = sum(map(len, dead.values())), sum(len(g.load) for g in gates.values())
+    if not dead:
+        return f"{entropies}No head is dead (load below {percent_text(DEAD_BELOW)} of an equal one)."
+    places = [
+        f"{projection} of layer {layer}: {', '.join(str(n + 1) for n in dead[module])}"
+        for projection, layers in arrange(dead).items()
+        for layer, module in layers.items()
+    ]
+    rest = f"; and {len(places) - 6} more layers" if len(places) > 6 else ""
+    share = f"load below {percent_text(DEAD_BELOW)} of an equal one"
+    return f"{entropies}{count} of {heads} heads are dead ({share}): {'; '.join(places[:6])}{rest}."

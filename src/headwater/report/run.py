@@ -86,9 +86,17 @@ class EvalRecord(BaseModel):
     tasks: dict[str, EvalValue] = {}
 
 
+class Gates(BaseModel):
+    load: list[float] = []
+    gate_entropy: float | None = None
+    load_entropy: float | None = None
+    dead_experts: list[int] = []
+
+
 class Analysis(BaseModel):
     head_similarity: dict[str, list[list[float]]] = {}
     routing: dict[str, dict[str, list[float]]] = {}
+    gates: dict[str, Gates] = {}
 
 
 @dataclass(frozen=True)
