@@ -245,8 +245,10 @@ def test_one_pairing_merges_for_all_rows():
     pairing = torch.zeros(E, E)
     pairing[I_A, I_B] = 1
     expected = model(x)
-    with pytest.raises(HeadwaterError, match=r"\(E, E\)"):
+    with pytest.raises(NotMergeable, match="merge_with_gates"):
         merge_with_gates(model, "uniform")
+    with pytest.raises(HeadwaterError, match=r"\(E, E\)"):
+        merge_with_gates(model, {"layer": torch.zeros(E, E + 1)})
     torch.testing.assert_close(merge_with_gates(model, {"layer": pairing})(x), expected, rtol=1e-5, atol=1e-5)
 
 
