@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import make_tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -277,7 +278,9 @@ def test_each_link_has_its_own_decay(tmp_path):
         return rates
 
     fields = {"num_links": 3, "knots": [3, 5], "lr_policy": "restart"}
-    plain = run("cola", tmp_path / "plain", steps=9, **fields)
+    plain = run("cola", tmp_path / "plain", steps=9, arguments={"warmup_steps": 4}, **fields)
+    first = load_file(tmp_path / "plain" / "checkpoint-1" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in first.items() if name.endswith(".B")), "the trainer's warm-up was used"
     assert logged(plain, "learning_rate") == pytest.approx(linear(3, 0) + linear(2, 0) + linear(4, 0))
     warm = run("cola", tmp_path / "warm", steps=9, link_warmup=0.5, arguments={"lr_scheduler_type": "cosine"}, **fields)
     assert logged(warm, "learning_rate") == pytest.approx(linear(3, 2) + linear(2, 1) + linear(4, 2))

@@ -126,7 +126,8 @@ def test_plain_trainer_with_accumulation_equals_one_big_batch(tiny_llama, tmp_pa
 
 
 def test_balance_loss_of_hydralora_is_its_formula(tiny_llama):
-    """Oracle: sum_n mean(g_n) mean(one-hot argmax g)_n over tokens that are not padding, gradients through g only."""
+    """Oracle: sum_n mean(g_n) mean(one-hot argmax g)_n over tokens that are not padding, gradients through g only; the
+    mean over layers."""
     row = BY_ID["hydralora-balance"]
     data = {name: t for name, t in batch().items() if name != "headwater_task_ids"}
     weight = row.fields["balance_loss_weight"]
@@ -142,7 +143,7 @@ def test_balance_loss_of_hydralora_is_its_formula(tiny_llama):
     for layer, x in inputs.items():
         gate = torch.softmax(x[data["attention_mask"].bool()] @ layer.branches["default"].router.T, dim=-1)
         chosen = torch.nn.functional.one_hot(gate.argmax(-1), gate.shape[-1]).float()
-        loss = loss + weight * (gate.mean(0) * chosen.mean(0)).sum()
+        loss = loss + weight / len(LAYERS) * (gate.mean(0) * chosen.mean(0)).sum()
     loss.backward()
     with_loss = make_model(weight)
     with_loss(**data).loss.backward()

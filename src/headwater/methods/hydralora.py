@@ -31,7 +31,7 @@ class HydraLoraConfig(MethodConfig):
         input_dropout: "shared" drops x once for all heads; "per_head" draws a mask for each head, as the released code
             does, at N times the cost of reading x.
         balance_loss_weight: weight of the multimodal variant's loss
-            `sum_n mean(g_n) mean(choice_n)`, choice = one-hot argmax; 0 is off, as in the paper.
+            `sum_n mean(g_n) mean(choice_n)`, choice = one-hot argmax, averaged over layers; 0 is off, as in the paper.
     """
 
     lora_dropout: float = 0.05
@@ -56,6 +56,8 @@ class HydraLoraBranch(Branch):
         self.per_head = config.input_dropout == "per_head"
         self.balance_loss_weight = config.balance_loss_weight
         self.needs_state = config.balance_loss_weight > 0
+        self._layers = shape.shared.setdefault("routers", [])  # one list for all layers: how many to average over
+        self._layers.append(shape.name)
         self.A = nn.Parameter(kaiming(shape.r, d_in, generator))
         self.B = nn.Parameter(torch.zeros(N, shape.r, shape.out_features))
         self.router = nn.Parameter(kaiming(N, d_in, generator))
@@ -79,7 +81,7 @@ class HydraLoraBranch(Branch):
         if balancing:
             chosen = F.one_hot(gate.argmax(-1), self.num_heads).to(gate)
             loss = (call.mean_over_tokens(gate) * call.mean_over_tokens(chosen)).sum()
-            call.add_loss("balance", loss, self.balance_loss_weight)
+            call.add_loss("balance", loss, self.balance_loss_weight / len(self._layers))
         return spread_heads(z, gate) if z.dim() == 3 else gated_heads(z, logits)
 
     def writes(self) -> Tensor:

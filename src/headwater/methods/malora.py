@@ -11,6 +11,7 @@ expert has more than min(d, r) ranks: choose d >= r.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import Problem
+from ..errors import HeadwaterError, Problem
 from ..ops import spread_heads
 from .base import Heads, LayerShape, Method, fixed_gate, kaiming, merge_refusal, normal, register
 from .call import Call
@@ -34,33 +35,66 @@ class MaLoraConfig(ExpertsConfig):
         init: "orthogonal" draws orthonormal rows for S and P_n from U(-1/sqrt(d), 1/sqrt(d)), so that P_n S has the
             variance of a Kaiming-uniform A; "svd" takes the best rank-d approximation of N Kaiming-uniform A's;
             "kaiming" draws both, which starts P_n S smaller by sqrt(3).
+        budget_saving: rho; above 0, `r` is the rank of the MoE-LoRA that is compared with, and each layer's experts get
+            the largest rank that trains at least the share rho fewer numbers, routers aside.
+        scale_by: with a budget, s is alpha over the "expert_rank" so found, or over "r".
     """
 
     shared_rank: int = 0
     init: str = "orthogonal"
+    budget_saving: float = 0.0
+    scale_by: str = "expert_rank"
 
     def problems(self) -> list[Problem | None]:
         return [
             *super().problems(),
             self.check("shared_rank", self.shared_rank >= 0, "must not be negative"),
             self.one_of("init", ("orthogonal", "svd", "kaiming")),
+            self.check("budget_saving", 0 <= self.budget_saving < 1, "must be in [0, 1)"),
+            self.one_of("scale_by", ("expert_rank", "r")),
         ]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if 0 < self.shared_rank < self.r:
-            warnings.warn(
-                f"shared_rank {self.shared_rank} is below r {self.r}: no expert can use more than {self.shared_rank} "
-                "ranks",
-                stacklevel=3,
+        if 0 < self.shared_rank < self.r and not self.budget_saving:
+            _warn(self.shared_rank, self.r)
+
+    def ranks(self, shape: LayerShape) -> tuple[int, int]:
+        """d, and the rank of an expert, on one layer.
+
+        Raises:
+            HeadwaterError: if the budget leaves nothing for experts.
+        """
+        N, d_in, d_out = self.num_experts, shape.in_features, shape.out_features
+        d = min(self.shared_rank or 2 * shape.r, d_in)
+        if not self.budget_saving:
+            return d, shape.r
+        budget = (1 - self.budget_saving) * N * shape.r * (d_in + d_out)
+        rank = math.floor((budget - d * d_in) / (N * (d + d_out)) + 1e-9)
+        if rank < 1:
+            raise HeadwaterError(
+                Problem(
+                    f"saving {self.budget_saving:.0%} on {shape.name} leaves no rank for its experts: of "
+                    f"{budget:,.0f} numbers, the shared subspace takes {d * d_in:,}",
+                    "budget_saving",
+                    "save less, or lower shared_rank",
+                )
             )
+        if rank > d and shape.shared.setdefault("warned", shape.name) == shape.name:
+            _warn(d, rank)
+        return d, rank
+
+
+def _warn(d: int, rank: int) -> None:
+    warnings.warn(f"shared_rank {d} is below r {rank}: no expert can use more than {d} ranks", stacklevel=4)
 
 
 class MaLoraBranch(ExpertsBranch):
     def __init__(self, config: MaLoraConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
-        N, r, d_in = config.num_experts, shape.r, shape.in_features
-        d = min(config.shared_rank or 2 * r, d_in)
+        N, d_in = config.num_experts, shape.in_features
+        d, r = config.ranks(shape)
+        self.scaling = config.scaling(r if config.scale_by == "expert_rank" else shape.r, shape.alpha)
         if config.init == "svd":
             A = kaiming(r, d_in, generator, batch=(N,))
             S = torch.linalg.svd(A.flatten(0, 1), full_matrices=False).Vh[:d]
