@@ -119,6 +119,22 @@ def test_own_model_and_tasks_run_through_without_packages(tmp_path, monkeypatch,
         assert (tmp_path / "out" / name).is_file()
 
 
+def test_fetching_alone_links_model_and_tasks(tmp_path, monkeypatch, tiny_model):
+    def prepare(cache, *, progress):
+        (cache / "tasks" / "own").mkdir(parents=True, exist_ok=True)
+        write_task(cache / "tasks" / "own" / "train.jsonl")
+        return DemoAssets(tiny_model, [], [], {}, {})
+
+    monkeypatch.setattr(run, "prepare", prepare)
+    for _ in range(2):  # a second time renews the links
+        run.fetch_demo(tmp_path / "files", progress=print)
+    assert (tmp_path / "files" / "model" / "config.json").is_file()
+    assert (tmp_path / "files" / "tasks" / "own" / "train.jsonl").is_file()
+    (tmp_path / "taken" / "tasks").mkdir(parents=True)
+    with pytest.raises(HeadwaterError, match="in the place of the demo's link"):
+        run.fetch_demo(tmp_path / "taken", progress=print)
+
+
 def test_the_table(console):
     results = {
         "steps": 10,

@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from headwater.cli.console import show_error, show_warning
+from headwater.cli.meta_app import meta_app
 from headwater.cli.pool_app import pool_app
 from headwater.errors import HeadwaterError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at the tasks' data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(pool_app, name="pool")
+app.add_typer(meta_app, name="meta")
 
 ConfigFile = Annotated[str, typer.Argument(metavar="FILE", help="The run's YAML file; docs/config.md lists its keys.")]
 Adapter = Annotated[
@@ -270,11 +272,18 @@ def enable_autoload(
 def demo(
     output_dir: Annotated[str, typer.Option(help="The run folder.")] = "runs/demo",
     overrides: Overrides = None,
+    fetch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Train nothing: only put the model and the tasks into this folder."),
+    ] = None,
 ) -> None:
     """Train on six real tasks with a small real model, on a CPU in minutes."""
-    from headwater.cli.demo import run
+    from headwater.cli.demo import fetch_only, run
 
-    run(output_dir, overrides or [])
+    if fetch is not None:
+        fetch_only(fetch)
+    else:
+        run(output_dir, overrides or [])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,3 +20,17 @@ def run(output_dir: str, overrides: Sequence[str]) -> None:
     quiet_libraries()
     with resumable(output_dir, ["headwater", "demo", "--output-dir", output_dir], overrides):
         run_demo(output_dir, overrides, console=out_console())
+
+
+def fetch_only(folder: str) -> None:
+    """Put the demo's model and tasks into a folder, for files of one's own to name.
+
+    Raises:
+        HeadwaterError: what is needed cannot be had, or something else is in the folder's place.
+    """
+    from headwater.demo.run import fetch_demo
+
+    quiet_libraries()
+    console = out_console()
+    fetch_demo(folder, progress=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True))
+    console.print(f"{folder} has model and tasks", highlight=False, soft_wrap=True)

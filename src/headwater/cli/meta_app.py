@@ -1,0 +1,55 @@
+"""The commands of `headwater meta` and their arguments."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+meta_app = typer.Typer(help="ICM-LoRA: train a generator that writes adapters.", no_args_is_help=True)
+
+MetaFile = Annotated[str, typer.Argument(metavar="FILE", help="A run's YAML file with a `meta:` section.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. meta.steps=100. May be repeated."),
+]
+
+
+@meta_app.command()
+def collect(file: MetaFile, overrides: Overrides = None) -> None:
+    """Train plain LoRA on each task by itself and keep its late checkpoints."""
+    from headwater.cli.meta import collect as run
+
+    run(file, overrides or [])
+
+
+@meta_app.command()
+def train(file: MetaFile, overrides: Overrides = None) -> None:
+    """Collect what is missing, train the generator, and score what it writes."""
+    from headwater.cli.meta import train as run
+
+    run(file, overrides or [])
+
+
+@meta_app.command()
+def generate(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_GENERATOR", help="What `headwater meta train` wrote.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The adapter's folder.")],
+    task: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads this at run time on Python 3.10)
+        typer.Option(metavar="NAME", help="A task that the generator was trained on."),
+    ] = None,
+    examples: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Rows of a new task; its vector is made of their prompts."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Draw an adapter instead of taking the likeliest."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write an adapter for a known task, or for a new one from examples."""
+    from headwater.cli.meta import generate as run
+
+    run(source, output, task=task, examples=examples, seed=seed, overrides=overrides or [])

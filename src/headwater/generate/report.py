@@ -1,0 +1,117 @@
+"""The report of a generator: what it writes, against what training wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..report.figures import Bar, BarGroup, grouped_bars
+from ..report.html import Cell, FigureBlock, Note, Page, Section, Table, Text, render
+from ..report.theme import colour
+from ..training.files import write_text
+
+KINDS = {
+    "base": "base model",
+    "source": "trained adapter",
+    "mean_checkpoint": "mean of its checkpoints",
+    "generated": "generated",
+    "wrong_condition": "generated, wrong task's vector",
+    "left_out": "generated, task left out",
+}
+_FILLS = {"source": "task-1", "mean_checkpoint": "task-2", "generated": "task-3"}
+
+
+def write_meta_report(folder: Path, results: dict[str, Any]) -> Path:
+    """Writes `report.html` and its figure's files into the folder, from `results.json`'s content."""
+    html, files = render(_page(results))
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    for name, data in files.items():
+        temporary = figures / f".{name}"
+        temporary.write_bytes(data)
+        temporary.replace(figures / name)
+    write_text(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def _page(results: dict[str, Any]) -> Page:
+    scores, extra = results["scores"], results["extra"]
+    kinds = [kind for kind in KINDS if kind in next(iter(scores.values()))]
+    means = {kind: sum(by[kind] for by in scores.values()) / len(scores) for kind in kinds}
+    rows = [
+        [
+            Cell(task, f"{extra['n'][task]} rows"),
+            *(Cell(f"{by[kind]:.3f}", _interval(extra["intervals"][task][kind])) for kind in kinds),
+        ]
+        for task, by in scores.items()
+    ]
+    rows.append([Cell("mean"), *(Cell(f"{means[kind]:.3f}") for kind in kinds)])
+    table = Table(["task", *(KINDS[kind] for kind in kinds)], rows, "Held-out scores, with 95 % intervals.", totals=1)
+
+    def draw(width: float) -> Any:
+        groups = [
+            BarGroup(
+                task,
+                colour("ink"),
+                [
+                    Bar(KINDS[kind], by[kind], colour(_FILLS.get(kind, "muted")), _pair(extra["intervals"][task][kind]))
+                    for kind in kinds
+                ],
+                mark=extra["majority"][task],
+                mark_note="commonest answer" if extra["majority"][task] is not None else "",
+            )
+            for task, by in scores.items()
+        ]
+        return grouped_bars(groups, width)
+
+    figure = FigureBlock(
+        "generated-against-trained",
+        "Held-out score of each adapter, per task. The line is what always giving the commonest answer scores.",
+        "Bars of the scores in the table above.",
+        draw,
+    )
+    storage = extra["storage_bytes"]
+    distances = Table(
+        ["generated for", *extra["distance"]],
+        [[Cell(task), *(Cell(f"{d:.3f}") for d in by.values())] for task, by in extra["distance"].items()],
+        "Mean squared distance in normalised weights to each task's mean checkpoint. Own task: near 0 when learned.",
+    )
+    size = {name: f"{value / 2**20:.1f} MiB" for name, value in storage.items()}
+    kept = (
+        f"The generator takes {size['generator']}, one adapter {size['adapter']}, one adapter per task "
+        f"{size['one_adapter_per_task']}, all collected checkpoints {size['all_checkpoints']}. The generator is "
+        f"smaller than one adapter per task from {storage['tasks_to_break_even']:.0f} tasks on, "
+        "if it need not grow for them."
+    )
+    return Page(
+        "generated adapters",
+        "Does a generated adapter do what the trained one does?",
+        f"{len(scores)} tasks on {results['base_model']}, seed {results['seed']}.",
+        [
+            (KINDS[kind], f"{means[kind]:.3f}", "mean score")
+            for kind in kinds
+            if kind in ("base", "source", "generated")
+        ],
+        [
+            Section("scores", "Scores", [table, figure, *_notes(means)]),
+            Section("weights", "Weights", [distances]),
+            Section("storage", "Storage", [Text(kept)]),
+        ],
+    )
+
+
+def _notes(means: dict[str, float]) -> list[Note]:
+    notes = []
+    if means["wrong_condition"] >= means["generated"]:
+        notes.append(Note("Adapters made with another task's vector score no worse: the condition does nothing here."))
+    if "left_out" in means and means["left_out"] <= means["base"]:
+        notes.append(Note("For tasks that the generator never saw, what it writes does not beat the base model."))
+    return notes
+
+
+def _pair(interval: list[float] | None) -> tuple[float, float] | None:
+    return (interval[0], interval[1]) if interval else None
+
+
+def _interval(interval: list[float] | None) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""

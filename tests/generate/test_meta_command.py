@@ -1,0 +1,155 @@
+"""`headwater meta`: from a file to a generated adapter, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
+
+from headwater.cli import main
+from headwater.config import load_config
+from headwater.data.encode import DataSpec
+from headwater.data.rows import Row
+from headwater.generate import task_vector
+from headwater.generate.spec import MetaConfig
+
+
+def meta(capsys, *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["meta", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def finished(meta_folder) -> Path:
+    """A run of `headwater meta train` that is done, with a generator left out for each task."""
+    with pytest.raises(SystemExit) as caught:
+        main(["meta", "train", str(meta_folder / "meta.yaml"), "--set", "meta.leave_one_out=true"])
+    assert not caught.value.code
+    return meta_folder / "run"
+
+
+def test_results_and_report(finished):
+    results = json.loads((finished / "results.json").read_text())
+    kinds = {"base", "source", "mean_checkpoint", "generated", "wrong_condition", "left_out"}
+    assert set(results["scores"]) == {"animals", "colours"}
+    assert all(set(by) == kinds for by in results["scores"].values())
+    html = (finished / "report.html").read_text()
+    assert f"{results['scores']['animals']['generated']:.3f}" in html
+    assert (finished / "figures" / "generated-against-trained.svg").is_file()
+    storage = results["extra"]["storage_bytes"]
+    assert storage["all_checkpoints"] == 6 * storage["adapter"]
+
+
+def test_the_last_checkpoints_of_one_start_were_kept(finished):
+    for task in ("animals", "colours"):
+        assert sorted(p.name for p in (finished / "collect" / task).glob("step-*")) == [
+            "step-000002",
+            "step-000003",
+            "step-000004",
+        ]
+    first = {
+        t: load_file(finished / "collect" / t / "step-000004" / "adapter_model.safetensors")
+        for t in ("animals", "colours")
+    }
+    name = next(n for n in first["animals"] if n.endswith("lora_A.weight"))
+    difference = (first["animals"][name] - first["colours"][name]).abs().max()
+    assert 0 < difference < 0.05  # a few steps from the same draw, not two draws
+
+
+def test_a_generated_adapter_is_an_ordinary_lora(finished, tmp_path, capsys):
+    code, _, err = meta(capsys, "generate", finished, "--task", "colours", "--output", tmp_path / "out")
+    assert code == 0, err
+    model = PeftModel.from_pretrained(make_tiny_llama(), str(tmp_path / "out"))
+    assert model.peft_config["default"].r == 2
+    scored = load_file(finished / "adapters" / "generated" / "colours" / "adapter_model.safetensors")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(written[name], scored[name]) for name in scored)
+    code, _, err = meta(capsys, "generate", finished, "--task", "colours", "--output", tmp_path / "out")
+    assert (code, "is there already" in err) == (2, True)
+    code, _, err = meta(capsys, "generate", finished, "--task", "shapes", "--output", tmp_path / "no")
+    assert (code, "knows no task 'shapes'" in err) == (2, True)
+
+
+def test_a_new_task_from_examples(finished, meta_folder, tmp_path, capsys):
+    examples = meta_folder / "animals-train.jsonl"
+    code, _, err = meta(capsys, "generate", finished, "--examples", examples, "--output", tmp_path / "new")
+    assert code == 0, err
+    assert (tmp_path / "new" / "adapter_config.json").is_file()
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(finished, meta_folder, tmp_path):
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "headwater", "meta", "train", str(meta_folder / "meta.yaml")]
+    command += ["--set", f"output_dir={output}", "--set", "meta.leave_one_out=true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not (output / "collect" / "animals" / "collected.json").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = (output / "collect" / "animals" / "step-000004" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert not (output / "results.json").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (output / "collect" / "animals" / "step-000004" / "adapter_model.safetensors").stat().st_mtime_ns == kept
+    mine, whole = (json.loads((folder / "results.json").read_text()) for folder in (output, finished))
+    assert mine == whole
+
+
+def test_the_example_is_accepted():
+    config = load_config(Path(__file__).parents[2] / "examples" / "meta.yaml", model=MetaConfig)
+    assert len(config.tasks) == 4
+    assert config.meta.leave_one_out
+
+
+def test_mistakes_are_said_together_and_before_anything_runs(meta_folder, tmp_path, capsys):
+    code, _, err = meta(
+        capsys, "train", meta_folder / "meta.yaml", "--set", "method.name=rlora", "--set", "meta.checkpoints=9",
+        "--set", f"output_dir={tmp_path / 'none'}",
+    )  # fmt: skip
+    assert code == 2
+    assert "plain LoRA" in err
+    assert "9 checkpoints every 1 steps need 9 steps, not 4" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "none").exists()
+    code, _, err = meta(capsys, "train", meta_folder / "meta.yaml", "--set", "meta.betta=1")
+    assert (code, "did you mean `beta`" in err) == (2, True)
+
+
+def test_adapters_collected_under_other_settings_are_refused(finished, meta_folder, capsys):
+    code, _, err = meta(capsys, "collect", meta_folder / "meta.yaml", "--set", "training.learning_rate=0.5")
+    assert code == 2
+    assert "training differ" in err
+
+
+def test_the_task_vector_does_not_depend_on_batches_or_leave_hooks():
+    model, tokenizer = make_tiny_llama(), make_tiny_tokenizer()
+    rows = [Row(prompt="word " * (1 + i % 5), completion=" x") for i in range(11)]
+    model(torch.tensor([[1]]), output_hidden_states=True)  # transformers then puts hooks of its own
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    vector = task_vector(model, tokenizer, rows, DataSpec(), samples=11, normalize=False)
+    alone = [task_vector(model, tokenizer, [row], DataSpec(), normalize=False) for row in rows]
+    plain = []
+    for row in rows:
+        ids = tokenizer(row.prompt, return_tensors="pt").input_ids
+        plain.append(model(ids, output_hidden_states=True).hidden_states[-1][0, -1])
+    torch.testing.assert_close(vector, torch.stack(alone).mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(vector, torch.stack(plain).mean(0), rtol=0, atol=1e-5)
+    assert vector.shape == (32,)
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    generated = task_vector(model, tokenizer, rows[:2], DataSpec(), position="generated_mean", max_new_tokens=3)
+    assert generated.norm().item() == pytest.approx(1, abs=1e-5)
