@@ -76,8 +76,11 @@ class Stack:
 class Gate(Protocol):
     """Says what each token takes of each adapter."""
 
-    def mix(self, u: Tensor, stack: Stack, call: Call) -> Tensor:
-        """From what was read, `(tokens, rows of stack.down)`, at least float32, to the weighted ranks `(tokens, R)`."""
+    def mix(self, u: Tensor, x: Tensor, stack: Stack, call: Call) -> Tensor:
+        """From what was read of x `(tokens, d_in)` to the weighted ranks `(tokens, R)`.
+
+        u: `(tokens, rows of stack.down)`, at least float32.
+        """
         ...
 
 
@@ -88,7 +91,7 @@ class RowGate:
         self.weights = weights
         self._by_rank: dict[tuple[Any, ...], Tensor] = {}
 
-    def mix(self, u: Tensor, stack: Stack, call: Call) -> Tensor:
+    def mix(self, u: Tensor, x: Tensor, stack: Stack, call: Call) -> Tensor:
         rows, state = self.weights.shape[0], call.state
         batch = call.shape[0] if state is None or not state.batch else state.batch
         shown = call.shape[0] == batch or (state is not None and call.tokens == batch * state.length)
@@ -232,8 +235,9 @@ class PooledModel:
         if self._gate is None or stack is None:
             return None
         lead = tuple(x.shape[:-1])
-        (u,) = project(x.reshape(-1, x.shape[-1]), (stack.down,))
-        h = self._gate.mix(u, stack, self._context.call(name, lead))
+        x = x.reshape(-1, x.shape[-1])
+        (u,) = project(x, (stack.down,))
+        h = self._gate.mix(u, x, stack, self._context.call(name, lead))
         # A plain linear layer's fresh output is nobody else's; with gradients, autograd would copy a view's.
         alone = type(module) is nn.Linear and len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
         return add_update(y.reshape(-1, y.shape[-1]), h, stack.up, in_place=alone).reshape(y.shape)

@@ -1,0 +1,152 @@
+"""Arrow (arXiv 2405.11157, ICML 2024): every token goes to the adapters that change its direction most. No training.
+
+    v_e = the top right singular vector of B_e A_e                one per adapter and layer
+    z_e = | v_e . u |                                             u: the token at that layer
+    c   = softmax(top-k of z / T), 0 elsewhere
+    dy  = sum_e c_e s_e B_e A_e u
+
+B A is never formed: with A' = Q_a R_a and B = Q_b R_b the vector is Q_a times the top right singular vector of the
+r x r matrix R_b R_a'. That is exact, where PEFT's version takes 15 power iterations from a random start. Outputs are
+mixed, as in PEFT; the authors' own code mixes factors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import HeadwaterError, Problem
+from ..methods.call import Call
+from .adapter import WEIGHTS_FILE
+from .mixed import PooledModel, Stack
+from .pool import AdapterPool
+from .saved import read_fitted, write_fitted
+
+KIND = "arrow"
+NORMS = ("none", "unit", "sqrt_d")
+
+
+@dataclass(frozen=True)
+class ArrowSpec:
+    """How Arrow routes.
+
+    Args:
+        top_k: adapters per token and layer; all of them where there are fewer.
+        temperature: T, above 0.
+        input_norm: z grows with u, and so routing sharpens with it. `none` leaves that as it is in the paper; `unit`
+            divides u by its length; `sqrt_d` does that and multiplies by the square root of its width.
+    """
+
+    top_k: int = 3
+    temperature: float = 1.0
+    input_norm: Literal["none", "unit", "sqrt_d"] = "none"
+
+    def __post_init__(self) -> None:
+        problems = [
+            *([] if self.top_k >= 1 else [Problem(f"top_k is {self.top_k}, below 1", "top_k")]),
+            *([] if self.temperature > 0 else [Problem(f"{self.temperature} is not above 0", "temperature")]),
+            *([] if self.input_norm in NORMS else [Problem(f"one of {', '.join(NORMS)}", "input_norm")]),
+        ]
+        if problems:
+            raise HeadwaterError(*problems)
+
+
+def prototype(A: Tensor, B: Tensor) -> Tensor:
+    """The direction `(d_in,)` of unit length that B A stretches most, float64; zeros where B A is zero."""
+    Qa, Ra = torch.linalg.qr(A.T.double())
+    _, Rb = torch.linalg.qr(B.double())
+    _, sizes, directions = torch.linalg.svd(Rb @ Ra.T)
+    return Qa @ directions[0] if sizes[0] > 0 else Qa.new_zeros(Qa.shape[0])
+
+
+class Arrow:
+    """Arrow's routing among some of a pool's adapters. It notices when one of them is replaced in the pool.
+
+    Args:
+        pooled: the model.
+        pool: where the adapters are.
+        names: which of them; all by default.
+    """
+
+    def __init__(
+        self, pooled: PooledModel, pool: AdapterPool, names: Sequence[str] | None = None, spec: ArrowSpec | None = None
+    ):
+        self.pooled, self.pool, self.spec = pooled, pool, spec or ArrowSpec()
+        self.names = tuple(pool.names if names is None else names)
+        if not self.names:
+            raise HeadwaterError(Problem("there are no adapters to route among", str(pool.path)))
+        self._made_of: list[str] = []
+        self.prototypes: dict[str, Tensor] = {}  # layer -> (adapters, d_in), float32
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the adapters again and makes their prototypes anew."""
+        self.pooled.forget()
+        self._build({})
+
+    def _build(self, prototypes: dict[str, Tensor]) -> None:
+        self._made_of = self._hashes()
+        adapters = [self.pooled.adapter(name) for name in self.names]
+        self._stacks: dict[str, Stack] = {}
+        self._absent: dict[str, Tensor] = {}  # layer -> bool (adapters,), those that do not adapt it
+        self._most: dict[str, int] = {}  # layer -> adapters that a token can go to there
+        for layer, stack in self.pooled.stack(adapters).items():
+            held = [adapter.layers.get(layer) for adapter in adapters]
+            self._absent[layer] = torch.tensor([factors is None for factors in held], device=stack.down.device)
+            self._most[layer] = min(self.spec.top_k, sum(factors is not None for factors in held))
+            if layer not in prototypes:
+                width = stack.down.shape[1]
+                rows = [torch.zeros(width) if f is None else prototype(f.A.cpu(), f.B.cpu()).float() for f in held]
+                prototypes[layer] = torch.stack(rows)
+            down = torch.cat([stack.down, prototypes[layer].to(stack.down)])
+            self._stacks[layer] = dataclasses.replace(stack, down=down)
+        self.prototypes = prototypes
+
+    def _hashes(self) -> list[str]:
+        return [self.pool[name].sha256[WEIGHTS_FILE] for name in self.names]
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Forwards and `generate` inside route every token at every layer."""
+        if self._hashes() != self._made_of:
+            self.refresh()
+        with self.pooled.use(self._stacks, self):
+            yield
+
+    def mix(self, u: Tensor, x: Tensor, stack: Stack, call: Call) -> Tensor:
+        z = u[:, stack.ranks :].abs()
+        if self.spec.input_norm != "none":
+            length = x.to(u.dtype).norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+            z = z / length * (x.shape[-1] ** 0.5 if self.spec.input_norm == "sqrt_d" else 1.0)
+        best = z.masked_fill(self._absent[call.name], -torch.inf).topk(self._most[call.name])
+        chosen = torch.softmax(best.values / self.spec.temperature, -1)
+        gate = torch.zeros_like(z).scatter(-1, best.indices, chosen)
+        call.saw_gate(gate)
+        return u[:, : stack.ranks] * stack.spread(gate)
+
+    def save(self, folder: Path, **fields: Any) -> None:
+        """Write the settings and the prototypes. `fields` are kept beside them."""
+        kept = {**dataclasses.asdict(self.spec), **fields}
+        write_fitted(folder, KIND, self.pool, self.names, kept, self.prototypes)
+
+    @classmethod
+    def load(cls, folder: Path, pool: AdapterPool, pooled: PooledModel) -> Arrow:
+        """Routing as it was saved.
+
+        Raises:
+            HeadwaterError: the files are damaged, or the pool's adapters are others now.
+        """
+        names, fields, tensors = read_fitted(folder, KIND, pool)
+        known = {field.name for field in dataclasses.fields(ArrowSpec)}
+        arrow = cls.__new__(cls)
+        arrow.pooled, arrow.pool, arrow.names = pooled, pool, tuple(names)
+        arrow.spec = ArrowSpec(**{key: value for key, value in fields.items() if key in known})
+        arrow._build(tensors)
+        return arrow

@@ -1,0 +1,107 @@
+"""What was fitted on a pool's adapters, in a folder: `<kind>.json` and, where there are tensors, `<kind>.safetensors`.
+
+Both name the adapters, in order, and the first their files' hashes: gates of other adapters would route to anything.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import HeadwaterError, Problem
+from .adapter import WEIGHTS_FILE, Adapter, write_adapter
+from .pool import AdapterPool
+
+SCHEMA = 1
+
+
+def write_fitted(
+    folder: Path,
+    kind: str,
+    pool: AdapterPool,
+    names: Sequence[str],
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+    adapter: Adapter | None = None,
+) -> None:
+    """Write a folder; it appears when it is whole, in the place of what was there.
+
+    Args:
+        kind: `flow`, `hub` or `arrow`; names the files.
+        fields: more to keep, fit for JSON.
+        adapter: written as PEFT's files into the same folder.
+    """
+    from safetensors.torch import save_file
+
+    from ..training.files import replace_folder, write_json
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        adapters = {name: pool[name].sha256[WEIGHTS_FILE] for name in names}
+        write_json(work / f"{kind}.json", {"schema": SCHEMA, "kind": kind, "adapters": adapters, **fields})
+        if tensors:
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(held, work / f"{kind}.safetensors", metadata={"adapters": json.dumps(list(names))})
+        if adapter is not None:
+            write_adapter(adapter, work, pool.base_model)
+        work.chmod(0o755)
+        replace_folder(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def kind_of(folder: Path) -> str:
+    """What was fitted in the folder: `flow`, `hub` or `arrow`.
+
+    Raises:
+        HeadwaterError: there is nothing of the kind.
+    """
+    for kind in ("flow", "hub", "arrow"):
+        if (folder / f"{kind}.json").is_file():
+            return kind
+    fix = "headwater pool flow, hub and arrow write such folders"
+    raise HeadwaterError(Problem("nothing fitted on a pool is in this folder", str(folder), fix))
+
+
+def read_fitted(folder: Path, kind: str, pool: AdapterPool) -> tuple[list[str], dict[str, Any], dict[str, Tensor]]:
+    """The adapters' names in order, the other fields, and the tensors.
+
+    Raises:
+        HeadwaterError: a file is missing or damaged, or the pool's adapters are not those that it was fitted on.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / f"{kind}.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        schema, adapters = fields.pop("schema"), dict(fields.pop("adapters"))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise HeadwaterError(Problem(f"not readable: {error!r}", str(file))) from None
+    if schema != SCHEMA or fields.pop("kind", None) != kind or not adapters:
+        raise HeadwaterError(Problem(f"this is not version {SCHEMA} of a {kind} file", str(file)))
+    names, tensors = list(adapters), {}
+    weights = folder / f"{kind}.safetensors"
+    if weights.exists():
+        try:
+            with safe_open(weights, "pt") as opened:
+                listed = json.loads((opened.metadata() or {}).get("adapters", "[]"))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise HeadwaterError(Problem(f"not readable: {error}", str(weights))) from None
+        if listed != names:
+            what = f"the tensors are of the adapters {', '.join(listed)}, and {file.name} names {', '.join(names)}"
+            raise HeadwaterError(Problem(what, str(weights), "restore both files as they were written"))
+    pool.require(*names)
+    changed = [name for name in names if pool[name].sha256[WEIGHTS_FILE] != adapters[name]]
+    if changed:
+        fix = "fit it again on the adapters that are in the pool now"
+        what = "the pool's adapter {!r} is not the one that this was fitted on"
+        raise HeadwaterError(*(Problem(what.format(name), str(file), fix) for name in changed))
+    return names, fields, tensors

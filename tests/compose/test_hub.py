@@ -1,0 +1,171 @@
+"""LoRAHub: the composed adapter and the objective against their equations, the search, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from pool_support import MLP, make_pool, merged
+from tiny_models import make_tiny_llama
+
+from headwater.compose import Adapter, PooledModel
+from headwater.compose.adapter import read_adapter
+from headwater.compose.hub import BOX, HubSpec, compose, search
+from headwater.data.encode import Encoded
+from headwater.errors import HeadwaterError
+
+NAMES = ["a", "b", "c"]
+PLANS = {name: {"r": 4, "lora_alpha": 8, "target_modules": MLP, "size": 0.2} for name in NAMES}
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def sharp():
+    """The tiny model with logits that differ enough for adapters to matter."""
+    model = make_tiny_llama()
+    model.lm_head.weight.data *= 40
+    return model
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return make_pool(tmp_path_factory.mktemp("pool"), {**PLANS, "wide": {**PLANS["a"], "r": 6}})
+
+
+@pytest.fixture
+def pooled(pool):
+    return PooledModel(sharp(), pool.load)
+
+
+def rows(pool, count=8, planted="b"):
+    """Rows whose completions one adapter of the pool finds likely."""
+    generator = torch.Generator().manual_seed(5)
+    model = merged(sharp(), (1.0, pool.load(planted)))
+    made = []
+    for _ in range(count):
+        prompt = torch.randint(0, 256, (6,), generator=generator)
+        with torch.no_grad():
+            answer = model.generate(input_ids=prompt[None], max_new_tokens=4, do_sample=False)[0, 6:].tolist()
+        made.append(Encoded([*prompt.tolist(), *answer], [-100] * 6 + answer, 0))
+    return made
+
+
+def loss_of(model, made):
+    """Mean -log p over all completion tokens, row by row."""
+    total, count = 0.0, 0
+    for row in made:
+        with torch.no_grad():
+            log_p = F.log_softmax(model(torch.tensor([row.input_ids])).logits[0], -1)
+        for position, label in enumerate(row.labels):
+            if label != -100:
+                total, count = total - log_p[position - 1, label].item(), count + 1
+    return total / count
+
+
+def test_the_composed_adapter_is_the_equation(pool):
+    adapters, w = [pool.load(name) for name in NAMES], [0.5, -1.2, 0.7]
+    layers = [a.layers[DOWN] for a in adapters]
+    A = sum(w_i * f.A.double() for w_i, f in zip(w, layers, strict=True))
+    B = sum(w_i * f.B.double() for w_i, f in zip(w, layers, strict=True))
+
+    def delta(*weights):
+        return compose(adapters, weights).layers[DOWN].delta().double()
+
+    torch.testing.assert_close(delta(*w), 2.0 * B @ A, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(delta(*(-x for x in w)), delta(*w), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(delta(*(2 * x for x in w)), 4 * delta(*w), rtol=1e-5, atol=1e-5)
+    for sign in (1.0, -1.0):
+        torch.testing.assert_close(delta(0, sign, 0), layers[1].delta().double(), rtol=1e-5, atol=1e-6)
+    assert not delta(0, 0, 0).any()
+
+
+def test_adapters_of_another_shape_are_refused(pool, pooled):
+    with pytest.raises(HeadwaterError, match="rank is 6, and a's 4"):
+        compose([pool.load("a"), pool.load("wide")], [1, 1])
+    a = pool.load("a")
+    louder = Adapter("louder", {k: dataclasses.replace(f, scaling=3.0) for k, f in a.layers.items()})
+    fewer = Adapter("fewer", dict(list(a.layers.items())[:1]))
+    with pytest.raises(HeadwaterError, match="scaling is 3, and a's 2") as caught:
+        compose([a, louder, fewer], [1, 1, 1])
+    assert "fewer: it adapts other layers than a" in str(caught.value)
+    with pytest.raises(HeadwaterError, match="rank is 6"):
+        search(pooled, ["a", "wide"], rows(pool, 1), 258, HubSpec())
+
+
+@pytest.mark.parametrize("penalty", ["paper", "official"])
+def test_every_evaluation_is_the_objective(pool, pooled, penalty):
+    made, calls = rows(pool, 5), []
+    spec = HubSpec(budget=6, penalty=penalty)
+    found = search(pooled, NAMES, made, 258, spec, progress=lambda *call: calls.append(call))
+    assert [call[:2] for call in calls] == [(i, 6) for i in range(1, 7)]
+    assert found.evaluations[0]["weights"] == [0.0, 0.0, 0.0]
+    at_zero = loss_of(sharp(), made) / (5 if penalty == "official" else 1)
+    assert found.evaluations[0]["objective"] == pytest.approx(at_zero, rel=1e-4)
+    adapters = [pool.load(name) for name in NAMES]
+    for evaluation in found.evaluations:
+        loss = loss_of(merged(sharp(), (1.0, compose(adapters, evaluation["weights"]))), made)
+        assert evaluation["loss"] == pytest.approx(loss, rel=1e-3)
+        size = sum(abs(w) for w in evaluation["weights"])
+        want = loss + 0.05 * size if penalty == "paper" else loss / 5 + 0.05 * size / 3
+        assert evaluation["objective"] == pytest.approx(want, rel=1e-3)
+
+
+def test_a_planted_task_is_found(pool, pooled):
+    found = search(pooled, NAMES, rows(pool), 258, HubSpec())
+    assert len(found.evaluations) == 40
+    assert all(abs(w) <= BOX for e in found.evaluations for w in e["weights"])
+    assert found.objective == min(e["objective"] for e in found.evaluations)
+    best = next(e for e in found.evaluations if e["objective"] == found.objective)
+    assert list(found.weights.values()) == best["weights"]
+    assert found.optimiser.startswith("NGOpt -> ")
+    assert len(found.optimiser) > len("NGOpt -> ")
+    generator = torch.Generator().manual_seed(0)
+    held_out = rows(pool, 16)[8:]
+    at_random = [
+        loss_of(merged(sharp(), (1.0, compose([pool.load(n) for n in NAMES], w.tolist()))), held_out)
+        for w in (torch.rand(5, 3, generator=generator) * 2 - 1) * BOX
+    ]
+    loss = loss_of(merged(sharp(), (1.0, found.adapter)), held_out)
+    assert loss < loss_of(sharp(), held_out)
+    assert loss < sum(at_random) / len(at_random)
+    assert abs(abs(found.weights["b"]) - 1) < 0.3  # w and -w are the same adapter
+    assert max(abs(found.weights["a"]), abs(found.weights["c"])) < 0.3
+    assert search(pooled, NAMES, rows(pool), 258, HubSpec()).evaluations == found.evaluations
+
+
+def test_another_optimiser(pool, pooled):
+    spec = HubSpec(budget=5, optimiser="CMA", seed=1)
+    found = search(pooled, NAMES, rows(pool, 2), 258, spec)
+    assert found.optimiser.startswith("CMA -> CMA")
+    assert search(pooled, NAMES, rows(pool, 2), 258, spec).evaluations == found.evaluations
+    assert search(pooled, NAMES, rows(pool, 2), 258, dataclasses.replace(spec, seed=2)).evaluations != found.evaluations
+    with pytest.raises(HeadwaterError, match="no optimiser 'Nobody'"):
+        search(pooled, NAMES, rows(pool, 1), 258, HubSpec(optimiser="Nobody"))
+    with pytest.raises(HeadwaterError, match="no rows"):
+        search(pooled, NAMES, [], 258, HubSpec())
+
+
+def test_saved_and_read_back_exactly(pool, pooled, tmp_path):
+    found = search(pooled, NAMES, rows(pool, 2), 258, HubSpec(budget=4))
+    found.save(tmp_path / "hub", pool, task="t")
+    again = read_adapter(tmp_path / "hub", "hub", pool.fingerprint.layers)
+    for layer, factors in found.adapter.layers.items():
+        assert torch.equal(again.layers[layer].A, factors.A)
+        assert torch.equal(again.layers[layer].B, factors.B)
+        assert again.layers[layer].scaling == factors.scaling
+    record = json.loads((tmp_path / "hub" / "hub.json").read_text())
+    assert (record["weights"], record["optimiser"], record["task"]) == (found.weights, found.optimiser, "t")
+    inputs = torch.arange(6)[None]
+    with torch.no_grad():
+        stock = PeftModel.from_pretrained(sharp(), tmp_path / "hub").eval()(inputs).logits
+        ours = merged(sharp(), (1.0, found.adapter))(inputs).logits
+    torch.testing.assert_close(stock, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_without_nevergrad(pool, pooled, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nevergrad", None)
+    with pytest.raises(HeadwaterError, match=r"pip install 'headwater\[pool\]'"):
+        search(pooled, NAMES, rows(pool, 1), 258, HubSpec())
