@@ -170,10 +170,15 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _method_knows_the_number_of_tasks(self) -> Self:
-        known = [field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])]
-        if "num_tasks" in known and self.method.setdefault("num_tasks", len(self.tasks)) < len(self.tasks):
-            what = f"num_tasks is {self.method['num_tasks']}, but there are {len(self.tasks)} tasks"
-            raise HeadwaterError(Problem(what, "method.num_tasks", "leave it out to have it counted"))
+        from headwater.methods.base import MethodConfig, make_config
+
+        if "num_tasks" in (field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])):
+            self.method.setdefault("num_tasks", len(self.tasks))
+        config = make_config(**self.method)
+        if isinstance(config, MethodConfig):
+            problems = [problem for problem in config.problems_with_tasks(len(self.tasks)) if problem is not None]
+            if problems:
+                raise HeadwaterError(*(dataclasses.replace(p, where=f"method.{p.where}") for p in problems))
         return self
 
     @property
@@ -255,6 +260,9 @@ def dump_config(config: RunConfig) -> str:
         del data["mixture"]["batching"]  # left open, it is balanced where an alignment loss needs that
     data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
     data["output_dir"] = str(Path(data["output_dir"]).absolute())
+    for field in getattr(_method_configs()[data["method"]["name"]], "files", ()):
+        if data["method"].get(field):
+            data["method"][field] = _absolute(Path.cwd(), data["method"][field])
     for task in data["tasks"]:
         for split in ("train", "validation", "test"):
             if task.get(split):
