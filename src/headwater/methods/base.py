@@ -269,6 +269,8 @@ class Method:
     """One registered method.
 
     `peft_type` is the method's name in capitals, in the file format as well; `family` groups methods in listings.
+    `rank_field` and `heads_field` name the config fields that set its size, for comparisons at equal parameters;
+    a method without heads has no `heads_field`.
     """
 
     name: str
@@ -279,6 +281,8 @@ class Method:
     branch: type[Branch]
     needs_task_ids: bool = False
     mergeable: bool = False
+    rank_field: str = "r"
+    heads_field: str | None = None
 
     @property
     def peft_type(self) -> str:

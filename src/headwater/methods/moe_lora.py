@@ -294,5 +294,6 @@ register(
         family="mixture",
         config=MoeLoraConfig,
         branch=MoeLoraBranch,
+        heads_field="num_experts",
     )
 )
