@@ -17,10 +17,9 @@ from torch import nn
 from . import layers, measure
 from .layers import FLOOR, LOOP, Shape
 
-SHAPES = (
-    Shape(896, 4864, 2048),
+ALL_METHODS = (Shape(896, 4864, 2048), Shape(4864, 896, 2048))
+R_LORA = (
     Shape(896, 4864, 2048, dropout=0.0),
-    Shape(4864, 896, 2048),
     Shape(640, 2048, 2048),
     Shape(2048, 640, 2048),
     Shape(896, 4864, 512),
@@ -82,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     measure.prepare(options)
     results = []
-    for shape in SMOKE if options.smoke else SHAPES:
-        result = run(shape, methods=options.methods, rounds=options.rounds, seed=options.seed)
+    for shape in SMOKE if options.smoke else (*ALL_METHODS, *R_LORA):
+        methods = ["rlora"] if shape in R_LORA else options.methods
+        result = run(shape, methods=methods, rounds=options.rounds, seed=options.seed)
         show(shape, result)
         results.append(result)
     found = {"environment": measure.environment(options), "shapes": results}

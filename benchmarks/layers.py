@@ -84,11 +84,11 @@ def frozen_linear(shape: Shape, dtype: torch.dtype = torch.float32, device: str 
     return nn.Linear(shape.d_in, shape.d_out, bias=False, dtype=dtype, device=device).requires_grad_(False)
 
 
-def config_of(name: str, *, r: int, N: int, dropout: float, num_tasks: int = 3) -> Any:
+def config_of(name: str, *, r: int, N: int, dropout: float, num_tasks: int = 3, **extra: Any) -> Any:
     """A method's config with up-projections of N r ranks altogether, and the same dropout for all.
 
     Methods with heads or experts get N of rank r; the others one of rank N r. Dropout is on the heads where a method
-    has that, else on the input, as in PEFT's LoRA.
+    has that, else on the input, as in PEFT's LoRA. `extra` are further fields.
     """
     total = N * r
     special: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def config_of(name: str, *, r: int, N: int, dropout: float, num_tasks: int = 3) 
     fields |= {key: N for key in ("num_heads", "num_experts") if key in known}
     fields |= {"num_tasks": num_tasks} if "num_tasks" in known else {}
     fields["head_dropout" if "head_dropout" in known else "lora_dropout"] = dropout
-    fields |= special.get(name, {})
+    fields |= special.get(name, {}) | extra
     return make_config(name, init_seed=0, **fields)
 
 
@@ -125,9 +125,9 @@ def peft_lora(linear: nn.Linear, r: int, dropout: float) -> nn.Module:
     return adapted(linear, LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout))
 
 
-def ours(linear: nn.Linear, shape: Shape, name: str = "rlora", num_tasks: int = 3, **keywords: Any) -> nn.Module:
+def ours(linear: nn.Linear, shape: Shape, name: str = "rlora", num_tasks: int = 3, **extra: Any) -> nn.Module:
     """One of headwater's methods on the layer; called with task ids where it needs them."""
-    config = config_of(name, r=shape.r, N=shape.N, dropout=shape.dropout, num_tasks=num_tasks)
+    config = config_of(name, r=shape.r, N=shape.N, dropout=shape.dropout, num_tasks=num_tasks, **extra)
     model = adapted(linear, config)
     return WithTasks(model, shape.rows, num_tasks) if config.needs_task_ids else model
 

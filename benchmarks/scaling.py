@@ -1,6 +1,6 @@
 """How the cost of one adapted linear layer grows with heads N, rank r, tasks T and tokens.
 
-    python -m benchmarks.scaling --json benchmarks/results/scaling.json --plot benchmarks/results/scaling
+    python -m benchmarks.scaling --json benchmarks/results/scaling.json --plot docs/images/scaling
 
 The floor is the frozen linear's forward and the gradient of its input, measured in the same rounds; the plot draws it.
 """
@@ -95,45 +95,39 @@ def draw(found: Sequence[dict[str, Any]], base: Shape, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     from headwater.report.theme import colour, style
 
-    colours = {OURS: "accent", MTL: "accent", PEFT_SAME_RANK: "task-0", PEFT_TOTAL_RANK: "task-5", LOOP: "task-1"}
+    colours = {OURS: "accent", MTL: "task-2", PEFT_SAME_RANK: "task-0", PEFT_TOTAL_RANK: "task-5", LOOP: "task-1"}
+    lines: dict[str, Any] = {}
     with style():
-        figure, axes = plt.subplots(1, len(found), figsize=(15, 4), layout="constrained")
+        figure, axes = plt.subplots(1, len(found), figsize=(13, 4.2), layout="constrained", sharey=True)
         for ax, one in zip(axes, found, strict=True):
-            ax.axhline(1.0, color=colour("ink"), linewidth=1.0, linestyle=(0, (4, 3)))
-            ax.annotate(
-                "frozen layer (floor)",
-                (0.02, 1.0),
-                (0, -11),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=9,
-                color=colour("muted"),
-            )
+            ax.axhline(1.0, color=colour("ink"), linewidth=1.2, linestyle=(0, (4, 3)))
             for name, points in one["variants"].items():
                 if name == FLOOR:
                     continue
                 at = [int(value) for value in points]
+                low, high = ([point[key] for point in points.values()] for key in ("min", "max"))
                 medians = [point["median"] for point in points.values()]
-                low = [point["min"] for point in points.values()]
-                high = [point["max"] for point in points.values()]
                 shade = colour(colours[name])
                 ax.fill_between(at, low, high, color=shade, alpha=0.15, linewidth=0)
-                ax.plot(at, medians, marker="o", markersize=4, color=shade, label=name)
-            ax.set_xscale("log", base=10 if "tasks" in one["axis"] else 2)
+                (lines[name],) = ax.plot(at, medians, marker="o", markersize=4, color=shade)
+            ax.set_xscale("log")
             ax.set_xticks(one["values"], [f"{value:,}" for value in one["values"]])
-            ax.minorticks_off()
             ax.set_yscale("log")
             ax.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
-            top = max(p["max"] for points in one["variants"].values() for p in points.values())
-            ax.set_ylim(0.88, max(2.0, top * 1.1))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.set_ylim(bottom=0.86)
             ax.grid(axis="y")
             ax.set_xlabel(one["axis"])
-            ax.legend(frameon=False, fontsize=9, loc="upper left")
+        axes[0].annotate("frozen layer (floor)", (0.03, 1.0), (0, -12), xycoords=("axes fraction", "data"),
+                         textcoords="offset points", fontsize=9.5, color=colour("muted"))  # fmt: skip
         axes[0].set_ylabel("time / frozen layer")
-        figure.suptitle(f"Forward + backward of one adapted linear layer, {base.title}, where not varied", fontsize=11)
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
+        figure.suptitle(f"Forward + backward of one adapted linear layer, {base.title} where not varied", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path.with_suffix(".png"), dpi=130)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

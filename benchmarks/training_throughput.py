@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="*", default=layers.method_names(), help="methods to run, by name")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--num-heads", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="steps of a run of each trainer")
+    parser.add_argument("--steps", type=int, default=25, help="steps of a run of each trainer")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each trainer; 0 leaves them out")
     parser.add_argument("--tasks", type=Path, default=cache_dir() / "demo" / "tasks", help="folder of task folders")
     options = parser.parse_args(argv)

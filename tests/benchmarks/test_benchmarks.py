@@ -9,9 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
-from benchmarks import adapter_speed, decode_speed, gpu_speed, measure, scaling, training_throughput
+from benchmarks import (
+    adapter_speed,
+    decode_speed,
+    formulations,
+    gpu_speed,
+    layers,
+    measure,
+    scaling,
+    training_throughput,
+)
+from benchmarks.layers import Shape
 
 FEW = ["--rounds", "2"]
 METHODS = ["--methods", "rlora", "mtl_lora", "cond_mixlora"]
@@ -33,6 +44,29 @@ def test_adapter_speed(tmp_path, capsys):
     assert {"floor", "PEFT LoRA r=2", "R-LoRA, public loop", "R-LoRA", "SMoRA"} <= found.keys()
     assert found["floor"]["saved"] == 0
     assert found["floor"]["flops"] == 1
+
+
+def test_formulations(tmp_path, capsys):
+    formulations.main(["--smoke", *FEW, "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert {"floor", "headwater", "heads as one batched matmul"} <= found["shapes"][0]["variants"].keys()
+
+
+def test_formulations_are_one_equation():
+    """Without dropout, and with one A, router and B, they agree."""
+    shape = Shape(6, 10, 8, r=2, N=3, dropout=0.0, rows=2)
+    torch.manual_seed(0)
+    linear = layers.frozen_linear(shape)
+    x, _ = shape.inputs()
+    loop = layers.PublicLoop(linear, 2, 3, 0.0)
+    expected = loop(x)
+    for form in (formulations.InPlace, formulations.OutOfPlace, formulations.BatchedHeads, formulations.DroppedInputs):
+        model = form(linear, shape)
+        with torch.no_grad():
+            model.A.copy_(loop.A.weight)
+            model.router.copy_(loop.router.weight)
+            model.B.copy_(torch.stack([up.weight.T for up in loop.B]))
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_scaling_draws_its_picture(tmp_path, capsys):
@@ -72,8 +106,6 @@ def test_gpu_speed_runs_on_the_cpu_as_well(tmp_path, capsys):
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():
-    import torch
-
     layer = torch.nn.Linear(6, 4).requires_grad_(True)
     x = torch.randn(5, 6, requires_grad=True)
     assert measure.saved_bytes(lambda: layer(x), without=layer) == x.nbytes
@@ -81,8 +113,6 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
 
 
 def test_in_place_products_count_as_work():
-    import torch
-
     y, a, b = torch.zeros(5, 7), torch.ones(5, 3), torch.ones(3, 7)
     assert measure.flops(lambda: y.addmm_(a, b)) == 2 * 5 * 3 * 7
 

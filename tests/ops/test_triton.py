@@ -37,14 +37,15 @@ COMPILE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from headwater.ops import triton_heads
-from headwater.ops.dropout import M0, M1, M2
+from headwater.ops import triton_dropout, triton_heads
 
-pointers = {"z": "*bf16", "h": "*bf16", "dh": "*bf16", "dz": "*bf16", "gate": "*fp32", "dgate": "*fp32", "seed": "*i64"}
-for kernel in (triton_heads._forward, triton_heads._backward):
+pointers = {name: "*bf16" for name in ("z", "h", "dh", "dz", "values", "out")}
+pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "size": "i64"}
+for kernel in (triton_heads._forward, triton_heads._backward, triton_dropout._drop):
     for fixed in (False, True):
-        constants = dict(SCALE=1.25, DROPS=True, FIXED=fixed, WIDE=tl.float32, M0=M0, M1=M1, M2=M2)
-        constants |= dict(HEADS=4, RANKS=8, TOKENS=128)
+        constants = dict(SCALE=1.25, DROPS=True, FIXED=fixed, WIDE=tl.float32)
+        constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024)
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         names = kernel.arg_names
         signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
         places = {(names.index(name),): value for name, value in constants.items()}
@@ -68,5 +69,16 @@ def test_a_tensor_on_the_cpu_is_refused(monkeypatch):
     from headwater.ops import gated_heads
 
     monkeypatch.setenv("HEADWATER_OPS", "triton")
-    with pytest.raises(HeadwaterError, match=r"need a GPU.*\n?.*HEADWATER_OPS"):
+    with pytest.raises(HeadwaterError, match=r"need a GPU[\s\S]*HEADWATER_OPS"):
         gated_heads(torch.ones(3, 2), torch.ones(3, 2))
+
+
+def test_triton_that_is_not_installed_is_said(monkeypatch):
+    from headwater import HeadwaterError
+    from headwater.ops import dispatch
+
+    monkeypatch.setattr(dispatch, "triton_is_here", lambda: False)
+    assert dispatch.implementation(torch.device("cuda")) == "autograd"
+    monkeypatch.setenv("HEADWATER_OPS", "triton")
+    with pytest.raises(HeadwaterError, match=r"not installed[\s\S]*headwater\[triton\]"):
+        dispatch.implementation(torch.device("cuda"))

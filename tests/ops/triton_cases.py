@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headwater.ops import gated_heads, heads, triton_heads
-from headwater.ops.dropout import keep_mask
+from headwater.ops import gated_heads, heads, triton_dropout, triton_heads
+from headwater.ops.dropout import drop, keep_mask
 
 DEVICE = os.environ["HEADWATER_TEST_DEVICE"]
 CLOSE = {
@@ -50,7 +50,9 @@ def key(seed: int = 2**61 + 12345) -> Tensor:
 def expected(z: Tensor, gate: Tensor, dh: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, ...]:
     """h, dz and the gate's gradient through plain autograd in float64."""
     z, gate = (t.detach().double().requires_grad_() for t in (z, gate))
-    h = heads.reference(z, gate, seed, p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADWATER_OPS", "reference")
+        h = heads.reference(z, gate, seed, p)
     dz, dgate = torch.autograd.grad(h, (z, gate), dh.double(), allow_unused=True)
     return h.detach(), dz, torch.empty(0, device=DEVICE) if dgate is None else dgate
 
@@ -121,6 +123,25 @@ def test_gradcheck_through_the_dispatcher(fixed):
     )
 
 
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("first_row", [0, 7, 10**6, 2**31])
+def test_dropped_tensors(dtype, first_row, monkeypatch):
+    x, seed = noise(70, 33, seed=1, dtype=dtype), key()
+    monkeypatch.setenv("HEADWATER_OPS", "autograd")
+    want = drop(x.double(), seed, 0.3, first_row=first_row)
+    for strided in (x, x.T.contiguous().T):
+        got = triton_dropout.drop(strided, seed, 0.3, first_row)
+        assert torch.equal(got == 0, want == 0)
+        torch.testing.assert_close(got, want.to(dtype), **CLOSE[dtype])
+    assert triton_dropout.drop(x[:0], seed, 0.3, first_row).shape == (0, 33)
+
+
+def test_gradcheck_of_dropped_tensors():
+    x = noise(4, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: triton_dropout.drop(x, key(), 0.3, 2), (x,))
+    torch.library.opcheck(torch.ops.headwater.drop, (x, key(), 0.3, 2))
+
+
 def test_a_compiled_graph_calls_the_kernels():
     z, gate, dh = inputs(40, 3, 2, fixed=False)
 
@@ -140,7 +161,8 @@ def test_a_compiled_graph_calls_the_kernels():
 def test_a_layer_trains_as_with_the_other_implementation(name, autocast, monkeypatch):
     from adapted_linear import adapt, move, parameters
 
-    model = move(adapt(name, 24, 40, dtype=torch.float32, num_heads=3, r=4), seed=5, size=0.3).to(DEVICE).train()
+    fields = {"num_heads": 3, "r": 4, "lora_dropout": 0.2}
+    model = move(adapt(name, 24, 40, dtype=torch.float32, **fields), seed=5, size=0.3).to(DEVICE).train()
     x = noise(2, 70, 24, seed=6, dtype=torch.float32).requires_grad_()
     found = []
     for chosen in ("triton", "autograd"):

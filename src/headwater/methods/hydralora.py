@@ -106,6 +106,5 @@ register(
         family="multi-head",
         config=HydraLoraConfig,
         branch=HydraLoraBranch,
-        heads_field="num_heads",
     )
 )

@@ -143,6 +143,5 @@ register(
         family="mixture",
         config=MaLoraConfig,
         branch=MaLoraBranch,
-        heads_field="num_experts",
     )
 )

@@ -63,6 +63,5 @@ register(
         config=MLoraConfig,
         branch=MLoraBranch,
         mergeable=True,
-        heads_field="num_heads",
     )
 )

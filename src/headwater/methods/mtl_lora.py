@@ -129,6 +129,5 @@ register(
         config=MtlLoraConfig,
         branch=MtlLoraBranch,
         needs_task_ids=True,
-        heads_field="num_heads",
     )
 )

@@ -76,6 +76,5 @@ register(
         config=MultiLoraConfig,
         branch=MultiLoraBranch,
         mergeable=True,
-        heads_field="num_heads",
     )
 )

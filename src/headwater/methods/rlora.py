@@ -227,6 +227,5 @@ register(
         family="multi-head",
         config=RLoraConfig,
         branch=RLoraBranch,
-        heads_field="num_heads",
     )
 )

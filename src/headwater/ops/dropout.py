@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import implementation
+
 M0, M1, M2 = -1640531527, 0x21F0AAAD, 0x735A2D97
 BITS = 31
 
@@ -58,6 +60,10 @@ def keep_mask(
 
 
 def drop(values: Tensor, seed: Tensor, p: float, *, first_row: int = 0) -> Tensor:
-    """`values` `(rows, columns)` with dropped entries 0 and kept ones divided by `1 - p`."""
+    """`values` `(rows, columns)` with dropped entries 0 and kept ones divided by `1 - p`; differentiable."""
+    if implementation(values.device) == "triton":
+        from .triton_dropout import drop as one_kernel
+
+        return one_kernel(values, seed, p, first_row)
     kept = keep_mask(seed, values.shape[0], values.shape[1], p, first_row=first_row)
     return torch.where(kept, values, 0) * (1 / (1 - p))

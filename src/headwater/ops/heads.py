@@ -21,39 +21,15 @@ The contract of a pair of kernels, in any implementation:
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import HeadwaterError, Problem
+from .dispatch import implementation
 from .dropout import drop, keep_mask
 from .lowrank import spread_heads
-
-IMPLEMENTATIONS = ("reference", "autograd", "triton")
-
-
-def implementation(device: torch.device) -> str:
-    """The name of the implementation that runs on a device.
-
-    Raises:
-        HeadwaterError: if `HEADWATER_OPS` names none, or one that cannot run here.
-    """
-    forced = os.environ.get("HEADWATER_OPS", "")
-    if forced and forced not in IMPLEMENTATIONS:
-        raise HeadwaterError(
-            Problem(f"{forced!r} is no implementation", "HEADWATER_OPS", f"use one of {', '.join(IMPLEMENTATIONS)}")
-        )
-    return forced or ("triton" if device.type == "cuda" and _triton_is_here() else "autograd")
-
-
-@functools.cache
-def _triton_is_here() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", f"{__package__}.triton_heads"))
 
 
 def _kernels(chosen: str) -> Any:

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import HeadwaterError, Problem
-from .dropout import M0, M1, M2, threshold
+from .dropout import threshold
+from .triton_dropout import M0, int32, keeps, require_gpu, wide
 
 ELEMENTS = 2048
 """Entries of a block: ranks or heads (whichever are more) times tokens."""
@@ -37,31 +37,16 @@ def _gates(gate, token, inside, head, stride_t, stride_n, N, FIXED: tl.constexpr
 
 
 @triton.jit
-def _kept(seed, token, column, step, limit, M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
-    """`dropout.keep_mask` at `(columns, tokens)`: the same int32 arithmetic."""
-    bits = tl.load(seed)
-    low = (bits & 0x7FFFFFFF).to(tl.int32)
-    high = ((bits >> 31) & 0x7FFFFFFF).to(tl.int32)
-    h = (token.to(tl.int32) * step + low)[None, :] + (column.to(tl.int32) * M0)[:, None]
-    h = h ^ (h >> 16)
-    h = h * M1
-    h = h ^ high
-    h = h ^ (h >> 15)
-    h = h * M2
-    return h < limit
-
-
-@triton.jit
 def _forward(
     z, gate, seed, h, tokens, r, N, stride_zt, stride_zr, stride_gt, stride_gn, step, limit,
     SCALE: tl.constexpr, DROPS: tl.constexpr, FIXED: tl.constexpr, WIDE: tl.constexpr,
-    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
     known = (rank < r)[:, None] & inside[None, :]
+    row = token.to(tl.int32) * step
     ranks = tl.load(z + rank[:, None] * stride_zr + token[None, :] * stride_zt, mask=known, other=0.0).to(WIDE)
     ranks = ranks * tl.full([1, 1], SCALE, WIDE)
     g = _gates(gate, token, inside, head, stride_gt, stride_gn, N, FIXED, WIDE)
@@ -70,7 +55,7 @@ def _forward(
         values = ranks * g_n[None, :]
         column = n * r + rank
         if DROPS:
-            values = tl.where(_kept(seed, token, column, step, limit, M0, M1, M2), values, 0.0)
+            values = tl.where(keeps(seed, row[None, :] + (column * M0)[:, None], limit), values, 0.0)
         tl.store(h + column.to(tl.int64)[:, None] * tokens + token[None, :], values, mask=known)
 
 
@@ -79,13 +64,13 @@ def _backward(
     dh, z, gate, seed, dz, dgate, tokens, r, N,
     stride_ht, stride_hc, stride_zt, stride_zr, stride_gt, stride_gn, step, limit,
     SCALE: tl.constexpr, DROPS: tl.constexpr, FIXED: tl.constexpr, WIDE: tl.constexpr,
-    M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
     known = (rank < r)[:, None] & inside[None, :]
+    row = token.to(tl.int32) * step
     g = _gates(gate, token, inside, head, stride_gt, stride_gn, N, FIXED, WIDE)
     d_ranks = tl.zeros([RANKS, TOKENS], WIDE)
     if not FIXED:
@@ -96,7 +81,7 @@ def _backward(
         place = column.to(tl.int64)[:, None] * stride_hc + token[None, :] * stride_ht
         u = tl.load(dh + place, mask=known, other=0.0).to(WIDE) * tl.full([1, 1], SCALE, WIDE)
         if DROPS:
-            u = tl.where(_kept(seed, token, column, step, limit, M0, M1, M2), u, 0.0)
+            u = tl.where(keeps(seed, row[None, :] + (column * M0)[:, None], limit), u, 0.0)
         here = (head == n)[:, None]
         d_ranks += u * tl.sum(tl.where(here, g, 0.0), axis=0)[None, :]
         if not FIXED:
@@ -138,20 +123,12 @@ def _launch(
     strides: tuple[int, ...],
 ) -> None:
     (tokens, r), N = z.shape, gate.shape[-1]
-    if z.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise HeadwaterError(
-            Problem(
-                "Triton's kernels need a GPU, and this tensor is on the CPU",
-                "HEADWATER_OPS",
-                "leave HEADWATER_OPS unset, or set TRITON_INTERPRET=1 to check the kernels without one",
-            )
-        )
+    require_gpu(z)
     if tokens == 0:
         return
     HEADS, RANKS = triton.next_power_of_2(N), triton.next_power_of_2(r)
     TOKENS = max(16, min(128, ELEMENTS // max(HEADS, RANKS)))
     stride_gt, stride_gn = (0, gate.stride(0)) if gate.dim() == 1 else gate.stride()
-    step = (N * r * M0 + 2**31) % 2**32 - 2**31  # the product as int32
     with torch.cuda.device_of(z):  # a kernel starts on the current device, which need not be the tensor's
         kernel[(triton.cdiv(tokens, TOKENS),)](
             *tensors,
@@ -162,15 +139,12 @@ def _launch(
             *z.stride(),
             stride_gt,
             stride_gn,
-            step,
+            int32(N * r * M0.value),
             threshold(dropout),
             SCALE=1 / (1 - dropout),
             DROPS=seed is not None,
             FIXED=gate.dim() == 1,
-            WIDE=tl.float64 if z.dtype == torch.float64 else tl.float32,
-            M0=M0,
-            M1=M1,
-            M2=M2,
+            WIDE=wide(z),
             HEADS=HEADS,
             RANKS=RANKS,
             TOKENS=TOKENS,

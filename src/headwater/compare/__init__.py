@@ -1,1 +1,0 @@
-"""Several methods on the same tasks, at equal trainable parameters, over seeds."""
