@@ -89,6 +89,26 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     return _load_tokenizer(_resolve(name_or_path), trust_remote_code)
 
 
+def shape_of(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A base model on the meta device: its layers and their sizes, no weights.
+
+    Raises:
+        HeadwaterError: its config cannot be loaded.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(name_or_path).expanduser()
+    name = str(dequantise_gguf(path)) if path.is_file() else name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise HeadwaterError(Problem(f"the base model's config cannot be loaded: {reason}", name)) from error
+
+
 def dequantise_gguf(path: Path, cache: Path | None = None) -> Path:
     """The folder with a GGUF file's model as float32 safetensors, and its tokenizer; made on first use.
 

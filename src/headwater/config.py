@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import core_schema
 from typing_extensions import Self, TypedDict
 
+from headwater.compare.spec import CompareSpec
 from headwater.data.encode import DataSpec
 from headwater.data.mixture import MixtureSpec
 from headwater.data.tasks import TaskSpec
@@ -82,8 +83,15 @@ def _method_configs() -> dict[str, type]:
     return {**{m.name: m.config for m in methods()}, "lora": LoraConfig}
 
 
+def method_fields(name: str) -> set[str]:
+    """The keys that `method:` takes besides `name` for that method; none for a name that is no method's."""
+    known = _method_configs().get(name)
+    return set() if known is None else {*_method_keys(known).__annotations__} - {"name"}
+
+
 def _method_keys(config_class: type) -> Any:
-    return _keys_of(config_class, without=_NOT_METHOD_KEYS, extra={"name": str})
+    # PEFT's LoRA takes any alpha, though its annotation says int.
+    return _keys_of(config_class, without=_NOT_METHOD_KEYS, extra={"name": str, "lora_alpha": int | float})
 
 
 def _method_name(value: Any) -> Any:
@@ -127,6 +135,7 @@ class RunConfig(BaseModel):
         data: how rows become tokens.
         training: keys of `transformers.TrainingArguments` and `headwater.training.HeadwaterArguments`.
         evaluation: how held-out rows are scored.
+        compare: which methods `headwater compare` trains, and how; a single run has no use for it.
         output_dir: the run folder; relative to the current folder.
         seed: of the initial weights, the sampler and the dropout.
     """
@@ -142,6 +151,7 @@ class RunConfig(BaseModel):
     data: DataSpec = Field(default_factory=DataSpec)
     training: Annotated[dict[str, Any], _TrainingSchema()] = {}
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    compare: CompareSpec | None = None
     output_dir: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
 
@@ -170,10 +180,15 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _method_knows_the_number_of_tasks(self) -> Self:
-        known = [field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])]
-        if "num_tasks" in known and self.method.setdefault("num_tasks", len(self.tasks)) < len(self.tasks):
-            what = f"num_tasks is {self.method['num_tasks']}, but there are {len(self.tasks)} tasks"
-            raise HeadwaterError(Problem(what, "method.num_tasks", "leave it out to have it counted"))
+        from headwater.methods.base import MethodConfig, make_config
+
+        if "num_tasks" in (field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])):
+            self.method.setdefault("num_tasks", len(self.tasks))
+        config = make_config(**self.method)
+        if isinstance(config, MethodConfig):
+            problems = [problem for problem in config.problems_with_tasks(len(self.tasks)) if problem is not None]
+            if problems:
+                raise HeadwaterError(*(dataclasses.replace(p, where=f"method.{p.where}") for p in problems))
         return self
 
     @property
@@ -237,24 +252,46 @@ def load_config(
     """
     document = read_document(path)
     problems = apply_overrides(document, overrides)
+    return _checked(document, Path(path).resolve().parent, model, problems)
+
+
+def changed(config: RunConfig, sections: dict[str, Any], places: dict[KeyPath, str]) -> RunConfig:
+    """The config with some sections replaced, checked like a file.
+
+    Args:
+        sections: top-level key -> its new value.
+        places: where the values in these sections were given: key path -> e.g. ``run.yaml:12``, for errors.
+
+    Raises:
+        HeadwaterError: with every problem of the new config.
+    """
+    kept = {path: place for path, place in config._document.places.items() if path and path[0] not in sections}
+    data = {**config.model_dump(exclude_unset=True), **sections}
+    document = Document(data, config._document.source, {**kept, **places})
+    return _checked(document, config.base_dir, type(config))
+
+
+def _checked(document: Document, base_dir: Path, model: type[RunConfig], problems: Sequence[Problem] = ()) -> RunConfig:
     try:
         config = model.model_validate(document.data)
     except ValidationError as error:
         raise HeadwaterError(*explain(error, document, model), *problems) from None
     if problems:
         raise HeadwaterError(*problems)
-    config._base_dir = Path(path).resolve().parent
-    config._document = document
+    config._base_dir, config._document = base_dir, document
     return config
 
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML with all defaults written out and local paths made absolute, so that it can be moved."""
-    data = config.model_dump(mode="json")
+    data = config.model_dump(mode="json", exclude={"compare"})
     if "batching" not in config.mixture.model_fields_set:
         del data["mixture"]["batching"]  # left open, it is balanced where an alignment loss needs that
     data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
     data["output_dir"] = str(Path(data["output_dir"]).absolute())
+    for field in getattr(_method_configs()[data["method"]["name"]], "files", ()):
+        if data["method"].get(field):
+            data["method"][field] = _absolute(Path.cwd(), data["method"][field])
     for task in data["tasks"]:
         for split in ("train", "validation", "test"):
             if task.get(split):

@@ -75,7 +75,7 @@ class Document:
     Attributes:
         data: the values, as plain dicts, lists and scalars.
         source: the file's name, as the user gave it.
-        places: for each key path the place to name in an error, ``file:line`` or ``--set a.b``.
+        places: for each key path the place to name in an error, ``file:line`` or an option such as ``--set a.b``.
     """
 
     data: dict[str, Any]
@@ -88,7 +88,7 @@ class Document:
             place = self.places.get(path[:length])
             if place is None:
                 continue
-            if place.startswith("--set "):
+            if place.startswith("--"):
                 return place if length == len(path) else f"{place}: {field_name(path)}"
             return f"{place}: {field_name(path)}" if path else place
         return f"{self.source}: {field_name(path)}" if self.source else field_name(path)

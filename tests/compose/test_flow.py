@@ -54,7 +54,7 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def plainly(pool, names, W, b, inputs):
+def plainly(pool, names, W, b, tau, inputs):
     """The whole tiny Llama under LoRA-Flow, one row at a time, with one loop per token and adapter for the mixing.
 
     W `(2, k, d)` and b `(2, k)` are float64 leaves; returns logits `(rows, length, vocabulary)`.
@@ -87,7 +87,7 @@ def plainly(pool, names, W, b, inputs):
         for number, layer in enumerate(layers):
             w = []
             for t in range(length):
-                e = [torch.exp((W[number, j] * x[t]).sum()) for j in range(len(names))]
+                e = [torch.exp((W[number, j] * x[t]).sum() / tau) for j in range(len(names))]
                 w.append([e_j / sum(e) + b[number, j] for j, e_j in enumerate(e)])
             at = f"model.layers.{number}"
             attention, mlp = layer.self_attn, layer.mlp
@@ -111,10 +111,10 @@ def plainly(pool, names, W, b, inputs):
 
 
 def test_values_and_gradients_are_the_equations(pool, pooled):
-    gate = drawn(FlowGate(pooled, NAMES, None)).double()
+    gate = drawn(FlowGate(pooled, NAMES, None, temperature=0.3)).double()
     inputs = ids(2)
     W, b = (p.detach().clone().requires_grad_() for p in (gate.weight, gate.bias))
-    want = plainly(pool, NAMES, W, b, inputs)
+    want = plainly(pool, NAMES, W, b, 0.3, inputs)
     with gate.on():
         got = pooled.model(inputs).logits
     close(got, want, 1e-6)  # the model takes softmax over attention scores in float32

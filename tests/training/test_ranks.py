@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_two_ranks_have_the_gradients_of_one_big_batch_and_resume_exactly(tiny_llama, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests")))
     ran = subprocess.run(
         [*command, "-m", "tests.training.ranks", str(tmp_path)],
         env=environment,
@@ -37,4 +37,6 @@ def test_two_ranks_have_the_gradients_of_one_big_batch_and_resume_exactly(tiny_l
             assert saved["log"]["task_loss/a"] == pytest.approx(of_a, rel=1e-5)
             for name, gradient in expected.items():
                 torch.testing.assert_close(saved["gradients"][name], gradient, rtol=1e-4, atol=1e-7)
+        logs = [torch.load(tmp_path / f"{normalization}{rank}.pt", weights_only=True)["log"] for rank in range(2)]
+        assert logs[0]["gate_entropy"] == logs[1]["gate_entropy"] < 1  # over both ranks' rows, which differ
     assert [(tmp_path / f"resumed{rank}").read_text() for rank in range(2)] == ["True", "True"]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from headwater.config import load_config
 from headwater.errors import HeadwaterError
 from headwater.training import train
+from headwater.training.gate_monitor import METRICS
 from headwater.training.history import History
 
 RUN = """
@@ -141,6 +142,7 @@ def test_history_has_every_log_and_evaluation(finished):
             "learning_rate",
             "tokens_per_second",
             "grad_norm",
+            *METRICS,
         }
     evals = [line for line in lines if line["kind"] == "eval"]
     assert [(line["step"], line["tasks"]["colour"]["n"]) for line in evals] == [(0, 16), (4, 4), (8, 4), (12, 16)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -74,6 +75,24 @@ class GateStatistics:
             "load_entropy": self.load_entropy,
             "dead_experts": self.dead(),
         }
+
+
+def combined(parts: Sequence[GateStatistics]) -> GateStatistics:
+    """The statistics over the tokens of all parts, which are of one layer."""
+    weights = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
+    weights = weights / weights.sum()
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.tensordot(weights, torch.stack(list(values)), 1)
+
+    return GateStatistics(
+        sum(part.tokens for part in parts),
+        mean([part.mean_gate for part in parts]),
+        mean([part.share for part in parts]),
+        mean([part.selected for part in parts]),
+        max(part.top_k for part in parts),
+        sum(w * part.gate_entropy for w, part in zip(weights.tolist(), parts, strict=True)),
+    )
 
 
 class GateRecorder:

@@ -12,7 +12,7 @@ from headwater.errors import HeadwaterError, Problem
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from headwater.config import ModelSpec, RunConfig
 
@@ -141,6 +141,8 @@ def attach_to_shape(source: Source) -> PeftModel:
     """
     from safetensors.torch import load_file
 
+    from headwater.base_model import shape_of
+
     remote = bool(source.config and source.config.model.trust_remote_code)
     base = shape_of(_named_base(source), trust_remote_code=remote)
     model = attach(base, source.adapter, low_cpu_mem_usage=True, is_trainable=True)
@@ -149,25 +151,3 @@ def attach_to_shape(source: Source) -> PeftModel:
     named = {f"{head}.default.{last}": t for name, t in tensors.items() for head, _, last in [name.rpartition(".")]}
     model.load_state_dict(named, strict=False, assign=True)
     return model
-
-
-def shape_of(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A base model on the meta device: its layers and their sizes, no weights.
-
-    Raises:
-        HeadwaterError: its config cannot be loaded.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from headwater.base_model import dequantise_gguf
-
-    path = Path(name_or_path).expanduser()
-    name = str(dequantise_gguf(path)) if path.is_file() else name_or_path
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise HeadwaterError(Problem(f"the base model's config cannot be loaded: {reason}", name)) from error

@@ -65,6 +65,35 @@ def train(file: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    file: ConfigFile,
+    methods: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="A,B,C", help="Methods, or labels of the file; the first is what others are compared to."),
+    ] = None,
+    seeds: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="0,1,2", help="Every method is trained with each of them."),
+    ] = None,
+    match: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Solve for this so that parameters are equal: rank, heads or none."),
+    ] = None,
+    parameters: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Trainable parameters of every method; the first one's by default."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show ranks and parameters; train nothing.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train several methods at equal trainable parameters over seeds, and compare them."""
+    from headwater.cli.compare import run
+
+    options = {"seeds": seeds, "match": match, "parameters": parameters}
+    run(file, methods, options, overrides or [], dry_run=dry_run)
+
+
+@app.command()
 def evaluate(
     source: Adapter,
     tasks: Annotated[

@@ -12,6 +12,27 @@ Pool = Annotated[str, typer.Argument(metavar="POOL", help="The pool's folder.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Adapters of the pool.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Tasks = Annotated[str, typer.Option("--tasks", metavar="FILE", help="YAML file with the tasks.")]
+SomeNames = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--adapter", metavar="NAME", help="An adapter to use; repeatable. All by default."),
+]
+Encoder = Annotated[str, typer.Option(metavar="NAME", help="Sentence encoder: folder or hub name; MiniLM by default.")]
+Top = Annotated[int, typer.Option(min=1, help="Adapters to retrieve.")]
+Split = Annotated[str, typer.Option(help="Which rows to score: test, validation or train.")]
+MaxRows = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="At most so many rows of each task, the same ones every time."),
+]
+Scores = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--scores", metavar="FILE", help="Write the scores as JSON, too."),
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the tasks file. May be repeated."),
+]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder for the result.")]
 
 
 @pool_app.command()
@@ -84,3 +105,166 @@ def merge(
     from headwater.cli.pool import merge as run
 
     run(pool, adapter, how, output)
+
+
+@pool_app.command()
+def retrieve(
+    pool: Pool,
+    prompt: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--prompt", "-p", help="A prompt; repeatable. Without it, each line of standard input is one."),
+    ] = None,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Instead of prompts: how often rows find the adapter of their task's name."),
+    ] = None,
+    top: Top = 3,
+    encoder: Encoder = "",
+    split: Split = "test",
+    max_rows: MaxRows = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the adapters whose sample texts are most like a prompt."""
+    from headwater.cli.pool_compose import Scoring
+    from headwater.cli.pool_compose import retrieve as run
+
+    scoring = None if tasks is None else Scoring(tasks, split, max_rows)
+    run(pool, prompt, scoring, top=top, encoder=encoder, as_json=as_json)
+
+
+@pool_app.command("tune-encoder")
+def tune_encoder(
+    pool: Pool,
+    output: Output,
+    adapter: SomeNames = None,
+    encoder: Encoder = "",
+    epochs: Annotated[int, typer.Option(min=1, help="How often each sample text is an anchor.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-5,
+    temperature: Annotated[float, typer.Option(help="Of the contrastive loss.")] = 0.01,
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune the sentence encoder on the pool's sample texts, to tell its adapters apart."""
+    from headwater.cli.pool_compose import tune_encoder as run
+
+    run(
+        pool,
+        output,
+        adapter or [],
+        encoder=encoder,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+@pool_app.command()
+def flow(
+    pool: Pool,
+    tasks: Tasks,
+    output: Output,
+    adapter: SomeNames = None,
+    start: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="The adapter that gates start at; the plain average by default."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Most training rows to use, drawn at random.")] = 200,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over them.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the softmax.")] = 1.0,
+    seed: Seed = 0,
+    split: Split = "test",
+    max_rows: MaxRows = None,
+    scores: Scores = None,
+    overrides: Overrides = None,
+) -> None:
+    """LoRA-Flow: train a small gate per layer that mixes adapters token by token, and score it."""
+    from headwater.cli.pool_compose import Scoring
+    from headwater.cli.pool_compose import flow as run
+    from headwater.compose.flow import FlowSpec
+
+    scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
+    spec = FlowSpec(examples, epochs, learning_rate, batch_size, seed)
+    run(pool, scoring, output, adapter or [], start, temperature, spec)
+
+
+@pool_app.command()
+def hub(
+    pool: Pool,
+    tasks: Tasks,
+    output: Output,
+    adapter: SomeNames = None,
+    examples: Annotated[int, typer.Option(min=1, help="Training rows to search on, drawn at random.")] = 5,
+    budget: Annotated[int, typer.Option(min=1, help="Evaluations of the objective.")] = 40,
+    optimiser: Annotated[str, typer.Option(metavar="NAME", help="Of nevergrad: NGOpt, CMA, ...")] = "NGOpt",
+    penalty: Annotated[str, typer.Option(help="paper, or official: as the authors' code scales the loss.")] = "paper",
+    seed: Seed = 0,
+    split: Split = "test",
+    max_rows: MaxRows = None,
+    scores: Scores = None,
+    overrides: Overrides = None,
+) -> None:
+    """LoRAHub: search one weight per adapter on a few examples, write the result as one adapter, and score it."""
+    from headwater.cli.pool_compose import Scoring
+    from headwater.cli.pool_compose import hub as run
+    from headwater.compose.hub import HubSpec
+
+    scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
+    run(pool, scoring, output, adapter or [], HubSpec(examples, budget, optimiser, penalty, seed))  # type: ignore[arg-type]
+
+
+@pool_app.command()
+def arrow(
+    pool: Pool,
+    tasks: Tasks,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Keep the routing in a new folder."),
+    ] = None,
+    adapter: SomeNames = None,
+    top_k: Annotated[int, typer.Option(help="Adapters per token and layer.")] = 3,
+    temperature: Annotated[float, typer.Option(help="Of the softmax over them.")] = 1.0,
+    input_norm: Annotated[str, typer.Option(help="What a token is divided by: none, unit or sqrt_d.")] = "none",
+    split: Split = "test",
+    max_rows: MaxRows = None,
+    scores: Scores = None,
+    overrides: Overrides = None,
+) -> None:
+    """Arrow: route every token at every layer by the adapters' own directions, without training, and score it."""
+    from headwater.cli.pool_compose import Scoring
+    from headwater.cli.pool_compose import arrow as run
+    from headwater.compose.arrow import ArrowSpec
+
+    scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
+    run(pool, scoring, output, adapter or [], ArrowSpec(top_k, temperature, input_norm))  # type: ignore[arg-type]
+
+
+@pool_app.command()
+def evaluate(
+    pool: Pool,
+    tasks: Tasks,
+    way: Annotated[
+        list[str],
+        typer.Option(
+            metavar="WAY",
+            help="base, own, uniform, selection, mixture, fusion, arrow, an adapter's name, or a folder that flow, hub "
+            "or arrow wrote; repeatable.",
+        ),
+    ],
+    top: Top = 3,
+    encoder: Encoder = "",
+    exclude_own: Annotated[
+        bool, typer.Option("--exclude-own", help="Never retrieve the adapter of the task's own name.")
+    ] = False,
+    split: Split = "test",
+    max_rows: MaxRows = None,
+    scores: Scores = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score tasks with the pool's adapters, combined in one or several ways."""
+    from headwater.cli.pool_compose import Scoring
+    from headwater.cli.pool_compose import evaluate as run
+
+    scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
+    run(pool, scoring, way, top=top, encoder=encoder, exclude_own=exclude_own)

@@ -41,16 +41,16 @@ def run(file: str, overrides: Sequence[str]) -> None:
         try:
             result = train(config, console=console)
         except HeadwaterError as error:
-            raise _with_layer_names(config.placed(error), error.__cause__, config) from error
+            raise with_layer_names(config.placed(error), error.__cause__, config) from error
     show_scores(result.results, console)
     console.print(f"report: {result.output_dir / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _with_layer_names(error: HeadwaterError, cause: BaseException | None, config: RunConfig) -> HeadwaterError:
+def with_layer_names(error: HeadwaterError, cause: BaseException | None, config: RunConfig) -> HeadwaterError:
     """The error; where PEFT found none of the target modules, with the names that it would have found."""
     if not str(cause).startswith(("Target modules", "No modules were targeted")):
         return error
-    from headwater.cli.adapters import shape_of
+    from headwater.base_model import shape_of
 
     model = shape_of(config.model_name_or_path, trust_remote_code=config.model.trust_remote_code)
     names = linear_names(model)

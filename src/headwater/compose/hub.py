@@ -21,7 +21,7 @@ from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
 from .adapter import Adapter
 from .merge import fuse
-from .mixed import PooledModel, RowGate
+from .mixed import PooledModel
 from .pool import AdapterPool
 from .saved import write_fitted
 
@@ -48,6 +48,10 @@ class HubSpec:
     optimiser: str = "NGOpt"
     penalty: Literal["paper", "official"] = "paper"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.penalty not in ("paper", "official"):
+            raise HeadwaterError(Problem(f"unknown penalty {self.penalty!r}", "penalty", "one of paper, official"))
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,7 @@ def search(
         for done in range(1, spec.budget + 1):
             asked = optimiser.ask()
             weights = [float(w) for w in asked.value]
-            stacks = pooled.stack([compose(adapters, weights)])
-            with pooled.use(stacks, RowGate(torch.ones(1, 1, dtype=torch.float64))):
+            with pooled.all_rows(compose(adapters, weights)):
                 found = completion_losses(
                     pooled.model,
                     [row.input_ids for row in chosen],

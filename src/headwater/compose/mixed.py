@@ -163,6 +163,12 @@ class PooledModel:
         with self.use(self._row_stacks, RowGate(torch.tensor(weights, dtype=torch.float64))):
             yield
 
+    @contextlib.contextmanager
+    def all_rows(self, adapter: Adapter) -> Iterator[None]:
+        """Forwards inside use one placed adapter for all rows, whether `load` knows it or not."""
+        with self.use(self.stack([adapter]), RowGate(torch.ones(1, 1, dtype=torch.float64))):
+            yield
+
     def _fused(self, mixture: tuple[tuple[str, float], ...]) -> Adapter:
         return fuse([self.adapter(name) for name, _ in mixture], [weight for _, weight in mixture])
 

@@ -182,7 +182,7 @@ def _metric_problems(metric: Metric, rows: dict[str, list[Row]], place: str) -> 
     return [Problem(f"{place}: {len(bad):,} of {len(scored):,} held-out rows {what}", bad[0].where)]
 
 
-def _input_of(row: Row) -> Any:
+def input_of(row: Row) -> Any:
     """What the model is given. Two rows with the same one are the same question."""
     if row.messages:
         return tuple((m["role"], m["content"]) for m in row.messages[:-1])
@@ -191,8 +191,8 @@ def _input_of(row: Row) -> Any:
 
 def overlap(task: Task) -> int:
     """How many test rows ask what a training or validation row asks, white space aside."""
-    known = {_input_of(row) for row in (*task.train, *task.validation)}
-    return sum(_input_of(row) in known for row in task.test)
+    known = {input_of(row) for row in (*task.train, *task.validation)}
+    return sum(input_of(row) in known for row in task.test)
 
 
 def majority(rows: Sequence[Row]) -> float | None:
@@ -208,7 +208,7 @@ def _warnings(task: Task) -> list[str]:
         found.append(f"{count:,} of {len(task.test):,} test rows have a prompt that is also trained or validated on")
     for split in SPLITS:
         rows = getattr(task, split)
-        if repeated := len(rows) - len({(_input_of(row), row.completion) for row in rows}):
+        if repeated := len(rows) - len({(input_of(row), row.completion) for row in rows}):
             found.append(f"{split}: {repeated:,} of {len(rows):,} rows repeat an earlier one")
         if spaced := sum(row.prompt.endswith(" ") for row in rows):
             found.append(

@@ -58,6 +58,8 @@ class MethodConfig(PeftConfig):
     init_seed: int | None = None
 
     method_name: ClassVar[str] = ""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Fields that name files or folders, from which the adapter is made."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +109,17 @@ class MethodConfig(PeftConfig):
             Problem("needs `layers_to_transform`, which says which layers", "layers_pattern")
             if self.layers_pattern and self.layers_to_transform is None
             else None,
+        ]
+
+    def problems_with_tasks(self, count: int) -> list[Problem | None]:
+        """What is wrong with the fields when a run has `count` tasks."""
+        known = getattr(self, "num_tasks", count)
+        return [
+            Problem(
+                f"num_tasks is {known}, but there are {count} tasks", "num_tasks", "leave it out to have it counted"
+            )
+            if known < count
+            else None
         ]
 
     def check(self, name: str, ok: bool, rule: str) -> Problem | None:
@@ -256,6 +269,8 @@ class Method:
     """One registered method.
 
     `peft_type` is the method's name in capitals, in the file format as well; `family` groups methods in listings.
+    `rank_field` and `heads_field` name the config fields that set its size, for comparisons at equal parameters;
+    a method without heads has no `heads_field`.
     """
 
     name: str
@@ -266,6 +281,8 @@ class Method:
     branch: type[Branch]
     needs_task_ids: bool = False
     mergeable: bool = False
+    rank_field: str = "r"
+    heads_field: str | None = None
 
     @property
     def peft_type(self) -> str:

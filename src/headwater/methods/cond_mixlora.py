@@ -178,5 +178,7 @@ register(
         family="mixture",
         config=CondMixLoraConfig,
         branch=CondMixLoraBranch,
+        rank_field="num_factors",  # the pool; r is how many of it a row uses
+        heads_field="num_factors",
     )
 )

@@ -39,6 +39,8 @@ class CoraConfig(MethodConfig):
     init_a: str = "zeros"
     basis_sha256: str | None = None
 
+    files = ("basis",)
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved: without the file's path once B is in the adapter."""
         return {**super().to_dict(), **({} if self.basis_sha256 is None else {"basis": None})}

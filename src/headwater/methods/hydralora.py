@@ -106,5 +106,6 @@ register(
         family="multi-head",
         config=HydraLoraConfig,
         branch=HydraLoraBranch,
+        heads_field="num_heads",
     )
 )

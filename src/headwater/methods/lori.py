@@ -54,6 +54,8 @@ class LoriConfig(MethodConfig):
     mask_sha256: str | None = None
     continued_sha256: str | None = None
 
+    files = ("mask", "continue_from")
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved: without the paths of files once what they hold is in the adapter."""
         used = {"mask": self.mask_sha256, "continue_from": self.continued_sha256}

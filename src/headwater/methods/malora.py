@@ -143,5 +143,6 @@ register(
         family="mixture",
         config=MaLoraConfig,
         branch=MaLoraBranch,
+        heads_field="num_experts",
     )
 )

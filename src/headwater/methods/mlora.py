@@ -63,5 +63,6 @@ register(
         config=MLoraConfig,
         branch=MLoraBranch,
         mergeable=True,
+        heads_field="num_heads",
     )
 )

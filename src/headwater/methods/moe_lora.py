@@ -97,6 +97,15 @@ class ExpertsConfig(MethodConfig):
             else None,
         ]
 
+    def problems_with_tasks(self, count: int) -> list[Problem | None]:
+        types = len(self.task_types or [])
+        return [
+            *super().problems_with_tasks(count),
+            Problem(f"task_types has {types} entries, but there are {count} tasks", "task_types", "give one per task")
+            if self.balance_loss == "localized" and types != count
+            else None,
+        ]
+
 
 @dataclass
 class MoeLoraConfig(ExpertsConfig):
@@ -285,5 +294,6 @@ register(
         family="mixture",
         config=MoeLoraConfig,
         branch=MoeLoraBranch,
+        heads_field="num_experts",
     )
 )

@@ -129,5 +129,6 @@ register(
         config=MtlLoraConfig,
         branch=MtlLoraBranch,
         needs_task_ids=True,
+        heads_field="num_heads",
     )
 )

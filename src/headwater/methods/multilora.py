@@ -76,5 +76,6 @@ register(
         config=MultiLoraConfig,
         branch=MultiLoraBranch,
         mergeable=True,
+        heads_field="num_heads",
     )
 )

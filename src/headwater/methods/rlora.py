@@ -227,5 +227,6 @@ register(
         family="multi-head",
         config=RLoraConfig,
         branch=RLoraBranch,
+        heads_field="num_heads",
     )
 )

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from the files of a run folder."""
+"""The report of a run or of a comparison: one HTML file that needs nothing else, made from the files of its folder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,31 @@ def write_report(run_dir: Path) -> Path:
     from headwater.report.sections import build_page
 
     run_dir = Path(run_dir)
-    html, files = render(build_page(read_run(run_dir)))
-    figures = run_dir / "figures"
+    return _write_page(*render(build_page(read_run(run_dir))), run_dir)
+
+
+def write_comparison_report(folder: Path) -> Path:
+    """Writes `report.html` and `figures/*.svg|png` into the folder of a comparison and returns the path of the page.
+
+    Reads `comparison.json` and what it finds in the folders of the runs.
+
+    Raises:
+        headwater.errors.HeadwaterError: there is no `comparison.json`, or it cannot be read.
+    """
+    from headwater.report.comparison import read_comparison
+    from headwater.report.comparison_sections import build_comparison_page
+    from headwater.report.html import render
+
+    folder = Path(folder)
+    return _write_page(*render(build_comparison_page(read_comparison(folder))), folder)
+
+
+def _write_page(html: str, files: dict[str, bytes], folder: Path) -> Path:
+    figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     for name, data in files.items():
         _write(figures / name, data)
-    page = run_dir / "report.html"
+    page = folder / "report.html"
     _write(page, html.encode("utf-8"))
     return page
 
@@ -38,4 +57,4 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison_report", "write_report"]

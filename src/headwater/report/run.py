@@ -216,7 +216,8 @@ def _first_error(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
-def _read_json(path: Path, model: type[_Model], notes: dict[str, str]) -> _Model | None:
+def read_json(path: Path, model: type[_Model], notes: dict[str, str]) -> _Model | None:
+    """A JSON file as `model`; None, and a sentence in `notes` that says why, where that cannot be."""
     text = _read(path, notes)
     if text is None:
         return None
@@ -266,9 +267,9 @@ def read_run(folder: Path) -> Run:
         fix = f"Give the output_dir of a training run; it holds {', '.join(FILES)}."
         raise HeadwaterError(Problem("this folder is not a run", str(folder), fix))
     notes: dict[str, str] = {}
-    results = _read_json(folder / "results.json", Results, notes)
+    results = read_json(folder / "results.json", Results, notes)
     train, evals = _read_history(folder / "history.jsonl", notes)
-    analysis = _read_json(folder / "analysis.json", Analysis, notes)
+    analysis = read_json(folder / "analysis.json", Analysis, notes)
     config_text = _read(folder / "config.yaml", notes)
     config: dict[str, Any] = {}
     if config_text is not None:

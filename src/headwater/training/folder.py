@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HeadwaterError, Problem
 from .arguments import HeadwaterArguments
 
 STATE = "trainer_state.json"
-WORTH_KEEPING = ("adapter", "results.json")
+WORTH_KEEPING = ("adapter", "results.json", "comparison.json")
 REPLACED = (*WORTH_KEEPING, "analysis.json", "report.html", "figures", "history.jsonl", "config.yaml")
 
 
@@ -26,12 +25,12 @@ def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:
         return None
     where = "training.resume_from_checkpoint"
     if str(asked).lower() == "true":
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        last = last_checkpoint(Path(args.output_dir))
         if last is None:
             raise HeadwaterError(
                 Problem(f"there is no checkpoint in {args.output_dir}", where, "leave the key out to start a new run")
             )
-        return Path(last)
+        return last
     path = Path(str(asked))
     if not (path / STATE).is_file():
         found = [str(p.parent) for p in sorted(Path(args.output_dir).glob(f"checkpoint-*/{STATE}"))]
@@ -43,6 +42,20 @@ def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:
             )
         )
     return path
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The latest checkpoint of a run that is whole: its state, which is written last, can be read."""
+    found = {int(n): p for p in output.glob(f"checkpoint-*/{STATE}") if (n := p.parent.name[11:]).isdecimal()}
+    return next((found[n].parent for n in sorted(found, reverse=True) if _is_json(found[n])), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:

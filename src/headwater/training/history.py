@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..evaluation.scores import TaskScore
 from .files import finite, write_text
+from .gate_monitor import METRICS
 
 TASK_LOSS = "task_loss/"
 AUXILIARY_LOSS = "auxiliary_loss/"
@@ -91,7 +92,7 @@ class HistoryCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
-        keys = ("epoch", "loss", "learning_rate", "tokens_per_second", "grad_norm")
+        keys = ("epoch", "loss", "learning_rate", "tokens_per_second", "grad_norm", *METRICS)
         self.history.append(
             {
                 "kind": "train",

@@ -7,20 +7,22 @@ from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import HeadwaterError, Problem
 from ..methods.base import Branch
 from ..tuner import MethodLayer
+from .gate_monitor import GateCallback
 
 
-class MethodCallback(TrainerCallback):
+class MethodCallback(GateCallback):
     """Calls what active branches have for an optimiser's steps. `HeadwaterTrainer` adds this callback itself; a plain
     `Trainer` is given it, `Trainer(..., callbacks=[MethodCallback()])`.
 
     `after_step(step, total_steps)` runs after each optimiser step. When a branch answers True, the optimiser forgets
     what it knows: Chain of LoRA has then tied a knot, and stale momentum must not reach the fresh link.
     `learning_rate_factor(step, total_steps)`, unless it is None, takes the place of the trainer's schedule.
+    Gates are watched, see `GateCallback`.
     """
 
     def on_train_begin(
@@ -33,6 +35,7 @@ class MethodCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
+        super().on_train_begin(args, state, control, model)
         factors = (getattr(branch, "learning_rate_factor", None) for branch in active_branches(model))
         factor = next((f for f in factors if f is not None), None)
         if factor is None:
@@ -55,6 +58,7 @@ class MethodCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        super().on_step_end(args, state, control)
         changed = False
         for branch in active_branches(model):
             after_step = getattr(branch, "after_step", None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn
@@ -29,7 +31,7 @@ from .folder import check_folder, checkpoint_to_resume, clear_folder
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
 from .progress import ProgressDisplay
-from .scorer import NotTwiceAtTheEnd, Scorer
+from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
 from .trainer import HeadwaterTrainer
 
 if TYPE_CHECKING:
@@ -58,7 +60,9 @@ class RunResult:
         return self.output_dir / "adapter"
 
 
-def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
+def train(
+    config: RunConfig, *, console: Console | None = None, base_scores: Mapping[str, TaskScore] | None = None
+) -> RunResult:
     """Loads a base model and its tasks, scores it, trains an adapter, scores again, and writes the run folder.
 
     The folder holds `adapter/`, `config.yaml`, `results.json`, `history.jsonl`, `analysis.json`, `report.html` and the
@@ -68,6 +72,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     Args:
         config: the run.
         console: where progress is shown; standard output by default.
+        base_scores: the base model's scores on these tasks, from an earlier run. They are taken for those before
+            training where the fresh adapter is found to change nothing, which saves that scoring.
 
     Raises:
         HeadwaterError: whatever is wrong with the config, the data or the model; a folder that holds a run already; a
@@ -110,18 +116,25 @@ def train(config: RunConfig, *, console: Console | None = None) -> RunResult:
     )
     _say_what_is_trained(console, tasks, encoded, trainer)
     try:
-        before = (history.scores(0) if resume else {}) or scorer.all_rows(trainer.model, 0)
+        before = history.scores(0) if resume else {}
+        if not before and base_scores and changes_nothing(trainer.model, encoded, pad_id(tokenizer)):
+            before = scorer.known(base_scores, 0)
+        before = before or scorer.all_rows(trainer.model, 0)
+        cuda = args.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(args.device)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             interrupt.release()
+        peak = torch.cuda.max_memory_allocated(args.device) if cuda else None
         steps = trainer.state.global_step
         # bf16 and fp16 training wrap the model's forward; what is scored is the model as it is saved.
         adapted = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         after = scorer.all_rows(adapted, steps)
     finally:
         display.close()
-    results = _results(config, trainer, before, after)
+    results = _results(config, trainer, before, after, peak)
     temporary = output / ".adapter"
     trainer.save_model(str(temporary))  # every rank: weights that are sharded are gathered
     if first:
@@ -170,8 +183,11 @@ def mixture_of(config: RunConfig, batch_size: int) -> MixtureSpec:
     return config.mixture.model_copy(update={"batching": "balanced"})
 
 
-def add_adapter(model: nn.Module, method: dict[str, Any]) -> nn.Module:
+def add_adapter(model: nn.Module, method: dict[str, Any], **options: Any) -> nn.Module:
     """Wraps a base model with the adapter that the `method:` section describes.
+
+    Args:
+        options: further arguments of `peft.get_peft_model`.
 
     Raises:
         HeadwaterError: if the method does not fit the model.
@@ -179,7 +195,7 @@ def add_adapter(model: nn.Module, method: dict[str, Any]) -> nn.Module:
     fields = {"task_type": "CAUSAL_LM", **method}
     config = make_config(fields.pop("name"), **fields)
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, **options)
     except HeadwaterError:
         raise
     except ValueError as error:
@@ -197,7 +213,11 @@ def _say_what_is_trained(
 
 
 def _results(
-    config: RunConfig, trainer: HeadwaterTrainer, before: dict[str, TaskScore], after: dict[str, TaskScore]
+    config: RunConfig,
+    trainer: HeadwaterTrainer,
+    before: dict[str, TaskScore],
+    after: dict[str, TaskScore],
+    peak_memory: int | None,
 ) -> dict[str, Any]:
     accounts, steps = trainer.accounts, trainer.state.global_step
     return {
@@ -221,6 +241,7 @@ def _results(
         "mean": {"before": mean_score(before.values()), "after": mean_score(after.values())},
         "extra": {
             "tokens": accounts.tokens,
+            "peak_memory_bytes": peak_memory,  # of training, on a GPU; a CPU process does not tell
             "padding_share": 1 - accounts.tokens / max(accounts.slots, 1),
             "realised_shares": trainer.realised_shares(steps),
             "intervals": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -9,11 +10,15 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.encode import DataSpec
+from ..data.collate import Collator
+from ..data.encode import DataSpec, Encoded
 from ..data.tasks import Task
+from ..evaluation.forward import evaluating, input_device
 from ..evaluation.scores import TaskScore
 from ..evaluation.scoring import score_tasks
 from ..evaluation.spec import EvaluationSpec
+from ..tuner import needs_task_ids
+from ..tuner.context import KEYWORD
 from .history import History
 from .progress import ProgressDisplay
 
@@ -56,6 +61,14 @@ class Scorer:
         }
         return self._score(model, step, splits, self.spec.max_rows_during_training)
 
+    def known(self, scores: Mapping[str, TaskScore], step: int) -> dict[str, TaskScore]:
+        """Takes scores that are known already; shows them and writes them down as if they had just been found."""
+        scores = {task.name: scores[task.name] for task in self.tasks if task.name in scores}
+        if self.history is not None:
+            self.history.append_scores(step, scores)
+        self.display.scored(scores, step)
+        return scores
+
     def _score(
         self, model: nn.Module, step: int, splits: dict[str, list[Task]], max_rows: int | None
     ) -> dict[str, TaskScore]:
@@ -77,11 +90,24 @@ class Scorer:
             )
         if whole:
             found = dict(gather_object(list(found.items())))
-        scores = {task.name: found[task.name] for task in self.tasks if task.name in found}
-        if self.history is not None:
-            self.history.append_scores(step, scores)
-        self.display.scored(scores, step)
-        return scores
+        return self.known(found, step)
+
+
+def changes_nothing(model: Any, encoded: Mapping[str, Sequence[Encoded]], pad_token_id: int) -> bool:
+    """Whether an adapter leaves the base model's logits as they are, on each task's shortest training row.
+
+    Differences up to 1e-4 of the largest logit are rounding: a start that is compensated cancels no further. A
+    start that differs, such as R-LoRA's with a random router, is beyond them.
+    """
+    batch = Collator(pad_token_id)([min(rows, key=len) for rows in encoded.values() if rows])
+    inputs = {key: batch[key].to(input_device(model)) for key in ("input_ids", "attention_mask")}
+    ids = {KEYWORD: batch[KEYWORD].to(input_device(model))} if needs_task_ids(model) else {}
+    with evaluating(model):
+        adapted = model(**inputs, **ids).logits.float()
+        with model.disable_adapter():
+            base = model(**inputs, **ids).logits.float()
+    real = inputs["attention_mask"].bool()
+    return bool((adapted - base)[real].abs().max() <= 1e-4 * base[real].abs().max())
 
 
 class NotTwiceAtTheEnd(TrainerCallback):

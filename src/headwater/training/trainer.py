@@ -99,7 +99,8 @@ class HeadwaterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.accounts = Accounts(self)
         self.add_callback(self.accounts)
-        self.add_callback(MethodCallback())
+        self.method_callback = MethodCallback()
+        self.add_callback(self.method_callback)
         self._context = context_of(model) if is_adapted(model) else None
         self._head: CompletionHead | None = None
         self._parameters: int | None = None
@@ -143,6 +144,7 @@ class HeadwaterTrainer(Trainer):
         finally:
             self._head.remove()
             self._head = None
+            self.method_callback.close()
 
     def _restore_if_complete(self, checkpoint: str) -> bool:
         """Takes the weights of a checkpoint that has all steps: Trainer would add one more."""
@@ -255,9 +257,11 @@ class HeadwaterTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each task's loss since the last log, and tokens per second, to the training log."""
+        """Adds each task's loss since the last log, tokens per second and what gates did to the training log."""
         if "loss" in logs:
             logs.update(self.accounts.close_window())
+            if self.method_callback.gates is not None:
+                logs.update(self.method_callback.gates.close_window())
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

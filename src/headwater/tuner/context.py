@@ -32,6 +32,7 @@ class Context:
         self.loss_scale = 1.0
         self.needs_state = False  # some branch reads the state, so checkpointed layers must carry it
         self.last_losses: dict[str, Tensor] = {}
+        self._checkpointing: list[nn.Module] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
@@ -127,7 +128,9 @@ class Context:
 
     def carry_through_checkpoints(self, model: nn.Module) -> None:
         """Makes transformers' checkpointed layers remember the state of the forward they belong to."""
-        for module in model.modules():
+        if self._checkpointing is None:  # found once: to walk over all modules in each forward takes milliseconds
+            self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        for module in self._checkpointing:
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None and not hasattr(checkpoint, "carries_headwater_state"):
                 module.__dict__["_gradient_checkpointing_func"] = _Carrying(self, checkpoint)

@@ -1,0 +1,274 @@
+"""A comparison: every method with every seed, each an ordinary run in a folder of its own, and what they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from headwater.base_model import load_base_model
+from headwater.compare.plan import Plan, Planned
+from headwater.compare.selection import choosing_tasks, quality
+from headwater.compare.summary import summarise
+from headwater.data.tasks import load_tasks
+from headwater.errors import HeadwaterError, Problem
+from headwater.evaluation.scores import TaskScore
+from headwater.marked_yaml import parse_document, read_document
+from headwater.report import write_comparison_report
+from headwater.training.files import write_json
+from headwater.training.folder import last_checkpoint
+from headwater.training.history import History
+from headwater.training.progress import ProgressDisplay, duration
+from headwater.training.run import train, training_arguments
+from headwater.training.scorer import Scorer
+
+if TYPE_CHECKING:
+    from headwater.config import RunConfig
+
+CHOOSING = "learning-rate"
+"""The folder of the runs that choose learning rates."""
+_NOT_SETTINGS = {("output_dir",), ("training", "resume_from_checkpoint"), ("training", "overwrite_output_dir")}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do: whose it is and its config, whose `output_dir` is its folder."""
+
+    name: str
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "results.json").is_file()
+
+
+def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
+    """Trains every method with every seed, and writes `comparison.json`, a plot and a report to the `output_dir`.
+
+    Runs that are finished are kept; one that is not goes on from its last checkpoint. So after an interruption of any
+    kind the same call goes on, and ends as if it had never stopped.
+
+    Args:
+        plan: from `make_plan`.
+        console: where progress is shown; standard output by default.
+
+    Returns:
+        The content of `comparison.json`.
+
+    Raises:
+        HeadwaterError: if a run that is kept was made with other settings; and all that `training.train` raises.
+        KeyboardInterrupt: on Ctrl-C; the run under way has then saved a checkpoint.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fix = "start it without torchrun; it trains one run after the other, each on one device"
+        raise HeadwaterError(Problem("a comparison runs in one process", "headwater compare", fix))
+    console = console or Console()
+    output = Path(plan.config.output_dir)
+    if (output / "results.json").exists():
+        what, fix = f"{output} holds a run of `headwater train`", "choose another folder: --set output_dir=FOLDER"
+        raise HeadwaterError(Problem(what, plan.config.where("output_dir"), fix))
+    output.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(console)
+    planned, chosen = _with_learning_rates(plan, output, bench)
+    spec = plan.spec
+    jobs = {
+        (p.label, seed): Job(f"{p.label}, seed {seed}", p.run(seed, output / p.label / f"seed-{seed}"))
+        for seed in spec.seeds  # seed by seed, so that what an interrupted comparison has is paired
+        for p in planned
+    }
+    found = bench.run(list(jobs.values()), plan.config, output)
+    results = {key: _labelled(found[job.name], key[0], job.folder, output) for key, job in jobs.items()}
+    by_method = {p.label: [results[p.label, seed] for seed in spec.seeds] for p in planned}
+    content = {
+        "schema": 1,
+        "runs": [run for runs in by_method.values() for run in runs],
+        "summary": summarise(by_method),
+        "extra": {
+            "seeds": spec.seeds,
+            "match": spec.match,
+            "budget": plan.budget,
+            "methods": [_described(plan, p) for p in planned],
+            "learning_rate": chosen,
+        },
+    }
+    write_json(output / "comparison.json", content)
+    write_comparison_report(output)
+    return content
+
+
+def _with_learning_rates(plan: Plan, output: Path, bench: _Bench) -> tuple[list[Planned], dict[str, Any]]:
+    """The methods with the learning rates that did best on validation rows, and how each was chosen."""
+    asked = {p.label: p for p in plan.methods if p.learning_rates}
+    if not asked:
+        return plan.methods, {}
+    from headwater.config import changed
+
+    folder, seed = output / CHOOSING, plan.spec.selection_seed
+    tasks = choosing_tasks(plan.config, folder / "tasks")
+    base = changed(plan.config, {"tasks": tasks, "compare": None}, {})
+    jobs: dict[tuple[str, float], Job] = {}
+    trained: dict[str, list[str]] = {}
+    for label, p in asked.items():
+        trained[label] = [task.name for task in p.config.tasks if task.train]
+        own = [{**t, "train": t.get("train") if t["name"] in trained[label] else None} for t in tasks]
+        config = changed(p.config, {"tasks": own}, {})
+        for rate in p.learning_rates:
+            run = dataclasses.replace(p, config=config).with_learning_rate(rate).run(seed, folder / label / f"{rate:g}")
+            jobs[label, rate] = Job(f"{label}, learning rate {rate:g}", run)
+    found = bench.run(list(jobs.values()), base, folder)
+    chosen: dict[str, Any] = {}
+    for label, p in asked.items():
+        scores = {rate: quality(found[jobs[label, rate].name], trained[label]) for rate in p.learning_rates}
+        best = max(scores, key=lambda rate: (scores[rate], -rate))
+        edge = "smallest" if best == min(scores) else "largest" if best == max(scores) else ""
+        chosen[label] = {"seed": seed, "scores": {f"{rate:g}": s for rate, s in scores.items()}, "chosen": best}
+        at_edge = f", the {edge} tried: a wider grid may have a better one" if edge and len(scores) > 1 else ""
+        bench.say(f"{label}: learning rate {best:g}{at_edge}")
+    replaced = {label: p.with_learning_rate(chosen[label]["chosen"]) for label, p in asked.items()}
+    return [replaced.get(p.label, p) for p in plan.methods], chosen
+
+
+class _Bench:
+    """Runs jobs one after the other and says how far the whole is."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.seconds: list[float] = []  # of the runs done here, evaluations included
+
+    def say(self, text: str) -> None:
+        self.console.print(text, style="bold", highlight=False, soft_wrap=True, markup=False)
+
+    def run(self, jobs: Sequence[Job], base: RunConfig, folder: Path) -> dict[str, dict[str, Any]]:
+        """The results of all jobs, by name; `base` has their base model, tasks and evaluation.
+
+        Raises:
+            HeadwaterError: before the first run, for every kept run that was made with other settings.
+        """
+        problems = [problem for job in jobs if (problem := _other_settings(job))]
+        if problems:
+            raise HeadwaterError(*problems)
+        left = [job for job in jobs if not job.finished]
+        if len(left) < len(jobs):
+            self.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished and kept")
+        scores = _base_scores(base, folder, self.console) if left else {}
+        for number, job in enumerate(left):
+            done = len(jobs) - len(left) + number
+            self.say(f"run {done + 1} of {len(jobs)}: {job.name}{self._time_left(len(left) - number)}")
+            started = time.perf_counter()
+            _run(job, scores, self.console)
+            self.seconds.append(time.perf_counter() - started)
+        return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
+
+    def _time_left(self, runs: int) -> str:
+        if not self.seconds:
+            return ""
+        return f", about {duration(sum(self.seconds) / len(self.seconds) * runs)} left in all"
+
+
+def _run(job: Job, base_scores: Mapping[str, TaskScore], console: Console) -> None:
+    """Trains a job's run, from its last checkpoint if it has one.
+
+    The base model is loaded anew: that takes a second, sharing it would not make runs faster by more than that, and
+    every run is the one that `headwater train` would make of its config.
+    """
+    checkpoint = last_checkpoint(job.folder)
+    # Without a checkpoint, what a killed run left there is of no use.
+    key, value = ("resume_from_checkpoint", str(checkpoint)) if checkpoint else ("overwrite_output_dir", True)
+    config = job.config.model_copy(update={"training": {**job.config.training, key: value}})
+    try:
+        train(config, console=console, base_scores=base_scores)
+    except HeadwaterError as error:
+        named = [dataclasses.replace(p, what=f"{job.name}: {p.what}") for p in config.placed(error).problems]
+        raise HeadwaterError(*named) from error.__cause__
+    gc.collect()  # a trainer's parts refer to each other; the next one wants its memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str, TaskScore]:
+    """The base model's scores on all test rows, found once and kept in `folder` for as long as nothing they depend on
+    changes."""
+    about = _settings(config)
+    for task in about["tasks"]:
+        for key in ("train", "train_split", "validation", "validation_split", "weight", "max_train_rows"):
+            task.pop(key, None)
+    known = {key: about[key] for key in ("model_name_or_path", "model", "tasks", "data", "evaluation")}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+    history = History(folder / f"before-{digest}.jsonl")
+    if scores := history.scores(0):
+        return scores
+    try:
+        tasks = load_tasks(config.tasks, config.base_dir)
+    except HeadwaterError as error:
+        raise config.placed(error) from error
+    model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
+    if config.model.device_map is None:
+        model.to(training_arguments(config).device)  # type: ignore[arg-type]
+    console.print("scoring the base model, once for all runs", highlight=False)
+    display = ProgressDisplay(console)
+    try:
+        return Scorer(tokenizer, tasks, config.evaluation, config.data, history, display).all_rows(model, 0)
+    finally:
+        display.close()
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    from headwater.config import dump_config
+
+    return parse_document(dump_config(config), "").data
+
+
+def _other_settings(job: Job) -> Problem | None:
+    """What the run that the folder holds was made with, where that differs from the job's config."""
+    path = job.folder / "config.yaml"
+    if not path.is_file() or not (job.finished or last_checkpoint(job.folder)):
+        return None
+    kept, asked = _flat(read_document(path).data), _flat(_settings(job.config))
+    keys = [k for k in dict.fromkeys([*kept, *asked]) if k not in _NOT_SETTINGS and kept.get(k) != asked.get(k)]
+    if not keys:
+        return None
+    changes = [f"{'.'.join(map(str, key))} was {kept.get(key)!r}, now {asked.get(key)!r}" for key in keys]
+    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+    return Problem(
+        f"the run there has other settings: {'; '.join(changes[:4])}{more}",
+        str(job.folder),
+        "choose another output_dir, take the change back, or delete this folder to have the run made again",
+    )
+
+
+def _flat(value: Any, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], Any]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = [_flat(item, (*path, key)) for key, item in inner]
+    return {key: item for part in parts for key, item in part.items()} if parts else {path: value}
+
+
+def _labelled(results: dict[str, Any], label: str, folder: Path, output: Path) -> dict[str, Any]:
+    about = {"label": label, "folder": folder.relative_to(output).as_posix()}
+    return {**results, "extra": {**about, **results["extra"]}}
+
+
+def _described(plan: Plan, planned: Planned) -> dict[str, Any]:
+    method, training = planned.config.method, training_arguments(planned.config)
+    return {
+        "label": planned.label,
+        "method": method,
+        "solved": planned.field or None,
+        "parameters": planned.parameters,
+        "deviation": plan.deviation(planned),
+        "learning_rate": training.learning_rate,
+        "align": planned.config.align and planned.config.align.model_dump(),
+    }

@@ -1,0 +1,72 @@
+"""Validation rows to choose a learning rate on: the tasks' own, or some that are taken out of their training rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwater.data.rows import Row
+from headwater.data.tasks import Task, input_of, load_tasks
+from headwater.errors import HeadwaterError, Problem
+from headwater.training.files import write_text
+
+if TYPE_CHECKING:
+    from headwater.config import RunConfig
+
+SHARE, MOST = 0.1, 200
+"""Of a task without validation rows, this share of its training rows chooses, but at most so many."""
+
+
+def choosing_tasks(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """The `tasks:` section of runs that choose: what is trained on and, as their test rows, what chooses.
+
+    The rows are written to `folder` as JSONL files, the same ones in every call. The tasks' test rows are in neither.
+
+    Raises:
+        HeadwaterError: if the tasks cannot be read, or one is left without rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for spec, task in zip(config.tasks, load_tasks(config.tasks, config.base_dir), strict=True):
+        section = {"name": task.name, "metric": task.metric, "weight": task.weight}
+        train, chosen = task.train, task.validation[: spec.max_test_rows]
+        if not chosen and train:
+            train, chosen = hold_out(task)
+            if not train:
+                place = f"tasks[{task.index}] {task.name}"
+                raise HeadwaterError(Problem("has too few training rows to take some out of them", place))
+        for key, rows in (("train", train), ("test", chosen)):
+            if rows:
+                path = folder / f"{task.name}-{key}.jsonl"
+                write_text(path, "".join(json.dumps(_fields(row), ensure_ascii=False) + "\n" for row in rows))
+                section[key] = str(path.absolute())
+        if train or chosen:
+            sections.append(section)
+    return sections
+
+
+def hold_out(task: Task) -> tuple[list[Row], list[Row]]:
+    """A task's training rows in two: those that stay, and those that choose. No prompt is in both."""
+    count = max(1, min(MOST, round(SHARE * len(task.train))))
+    taken = set(random.Random(f"{task.name} validation").sample(range(len(task.train)), count))
+    chosen = [row for index, row in enumerate(task.train) if index in taken]
+    asked = {input_of(row) for row in chosen}
+    return [row for row in task.train if input_of(row) not in asked], chosen
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    if row.messages:
+        return {"messages": row.messages}
+    fields: dict[str, Any] = {"prompt": row.prompt, "completion": row.completion}
+    return {**fields, "choices": row.choices} if row.choices else fields
+
+
+def quality(results: Mapping[str, Any], trained: Sequence[str]) -> float:
+    """How good a run is on what chooses: the mean score of the tasks that it was trained on; where all of them are
+    losses, minus their mean."""
+    tasks = [task for name, task in results["tasks"].items() if name in trained]
+    scores = [task["after"] for task in tasks if task["metric"] != "loss"]
+    return sum(scores) / len(scores) if scores else -sum(task["after"] for task in tasks) / len(tasks)

@@ -1,0 +1,192 @@
+"""Scores of a pool's adapters combined in one way or another, on the rows of tasks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..data.encode import DataSpec
+from ..data.rows import Row
+from ..data.tasks import Task, majority
+from ..errors import HeadwaterError, Problem
+from ..evaluation import EvaluationSpec, Progress, TaskScore, interval, score_task
+from ..evaluation.scoring import sample
+from .adapter import read_adapter
+from .arrow import Arrow
+from .flow import FlowGate
+from .mixed import Mixture, PooledModel
+from .pool import AdapterPool
+from .retriever import Retriever, mixtures
+from .saved import kind_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RETRIEVED = ("selection", "mixture", "fusion")
+WAYS = ("base", "own", "uniform", *RETRIEVED, "arrow")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A pool on its model, and how its adapters are retrieved.
+
+    Args:
+        retriever: needed by `selection`, `mixture` and `fusion` only.
+        top: adapters to retrieve for mixture and fusion.
+        exclude_own: never retrieve the adapter that has the task's name: the out-of-domain protocol.
+    """
+
+    pool: AdapterPool
+    pooled: PooledModel
+    tokenizer: PreTrainedTokenizerBase
+    retriever: Retriever | None = None
+    top: int = 3
+    exclude_own: bool = False
+
+
+def score_way(
+    way: str,
+    composition: Composition,
+    tasks: Sequence[Task],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+    *,
+    split: str = "test",
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskScore]:
+    """Score every task that has rows in `split`; the same rows for every way.
+
+    Args:
+        way: `base` (no adapter), `own` (the adapter of the task's name: the oracle), `uniform` (the mean of all
+            adapters' outputs), `selection`, `mixture` or `fusion` (retrieved for each row), `arrow`, the name of an
+            adapter, or a folder that `headwater pool flow`, `hub` or `arrow` wrote.
+
+    Raises:
+        HeadwaterError: an unknown way, a task without an adapter of its name, or rows that cannot be scored.
+    """
+    scores = {}
+    with _ready(way, composition) as everywhere:
+        for task in tasks:
+            rows = sample(getattr(task, split), max_rows)
+            if not rows:
+                continue
+            if everywhere:
+                model, tokenizer = composition.pooled.model, composition.tokenizer
+                scores[task.name] = score_task(model, tokenizer, task, rows, spec, data_spec, progress=progress)
+            else:
+                plan = plan_rows(way, composition, task.name, rows)
+                scores[task.name] = score_mixtures(
+                    composition, task, rows, plan, spec, data_spec, fused=way == "fusion", progress=progress
+                )
+    return scores
+
+
+def plan_rows(way: str, composition: Composition, task: str, rows: Sequence[Row]) -> Sequence[Mixture]:
+    """The mixture of adapters that each row gets.
+
+    Raises:
+        HeadwaterError: as `score_way`.
+    """
+    pool = composition.pool
+    if way == "base":
+        return [{}] * len(rows)
+    if way == "uniform":
+        return [{name: 1 / len(pool) for name in pool.names}] * len(rows)
+    if way in RETRIEVED:
+        if composition.retriever is None:
+            raise HeadwaterError(Problem(f"{way} needs a retriever"))
+        barred = [{task}] * len(rows) if composition.exclude_own else None
+        top = 1 if way == "selection" else composition.top
+        return mixtures(composition.retriever.retrieve([row.prompt for row in rows], top, exclude=barred))
+    name = task if way == "own" else way
+    if name not in pool:
+        fix = f"one of {', '.join(WAYS)}, an adapter ({', '.join(pool.names)}), or a folder"
+        what = f"the pool has no adapter {name!r}" if way == "own" else f"unknown way {way!r}"
+        raise HeadwaterError(Problem(what, "way", fix))
+    return [{name: 1.0}] * len(rows)
+
+
+def score_mixtures(
+    composition: Composition,
+    task: Task,
+    rows: Sequence[Row],
+    plan: Sequence[Mixture],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+    *,
+    fused: bool = False,
+    progress: Progress | None = None,
+) -> TaskScore:
+    """Score rows that each have a mixture of their own. Rows of one mixture share their batches."""
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for position, mixture in enumerate(plan):
+        groups.setdefault(tuple(sorted(mixture.items())), []).append(position)
+    correct, weights, done = [0.0] * len(rows), [1.0] * len(rows), 0
+    pooled, parts = composition.pooled, []
+    for weights_of, positions in groups.items():
+        with pooled.rows([dict(weights_of)], fused=fused):
+            part = score_task(pooled.model, composition.tokenizer, task, [rows[i] for i in positions], spec, data_spec)
+        parts.append(part)
+        tokens = part.detail.get("tokens", len(part.correct)) / max(1, len(part.correct))
+        for position, value in zip(positions, part.correct, strict=True):
+            correct[position], weights[position] = value, tokens
+        done += len(positions)
+        if progress is not None:
+            progress(task.name, done, len(rows))
+    if task.metric == "loss":  # a mean over tokens: groups count by theirs
+        value = float(np.average([p.value for p in parts], weights=[p.detail["tokens"] for p in parts]))
+        bounds = interval(correct, weights)
+    else:
+        value, bounds = float(np.mean(correct)), interval(correct)
+    return TaskScore(task.name, task.metric, value, len(rows), majority(rows), correct, {"interval": list(bounds)})
+
+
+@contextlib.contextmanager
+def _ready(way: str, composition: Composition) -> Iterator[bool]:
+    """Puts a way that is the same for all rows on the model; yields whether it is one."""
+    folder = Path(way)
+    if way in WAYS[:-1] or way in composition.pool:
+        yield False
+        return
+    if way != "arrow" and not folder.is_dir():
+        plan_rows(way, composition, "", ())  # raises, and says what there is
+    with on_model("arrow" if way == "arrow" else folder, composition.pool, composition.pooled):
+        yield True
+
+
+@contextlib.contextmanager
+def on_model(way: str | Path, pool: AdapterPool, pooled: PooledModel) -> Iterator[None]:
+    """Forwards inside use what was fitted on the pool: a folder that `headwater pool flow`, `hub` or `arrow` wrote, or
+    "arrow" for Arrow's routing among all adapters.
+
+    Raises:
+        HeadwaterError: the folder holds nothing of the kind, or was fitted on other adapters.
+    """
+    kind = "arrow" if way == "arrow" else kind_of(Path(way))
+    if kind == "hub":
+        adapter = read_adapter(Path(way), "hub", pool.fingerprint.layers)
+        with pooled.all_rows(pooled.place(adapter)):
+            yield
+    elif kind == "flow":
+        with FlowGate.load(Path(way), pool, pooled).on():
+            yield
+    else:
+        with (Arrow(pooled, pool) if way == "arrow" else Arrow.load(Path(way), pool, pooled)).on():
+            yield
+
+
+def ranks_of_own(retriever: Retriever, tasks: Sequence[Task], split: str, max_rows: int | None) -> dict[str, list[int]]:
+    """Per task that an adapter is named after, the place at which retrieval finds that adapter for each row, from 1."""
+    found = {}
+    for task in tasks:
+        rows = sample(getattr(task, split), max_rows)
+        if task.name in retriever.names and rows:
+            ranked = retriever.retrieve([row.prompt for row in rows], len(retriever.names))
+            found[task.name] = [[name for name, _ in row].index(task.name) + 1 for row in ranked]
+    return found

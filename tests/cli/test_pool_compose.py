@@ -1,0 +1,175 @@
+"""`headwater pool retrieve | tune-encoder | flow | hub | arrow | evaluate` on tiny adapters."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_support import run_main
+from compose.pool_support import MLP, make_pool
+from compose.tiny_encoder import save_tiny_encoder
+
+from headwater.compose import AdapterPool
+from headwater.compose.encoder import load_encoder
+
+KINDS = ("news", "tweet", "film")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pool of three adapters named after three tasks, the tasks' file, and an encoder."""
+    folder = tmp_path_factory.mktemp("made")
+    make_pool(folder, {kind: {"r": 4, "lora_alpha": 8, "target_modules": MLP} for kind in KINDS})
+    index = json.loads((folder / "pool" / "pool.json").read_text())
+    lines = []
+    for kind in KINDS:
+        index["adapters"][kind]["samples"] = [f"{kind}{i} {kind}{i + 1}" for i in range(8)]
+        for split, count in (("train", 12), ("test", 9)):
+            rows = [
+                {"prompt": f"{kind}{i} {kind}{i + 2}", "completion": [" a", " b"][i % 2], "choices": [" a", " b"]}
+                for i in range(count)
+            ]
+            (folder / f"{kind}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines.append(f"  - {{name: {kind}, train: {kind}-train.jsonl, test: {kind}-test.jsonl}}\n")
+    (folder / "pool" / "pool.json").write_text(json.dumps(index))
+    (folder / "tasks.yaml").write_text("tasks:\n" + "".join(lines))
+    (folder / "one.yaml").write_text("tasks:\n" + lines[0] + "evaluation: {batch_size: 4}\n")
+    save_tiny_encoder(folder / "text")
+    return folder
+
+
+def run(capsys, made, command, *options, code=0):
+    done = run_main(capsys, "pool", command, made / "pool", *options)
+    assert done.code == code, done.err
+    return done
+
+
+def test_retrieving_for_prompts(made, capsys):
+    encoder = ["--encoder", made / "text" / "encoder"]
+    found = run(capsys, made, "retrieve", "-p", "news1 news2", "-p", "film3", "--top", 2, *encoder, "--json")
+    rows = [json.loads(line) for line in found.out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["news1 news2", "film3"]
+    assert all(len(row["adapters"]) == 2 for row in rows)
+    assert "news1" in run(capsys, made, "retrieve", "-p", "news1", *encoder).out
+
+
+def test_how_often_the_own_adapter_is_found(made, tmp_path, capsys):
+    tuned = tmp_path / "tuned"
+    learn = ["--epochs", 10, "--learning-rate", 0.02, "--temperature", 0.05]
+    plain = ["--encoder", made / "text" / "encoder"]
+    assert "24 texts of 3 adapters" in run(capsys, made, "tune-encoder", "-o", tuned, *plain, *learn).out
+    shares = {}
+    for encoder in (made / "text" / "encoder", tuned):
+        asked = ["--tasks", made / "tasks.yaml", "--encoder", encoder, "--json"]
+        found = json.loads(run(capsys, made, "retrieve", *asked).out)
+        assert (found["all"]["n"], found["news"]["n"], found["all"]["top-3"]) == (27, 9, 1.0)
+        shares[encoder] = found["all"]["top-1"]
+    assert shares[tuned] >= shares[made / "text" / "encoder"]
+    assert shares[tuned] > 0.8
+    assert "found first" in run(capsys, made, "retrieve", "--tasks", made / "tasks.yaml", "--encoder", tuned).out
+    assert load_encoder(str(tuned)).prompts["retrieval"] == ""
+
+
+def test_all_ways_on_the_same_rows(made, tmp_path, capsys):
+    ways = ["base", "own", "uniform", "selection", "mixture", "fusion", "arrow", "news"]
+    options = [option for way in ways for option in ("--way", way)]
+    encoder = ["--encoder", made / "text" / "encoder"]
+    file = tmp_path / "scores.json"
+    asked = ["--tasks", made / "tasks.yaml", *options, *encoder, "--top", 2, "--max-rows", 5, "--scores", file]
+    shown = run(capsys, made, "evaluate", *asked)
+    scores = json.loads(file.read_text())["ways"]
+    assert list(scores) == ways
+    for way in ways:
+        assert way in shown.out
+        assert [scores[way]["tasks"][kind]["n"] for kind in KINDS] == [5, 5, 5]
+        assert len(scores[way]["tasks"]["news"]["interval"]) == 2
+    assert scores["own"]["tasks"]["news"] == scores["news"]["tasks"]["news"]
+
+
+@pytest.mark.parametrize("metric", ["choice_accuracy", "loss", "exact_match"])
+def test_rows_scored_in_groups_score_as_they_would_alone(made, tmp_path, metric):
+    """Every row's mixture is its own; one at a time gives the same."""
+    from tiny_models import make_tiny_llama, make_tiny_tokenizer
+
+    from headwater.compose import PooledModel
+    from headwater.compose.scoring import Composition, score_mixtures
+    from headwater.data.encode import DataSpec
+    from headwater.data.tasks import TaskSpec, load_tasks
+    from headwater.evaluation import EvaluationSpec
+
+    pool = AdapterPool(made / "pool")
+    (task,) = load_tasks([TaskSpec(name="news", test="news-test.jsonl", metric=metric)], made)
+    composition = Composition(pool, PooledModel(make_tiny_llama(), pool.load), make_tiny_tokenizer())
+    plan = [[{"news": 1.0}, {}, {"film": 0.5, "tweet": 0.5}][i % 3] for i in range(9)]
+    settings = EvaluationSpec(max_new_tokens=4), DataSpec()
+    done = []
+    whole = score_mixtures(composition, task, task.test, plan, *settings, progress=lambda *call: done.append(call))
+    assert done[-1] == ("news", 9, 9)
+    alone = [
+        score_mixtures(composition, task, [row], [mixture], *settings)
+        for row, mixture in zip(task.test, plan, strict=True)
+    ]
+    assert whole.correct == pytest.approx([score.correct[0] for score in alone], rel=1e-4)
+    assert whole.n == 9
+    if metric == "loss":
+        tokens = [len(row.completion.encode()) + 1 for row in task.test]
+        want = sum(s.value * n for s, n in zip(alone, tokens, strict=True)) / sum(tokens)
+        assert whole.value == pytest.approx(want, rel=1e-4)
+
+
+def test_the_own_adapter_can_be_excluded(made):
+    from headwater.compose.retriever import Retriever
+    from headwater.compose.scoring import Composition, plan_rows
+    from headwater.data.rows import Row
+
+    pool = AdapterPool(made / "pool")
+    retriever = Retriever.of(pool, load_encoder(str(made / "text" / "encoder")))
+    rows = [Row(f"news{i}", " a") for i in range(4)]
+    inside = plan_rows("mixture", Composition(pool, None, None, retriever, top=3), "news", rows)
+    outside = plan_rows("mixture", Composition(pool, None, None, retriever, 3, exclude_own=True), "news", rows)
+    assert all(row.keys() == set(KINDS) and sum(row.values()) == pytest.approx(1) for row in inside)
+    assert all(row == {"tweet": 0.5, "film": 0.5} for row in outside)
+    assert all(len(row) == 1 for row in plan_rows("selection", Composition(pool, None, None, retriever), "news", rows))
+
+
+def test_flow_hub_and_arrow_are_written_and_score_the_same_again(made, tmp_path, capsys):
+    one = ["--tasks", made / "one.yaml"]
+    first = {}
+    for command, options in (
+        ("flow", ["--start", "news", "--epochs", 1, "--learning-rate", 0.05]),
+        ("hub", ["--budget", 6]),
+        ("arrow", ["--top-k", 2]),
+    ):
+        file = tmp_path / f"{command}.json"
+        asked = [*one, "-o", tmp_path / command, *options, "--scores", file]
+        shown = run(capsys, made, command, *asked)
+        first[command] = next(iter(json.loads(file.read_text())["ways"].values()))["tasks"]["news"]["value"]
+        assert f"{first[command]:.3f}" in shown.out
+        assert run(capsys, made, command, *asked, code=2).err.count("not an empty folder") == 1
+    assert json.loads((tmp_path / "flow" / "flow.json").read_text())["training"]["steps"] == 3
+    assert json.loads((tmp_path / "hub" / "hub.json").read_text())["optimiser"].startswith("NGOpt -> ")
+    ways = [option for command in first for option in ("--way", tmp_path / command)]
+    file = tmp_path / "again.json"
+    run(capsys, made, "evaluate", *one, *ways, "--scores", file)
+    again = json.loads(file.read_text())["ways"]
+    assert {c: again[str(tmp_path / c)]["tasks"]["news"]["value"] for c in first} == first
+
+
+def test_what_is_refused(made, tmp_path, capsys):
+    one = ["--tasks", made / "one.yaml"]
+    for command, options, message in (
+        ("evaluate", [*one, "--way", "nonsense"], "unknown way 'nonsense'"),
+        ("evaluate", [*one, "--way", made], "nothing fitted on a pool is in this folder"),
+        ("evaluate", [*one, "--way", "base", "--split", "dev"], "unknown split 'dev'"),
+        ("evaluate", [*one, "--way", "base", "--split", "validation"], "no task has validation rows"),
+        ("flow", [*one, "-o", tmp_path / "x", "--start", "nobody"], "not among the adapters"),
+        ("flow", [*one, "-o", tmp_path / "x", "--adapter", "nobody"], "no adapter 'nobody'"),
+        ("hub", [*one, "-o", tmp_path / "x", "--penalty", "none"], "unknown penalty 'none'"),
+        ("hub", [*one, "-o", tmp_path / "x", "--optimiser", "none"], "no optimiser 'none'"),
+        ("arrow", [*one, "--top-k", 0], "top_k is 0"),
+        ("retrieve", ["-p", "x", "--encoder", tmp_path / "nothing"], "the encoder cannot be loaded"),
+    ):
+        refused = run(capsys, made, command, *options, code=2)
+        assert message in refused.err, refused.err
+        assert "Traceback" not in refused.err
+    assert not (tmp_path / "x").exists()

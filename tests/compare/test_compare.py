@@ -1,0 +1,291 @@
+"""A whole comparison: ordinary runs; what is finished is kept; a killed one ends as if it had never been stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comparing import compared, plan_of, timeless, write_file
+from rich.console import Console
+from safetensors.torch import load_file
+
+from headwater.compare.run import compare
+from headwater.config import load_config
+from headwater.errors import HeadwaterError
+from headwater.training import train
+from headwater.training.loss import completion_losses
+from headwater.training.progress import ProgressDisplay
+from headwater.training.scorer import Scorer
+
+LABELS, SEEDS = ("lora", "heads"), (0, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_pages_of_single_runs():
+    """They take most of the time, and are tested in tests/report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headwater.report.write_report", lambda folder: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a comparison that nothing interrupted, and its content."""
+    path = write_file(tmp_path_factory.mktemp("whole"))
+    return path, compared(path)
+
+
+def test_the_content_has_the_promised_form(whole):
+    path, content = whole
+    assert json.loads((path.parent / "out" / "comparison.json").read_text()) == json.loads(json.dumps(content))
+    assert content["schema"] == 1
+    assert [(r["extra"]["label"], r["seed"]) for r in content["runs"]] == [(m, s) for m in LABELS for s in SEEDS]
+    for entry in content["summary"]:
+        assert {"method", "n", "trainable_parameters", "mean", "ci95", "paired_difference", "paired_ci95"} <= set(entry)
+    about = {m["label"]: m for m in content["extra"]["methods"]}
+    assert about["heads"]["solved"] == "r"
+    assert about["heads"]["deviation"] == about["heads"]["parameters"] / about["lora"]["parameters"] - 1
+    assert {f.name for f in (path.parent / "out" / "figures").iterdir()} >= {"comparison.png", "comparison.svg"}
+    assert (path.parent / "out" / "report.html").is_file()
+
+
+def test_the_numbers_are_those_of_a_plain_reading(whole):
+    path, content = whole
+    scores = {
+        label: [
+            json.loads((path.parent / "out" / label / f"seed-{s}" / "results.json").read_text())["mean"]["after"]
+            for s in SEEDS
+        ]
+        for label in LABELS
+    }
+    assert len({*scores["lora"], *scores["heads"]}) > 1  # or the intervals would say nothing
+    t = 12.706204736174698  # two values, one degree of freedom
+    for entry in content["summary"]:
+        a, b = scores[entry["method"]]
+        assert entry["mean"] == pytest.approx((a + b) / 2)
+        assert entry["ci95"] == pytest.approx([(a + b) / 2 - t * abs(a - b) / 2, (a + b) / 2 + t * abs(a - b) / 2])
+        planned = next(m for m in content["extra"]["methods"] if m["label"] == entry["method"])
+        assert entry["trainable_parameters"] == planned["parameters"]  # what was counted is what is trained
+    d = [y - x for x, y in zip(*scores.values(), strict=True)]
+    second = content["summary"][1]
+    assert second["paired_difference"] == pytest.approx(sum(d) / 2)
+    half = t * abs(d[0] - d[1]) / 2
+    assert second["paired_ci95"] == pytest.approx([sum(d) / 2 - half, sum(d) / 2 + half])
+
+
+def test_every_run_is_the_one_that_train_makes_of_its_config(whole, tmp_path):
+    run = whole[0].parent / "out" / "heads" / "seed-1"
+    config = load_config(run / "config.yaml", [f"output_dir={tmp_path / 'again'}"])
+    assert (config.seed, config.method["name"], config.compare) == (1, "hydralora", None)
+    again = train(config, console=Console(quiet=True))
+    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, again.output_dir))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    kept = json.loads((run / "results.json").read_text())
+    assert (kept["tasks"], kept["mean"]) == (again.results["tasks"], again.results["mean"])
+
+
+def test_finished_runs_are_kept_and_the_base_model_is_scored_once(whole, tmp_path, monkeypatch):
+    path = copy_of(whole, tmp_path)
+    out = path.parent / "out"
+    shutil.rmtree(out / "heads" / "seed-1")
+    kept = {f: f.stat().st_mtime_ns for f in out.rglob("results.json")}
+    scored = []
+    original = Scorer.all_rows
+    monkeypatch.setattr(Scorer, "all_rows", lambda self, m, step: scored.append(step) or original(self, m, step))
+    assert timeless(compared(path)) == timeless(whole[1])
+    assert scored == [4]  # of the one run that was missing, after training
+    assert all(f.stat().st_mtime_ns == then for f, then in kept.items())
+    shutil.rmtree(out)
+    scored.clear()
+    compared(path)
+    assert scored.count(0) == 1
+
+
+def copy_of(whole, folder) -> Path:
+    """The comparison's folder, moved: runs that are kept must not mind."""
+    shutil.copytree(whole[0].parent / "out", folder / "out")
+    path = folder / "run.yaml"
+    text = whole[0].read_text()
+    path.write_text(text.replace(f"output_dir: {whole[0].parent}", f"output_dir: {folder}"))
+    for file in whole[0].parent.glob("*.jsonl"):
+        text = path.read_text()
+        path.write_text(text.replace(f" {file.name}", f" {file}"))
+    return path
+
+
+def test_a_start_that_is_not_the_base_model_is_scored_itself(whole, tmp_path, monkeypatch):
+    path = copy_of(whole, tmp_path)
+    scored = []
+    original = Scorer.all_rows
+    monkeypatch.setattr(Scorer, "all_rows", lambda self, m, step: scored.append(step) or original(self, m, step))
+    far = "{label: far, method: {name: rlora, router_init: kaiming, gamma: 1, head_dropout: 0}}"
+    methods = f"[lora, {{label: rlora, method: rlora}}, {far}]"
+    compared(path, f"compare.methods={methods}", "compare.seeds=[0]", "compare.match=none")
+    assert scored == [4, 0, 4]  # lora was kept, rlora starts at the base model's scores, which were kept too
+
+
+def test_other_settings_for_a_kept_run_are_an_error_that_names_them(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    with pytest.raises(HeadwaterError) as caught:
+        compared(path, "training.learning_rate=0.5", "data.max_length=99")
+    problems = [str(p) for p in caught.value.problems]
+    assert len(problems) == 4  # all runs at once, before any is made
+    assert all("training.learning_rate was 0.05, now 0.5" in p and "data.max_length" in p for p in problems)
+    with pytest.raises(HeadwaterError, match=r"tasks\.1\.weight was 1\.0, now 2"):
+        compared(path, "tasks.1.weight=2")
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths}
+from headwater.training.progress import ProgressDisplay
+original, runs = ProgressDisplay.on_step_end, []
+def on_step_end(self, args, state, control, **kwargs):
+    original(self, args, state, control, **kwargs)
+    if self not in runs:
+        runs.append(self)
+    if len(runs) == 2 and state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+ProgressDisplay.on_step_end = on_step_end
+import headwater.report
+headwater.report.write_report = lambda folder: None
+from headwater.cli import main
+main(["compare", sys.argv[1]])
+"""
+
+
+def test_a_killed_comparison_ends_as_if_it_had_never_been(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    out = path.parent / "out"
+    shutil.rmtree(out)
+    code = KILLED.format(paths=[str(Path(__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, env=environment, timeout=300)
+    assert done.returncode == -9, done.stderr
+    assert (out / "lora" / "seed-0" / "results.json").is_file()
+    cut = out / "heads" / "seed-0"
+    assert (cut / "checkpoint-2").is_dir()
+    assert not (cut / "results.json").exists()
+    (cut / "checkpoint-3").mkdir()  # as if it had been killed while a checkpoint was written
+    (cut / "checkpoint-3" / "trainer_state.json").write_text('{"global_step":')
+    first = (out / "lora" / "seed-0" / "results.json").stat().st_mtime_ns
+    assert timeless(compared(path)) == timeless(whole[1])
+    assert (out / "lora" / "seed-0" / "results.json").stat().st_mtime_ns == first
+    steps = [json.loads(line)["step"] for line in (cut / "history.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_ctrl_c_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+    import signal
+
+    from headwater.cli import main
+
+    path = copy_of(whole, tmp_path)
+    out = path.parent / "out"
+    shutil.rmtree(out / "heads" / "seed-0")
+    original = ProgressDisplay.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressDisplay, "on_step_end", on_step_end)
+        with pytest.raises(SystemExit) as stopped:
+            main(["compare", str(path)])
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert (out / "heads" / "seed-0" / "checkpoint-2").is_dir()
+    assert timeless(compared(path)) == timeless(whole[1])
+
+
+def test_what_a_killed_run_left_without_a_checkpoint_is_replaced(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    run = path.parent / "out" / "lora" / "seed-1"
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (run / "results.json").unlink()  # the adapter is there, the results are not yet
+    assert timeless(compared(path)) == timeless(whole[1])
+
+
+def test_the_table_is_printed(whole, tmp_path, capsys):
+    from headwater.cli.compare import show_plan, show_summary
+
+    console = Console(width=160)
+    show_plan(plan_of(whole[0]), console)
+    show_summary(whole[1], console)
+    shown = capsys.readouterr().out
+    entry = whole[1]["summary"][1]
+    assert f"{entry['mean']:.3f}" in shown
+    assert f"{entry['paired_difference']:+.3f}" in shown
+    assert "minus lora" in shown
+    assert "Student's t over 2 seeds" in shown
+    one = timeless(whole[1])
+    for summary in one["summary"]:
+        summary.update(n=1, ci95=None, paired_ci95=None)
+    show_summary(one, console)
+    assert "One seed" in capsys.readouterr().out
+
+
+def test_learning_rates_are_chosen_on_rows_that_no_score_is_from(tmp_path):
+    path = write_file(tmp_path)
+    content = compared(path, "compare.learning_rate=[1e-5, 3e-2]", "compare.seeds=[0]", "training.max_steps=6")
+    chosen = content["extra"]["learning_rate"]
+    assert set(chosen) == set(LABELS)
+    for label, choice in chosen.items():
+        assert choice["seed"] == 1000
+        assert set(choice["scores"]) == {"1e-05", "0.03"}
+        best = max(choice["scores"].values())
+        assert choice["scores"][f"{choice['chosen']:g}"] == best
+        about = next(m for m in content["extra"]["methods"] if m["label"] == label)
+        assert about["learning_rate"] == choice["chosen"]
+        ran = load_config(tmp_path / "out" / label / "seed-0" / "config.yaml")
+        assert ran.training["learning_rate"] == choice["chosen"]
+        assert ran.tasks[0].train == str(tmp_path / "animals-train.jsonl")  # all of them
+    folder = tmp_path / "out" / "learning-rate"
+    assert {f.name for f in (folder / "lora").iterdir()} == {"1e-05", "0.03"}
+    prompts = {
+        split: {json.loads(line)["prompt"] for line in (folder / "tasks" / f"animals-{split}.jsonl").open()}
+        for split in ("train", "test")
+    }
+    assert not prompts["train"] & prompts["test"]
+    assert len(prompts["train"]) + len(prompts["test"]) == 24
+    assert not any(prompt.startswith("test ") for rows in prompts.values() for prompt in rows)
+    known = timeless(content)
+    assert (
+        timeless(compared(path, "compare.learning_rate=[1e-5, 3e-2]", "compare.seeds=[0]", "training.max_steps=6"))
+        == known
+    )
+
+
+def test_a_folder_of_one_run_is_not_taken_for_a_comparison(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    run = tmp_path / "out" / "lora" / "seed-0"
+    with pytest.raises(HeadwaterError, match=r"holds a run of `headwater train`"):
+        compared(path, f"output_dir={run}")
+    with pytest.raises(HeadwaterError, match=r"holds a run already \(comparison.json\)"):
+        train(load_config(path), console=Console(quiet=True))
+
+
+def test_a_comparison_is_one_process(whole, monkeypatch):
+    plan = plan_of(whole[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HeadwaterError, match="one process"):
+        compare(plan)
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    path = write_file(tmp_path)
+    losses = completion_losses
+
+    monkeypatch.setattr("headwater.training.trainer.completion_losses", lambda *a, **k: losses(*a, **k) * math.nan)
+    with pytest.raises(HeadwaterError, match="lora, seed 0: the loss became non-finite at step 1"):
+        compared(path)

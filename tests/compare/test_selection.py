@@ -1,0 +1,61 @@
+"""Rows that choose a learning rate: never test rows, and nothing that is trained on."""
+
+import json
+
+from comparing import write_file
+
+from headwater.compare.selection import MOST, choosing_tasks, hold_out, quality
+from headwater.config import load_config
+from headwater.data.rows import Row
+from headwater.data.tasks import Task, load_tasks
+
+
+def task_of(count, repeat=1):
+    rows = [Row(f"question {i // repeat}", f" {i}", line=i) for i in range(count)]
+    return Task("t", 0, "loss", train=rows)
+
+
+def test_a_tenth_is_held_out_and_at_most_so_many():
+    for count, held in ((5, 1), (40, 4), (5000, MOST)):
+        train, chosen = hold_out(task_of(count))
+        assert (len(chosen), len(train)) == (held, count - held)
+        assert {row.line for row in train} | {row.line for row in chosen} == set(range(count))
+    assert hold_out(task_of(40)) == hold_out(task_of(40))
+
+
+def test_a_prompt_that_chooses_is_not_trained_on_with_another_answer():
+    train, chosen = hold_out(task_of(60, repeat=3))
+    assert not {row.prompt for row in train} & {row.prompt for row in chosen}
+    assert len(train) < 60 - len(chosen)
+
+
+def test_the_files_hold_the_same_rows(tmp_path):
+    path = write_file(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": "a é\n?"}, {"role": "assistant", "content": "b"}]},
+        {"text": "no prompt here"},
+        {"instruction": "do", "input": "this", "output": "done"},
+    ]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = "{name: a, train: animals-train.jsonl, validation: mixed.jsonl, metric: loss, weight: 2.0}"
+    config = load_config(path, [f"tasks=[{first}, {{name: b, test: mixed.jsonl}}]"])
+    sections = choosing_tasks(config, tmp_path / "chosen")
+    assert [section["name"] for section in sections] == ["a"]  # the other has nothing but test rows
+    again = load_tasks(load_config(path, [f"tasks={json.dumps(sections)}"]).tasks, tmp_path)[0]
+    given = load_tasks(config.tasks, tmp_path)[0]
+    strip = [[(r.prompt, r.completion, r.choices, r.messages) for r in rows] for rows in (again.train, again.test)]
+    assert strip == [
+        [(r.prompt, r.completion, r.choices, r.messages) for r in rows] for rows in (given.train, given.validation)
+    ]
+    assert (again.weight, again.metric) == (2.0, given.metric)
+
+
+def test_quality_is_the_mean_score_of_what_was_trained_on():
+    tasks = {
+        "a": {"metric": "exact_match", "after": 0.5},
+        "b": {"metric": "choice_accuracy", "after": 0.9},
+        "c": {"metric": "loss", "after": 3.0},
+    }
+    assert quality({"tasks": tasks}, ["a", "b", "c"]) == 0.7
+    assert quality({"tasks": tasks}, ["a"]) == 0.5
+    assert quality({"tasks": tasks}, ["c"]) == -3.0
