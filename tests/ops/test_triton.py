@@ -39,12 +39,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headwater.ops import triton_dropout, triton_heads
 
-pointers = {name: "*bf16" for name in ("z", "h", "dh", "dz", "values", "out")}
-pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "size": "i64"}
-for kernel in (triton_heads._forward, triton_heads._backward, triton_dropout._drop):
+pointers = {name: "*bf16" for name in ("z", "h", "dh", "dz")}
+pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "out": "*i8", "size": "i64"}
+for kernel in (triton_heads._forward, triton_heads._backward, triton_dropout._keep_mask):
     for fixed in (False, True):
         constants = dict(SCALE=1.25, DROPS=True, FIXED=fixed, WIDE=tl.float32)
-        constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024)
+        constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024, BY_COLUMN=fixed)
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         names = kernel.arg_names
         signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}

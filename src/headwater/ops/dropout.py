@@ -45,6 +45,10 @@ def keep_mask(
     Returns:
         bool `(rows, columns)`.
     """
+    if implementation(seed.device) == "triton":
+        from .triton_dropout import keep_mask as one_kernel
+
+        return one_kernel(seed, rows, columns, p, first_row, by_column)
     low, high = ((seed >> shift & (2**BITS - 1)).to(torch.int32).reshape(()) for shift in (0, BITS))
     step = (columns * M0 + 2**31) % 2**32 - 2**31  # the product as int32
     row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=seed.device) * step + low
@@ -60,10 +64,6 @@ def keep_mask(
 
 
 def drop(values: Tensor, seed: Tensor, p: float, *, first_row: int = 0) -> Tensor:
-    """`values` `(rows, columns)` with dropped entries 0 and kept ones divided by `1 - p`; differentiable."""
-    if implementation(values.device) == "triton":
-        from .triton_dropout import drop as one_kernel
-
-        return one_kernel(values, seed, p, first_row)
+    """`values` `(rows, columns)` with dropped entries 0 and kept ones divided by `1 - p`."""
     kept = keep_mask(seed, values.shape[0], values.shape[1], p, first_row=first_row)
     return torch.where(kept, values, 0) * (1 / (1 - p))

@@ -1,6 +1,5 @@
-"""`dropout.drop` as one Triton kernel: an entry is read, hashed, and written, and no mask exists in memory.
-
-The gradient of a dropped tensor is the gradient dropped by the same seed, so forward and backward are one kernel.
+"""`dropout.keep_mask` as one Triton kernel: a mask as large as x is written once, where torch would pass over int32
+tensors of that size ten times. What the kernels of `triton_heads` share with it is here, too.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ def keeps(seed, spread, limit):
 
 
 @triton.jit
-def _drop(values, seed, out, size, first, limit, SCALE: tl.constexpr, WIDE: tl.constexpr, ENTRIES: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    known = place < size
-    value = tl.load(values + place, mask=known, other=0.0).to(WIDE) * tl.full([1], SCALE, WIDE)
-    kept = keeps(seed, (place.to(tl.int32) + first) * M0, limit)
-    tl.store(out + place, tl.where(kept, value, 0.0), mask=known)
+def _keep_mask(
+    seed, out, rows, columns, size, first, limit, BY_COLUMN: tl.constexpr, ENTRIES: tl.constexpr
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    place = (at % rows) * columns + at // rows if BY_COLUMN else at
+    tl.store(out + at, keeps(seed, (place.to(tl.int32) + first) * M0, limit).to(tl.int8), mask=at < size)
 
 
 def require_gpu(tensor: Tensor) -> None:
@@ -47,7 +46,7 @@ def require_gpu(tensor: Tensor) -> None:
     Raises:
         HeadwaterError: if Triton can run nothing on this tensor.
     """
-    if tensor.device.type == "cpu" and isinstance(_drop, triton.JITFunction):  # not wrapped by the interpreter
+    if tensor.device.type == "cpu" and isinstance(_keep_mask, triton.JITFunction):  # not wrapped by the interpreter
         raise HeadwaterError(
             Problem(
                 "Triton's kernels need a GPU, and this tensor is on the CPU",
@@ -67,41 +66,34 @@ def int32(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-@torch.library.custom_op("headwater::drop", mutates_args=())
-def drop(values: Tensor, seed: Tensor, p: float, first_row: int) -> Tensor:
-    """`dropout.drop`, contiguous."""
-    require_gpu(values)
-    values = values.contiguous()
-    out = torch.empty_like(values)
-    if out.numel():
-        with torch.cuda.device_of(values):  # a kernel starts on the current device, which need not be the tensor's
-            _drop[(triton.cdiv(out.numel(), ENTRIES),)](
-                values,
+@torch.library.custom_op("headwater::keep_mask", mutates_args=())
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float, first_row: int, by_column: bool) -> Tensor:
+    """`dropout.keep_mask`."""
+    require_gpu(seed)
+    kept = _empty(seed, rows, columns, by_column)
+    size = rows * columns
+    if size:
+        with torch.cuda.device_of(seed):  # a kernel starts on the current device, which need not be the tensor's
+            _keep_mask[(triton.cdiv(size, ENTRIES),)](
                 seed,
-                out,
-                out.numel(),
-                int32(first_row * values.shape[1]),
+                kept.view(torch.int8),
+                rows,
+                columns,
+                size,
+                int32(first_row * columns),
                 threshold(p),
-                SCALE=1 / (1 - p),
-                WIDE=wide(values),
+                BY_COLUMN=by_column,
                 ENTRIES=ENTRIES,
                 enable_fp_fusion=True,
             )
-    return out
+    return kept.T if by_column else kept
 
 
-@drop.register_fake
-def _(values: Tensor, seed: Tensor, p: float, first_row: int) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
+@keep_mask.register_fake
+def _(seed: Tensor, rows: int, columns: int, p: float, first_row: int, by_column: bool) -> Tensor:
+    kept = _empty(seed, rows, columns, by_column)
+    return kept.T if by_column else kept
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, seed, ctx.p, ctx.first_row = inputs
-    ctx.save_for_backward(seed)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return drop(grad, *ctx.saved_tensors, ctx.p, ctx.first_row), None, None, None
-
-
-drop.register_autograd(_differentiate, setup_context=_save)
+def _empty(seed: Tensor, rows: int, columns: int, by_column: bool) -> Tensor:
+    return seed.new_empty((columns, rows) if by_column else (rows, columns), dtype=torch.bool)
