@@ -94,6 +94,23 @@ def compare(
 
 
 @app.command()
+def advise(
+    file: ConfigFile,
+    minutes: Annotated[float, typer.Option(min=0.0, help="For the whole pilot, roughly.")] = 15.0,
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Both methods are trained with each of them.")] = "0,1,2",
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Compared with plain LoRA; by default the file's method."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Find out on your own tasks, in minutes, whether a multi-head method pays, and what the whole run would cost."""
+    from headwater.cli.advise import run
+
+    run(file, minutes, seeds, method, overrides or [])
+
+
+@app.command()
 def evaluate(
     source: Adapter,
     tasks: Annotated[

@@ -1,0 +1,168 @@
+"""A short pilot on the user's own tasks: does a multi-head method pay here, and what would the whole run cost?"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from headwater.compare.budget import trainable_parameters
+from headwater.compare.plan import make_plan
+from headwater.compare.run import compare
+from headwater.compare.selection import choosing_tasks
+from headwater.compare.spec import CompareSpec
+from headwater.errors import HeadwaterError, Problem
+from headwater.training.files import write_json
+from headwater.training.run import training_arguments
+
+if TYPE_CHECKING:
+    from headwater.config import RunConfig
+
+PROBE_STEPS = 6
+"""Steps of the run that only measures how long a step and a scoring take."""
+LEAST_STEPS = 20
+"""A pilot of fewer steps would compare beginnings."""
+MOST_ROWS = 60
+"""Validation rows a task is scored on."""
+
+
+def advise(
+    config: RunConfig, *, minutes: float, seeds: list[int], method: str | None, console: Console
+) -> dict[str, Any]:
+    """Compares plain LoRA with a multi-head method on validation rows, in about the given time.
+
+    Both have the same number of trainable parameters, data order and seeds. Test rows are not touched: what is trained
+    on and scored are the tasks' training and validation rows. A pilot that was stopped goes on when called again.
+
+    Args:
+        config: the run that advice is wanted on.
+        minutes: for the whole pilot.
+        seeds: each method is trained once with each; at least two, or there is no interval.
+        method: the method that is compared with plain LoRA; by default the config's own, or R-LoRA where that is LoRA.
+
+    Returns:
+        The content of `advice.json`: `verdict` ("multi-head", "plain" or "undecided"), `method`, `steps` and `seeds` of
+        the pilot, `difference` of the mean scores and its `ci95`, `tasks` with the same for each, and
+        `full_run_seconds` by method.
+
+    Raises:
+        HeadwaterError: if the time is too short for a pilot that could say anything, or whatever a run refuses.
+    """
+    from headwater.config import DEFAULT_METHOD, changed
+
+    if len(set(seeds)) < 2:
+        raise HeadwaterError(Problem("one seed gives no interval", "--seeds", "give at least two, e.g. 0,1,2"))
+    started = time.perf_counter()
+    output = Path(config.output_dir) / "advice"
+    tasks = choosing_tasks(config, output / "tasks")
+    for task in tasks:
+        task["max_test_rows"] = MOST_ROWS
+    own = config.method["name"]
+    name = method or (DEFAULT_METHOD if own == "lora" else own)
+    variants: list[Any] = ["lora", {"method": {"name": name}}]
+
+    def pilot(steps: int, methods: list[Any], folder: Path) -> RunConfig:
+        training = {**config.training, "max_steps": steps, "eval_strategy": "no", "save_steps": max(steps, 1)}
+        for key in ("num_train_epochs", "eval_steps", "load_best_model_at_end", "metric_for_best_model"):
+            training.pop(key, None)
+        section = {
+            "methods": methods,
+            "seeds": seeds if steps > PROBE_STEPS else seeds[:1],
+            # The method stays as the file has it; plain LoRA's rank is solved for.
+            "parameters": trainable_parameters(config, {**_shared(config, name), "name": name}),
+            "tolerance": config.compare.tolerance if config.compare else CompareSpec().tolerance,
+        }
+        sections = {"tasks": tasks, "training": training, "compare": section, "output_dir": str(folder)}
+        return changed(config, sections, {})
+
+    console.print("measuring how long a step takes", highlight=False)
+    probe = output / "probe"
+    measured = compare(make_plan(pilot(PROBE_STEPS, variants, probe)), console=Console(quiet=True))
+    per_step = {entry["method"]: entry["extra"]["seconds_per_step"] for entry in measured["summary"]}
+    full = full_steps(config)
+    steps = _kept_steps(output)
+    if steps is None:
+        spent = time.perf_counter() - started
+        scoring = max(spent - PROBE_STEPS * sum(per_step.values()), 0.0) / (len(variants) + 1)  # the base's, too
+        steps = _affordable(minutes * 60 - spent - scoring * (1 + len(variants) * len(seeds)), per_step, len(seeds))
+        steps = min(steps, full)
+        if steps < min(LEAST_STEPS, full):
+            needed = spent + scoring * (1 + len(variants) * len(seeds))
+            needed += LEAST_STEPS * len(seeds) * sum(per_step.values())
+            fix = f"give --minutes {math.ceil(needed / 60)} or more, fewer --seeds, or tasks with shorter rows"
+            what = f"{minutes:g} minutes are too short for a pilot of {LEAST_STEPS} steps"
+            raise HeadwaterError(Problem(what, "--minutes", fix))
+        write_json(output / "pilot.json", {"steps": steps})
+    console.print(f"{len(variants)} methods, {len(seeds)} seeds, {steps} of {full} steps each", highlight=False)
+    content = compare(make_plan(pilot(steps, variants, output / "pilot")), console=console)
+    advice = advice_of(content, steps=steps, full=full)
+    write_json(output / "advice.json", advice)
+    return advice
+
+
+def _shared(config: RunConfig, name: str) -> dict[str, Any]:
+    """The fields of the config's `method:` section that a method has, too."""
+    from headwater.config import method_fields
+
+    known = method_fields(name)
+    return {key: value for key, value in config.method.items() if key in known}
+
+
+def _kept_steps(output: Path) -> int | None:
+    """The steps of a pilot that was begun here: a second measurement must not change them under finished runs."""
+    file = output / "pilot.json"
+    return int(json.loads(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else None
+
+
+def _affordable(seconds: float, per_step: dict[str, float], seeds: int) -> int:
+    return max(int(seconds / (seeds * sum(per_step.values()))), 0)
+
+
+def full_steps(config: RunConfig) -> int:
+    """The optimiser steps that the run's file asks for."""
+    args = training_arguments(config)
+    if args.max_steps > 0:
+        return args.max_steps
+    from headwater.data.tasks import load_tasks
+
+    rows = sum(len(task.train) for task in load_tasks(config.tasks, config.base_dir))
+    return math.ceil(rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps)) * math.ceil(
+        args.num_train_epochs
+    )
+
+
+def advice_of(content: dict[str, Any], *, steps: int, full: int) -> dict[str, Any]:
+    """What a comparison of plain LoRA with one other method says.
+
+    The verdict is "multi-head" or "plain" only where the 95 % interval of the paired difference keeps off 0.
+    """
+    plain, other = content["summary"]
+    difference, interval = other["paired_difference"], other["paired_ci95"]
+    if interval is None:
+        raise HeadwaterError(
+            Problem("the tasks have no score to compare, only a loss", "tasks", "give one of them choices or a metric")
+        )
+    low, high = interval
+    verdict = "multi-head" if low > 0 else "plain" if high < 0 else "undecided"
+    return {
+        "schema": 1,
+        "verdict": verdict,
+        "method": other["method"],
+        "seeds": content["extra"]["seeds"],
+        "steps": steps,
+        "full_steps": full,
+        "mean": {plain["method"]: plain["mean"], other["method"]: other["mean"]},
+        "difference": difference,
+        "ci95": [low, high],
+        "tasks": {
+            name: {"difference": values["paired_difference"], "ci95": values["paired_ci95"]}
+            for name, values in other["extra"]["tasks"].items()
+            if values["metric"] != "loss"
+        },
+        "trainable_parameters": {entry["method"]: entry["trainable_parameters"] for entry in (plain, other)},
+        "full_run_seconds": {entry["method"]: entry["extra"]["seconds_per_step"] * full for entry in (plain, other)},
+    }

@@ -1,0 +1,102 @@
+"""`headwater advise`: a pilot that leaves test rows alone, and what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from comparing import FILE, write_file
+
+from headwater.cli import main
+from headwater.cli.advise import sentence
+from headwater.compare.advise import advice_of, full_steps
+from headwater.config import load_config
+
+EIGHT_STEPS = FILE.replace("max_steps: 4", "max_steps: 8")
+
+
+def advise(capsys, *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["advise", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+def comparison(differences: list[float], interval: list[float] | None) -> dict:
+    def entry(method: str, mean: float, difference: float | None, pair: list[float] | None) -> dict:
+        tasks = {
+            "a": {"metric": "choice_accuracy", "paired_difference": difference, "paired_ci95": pair},
+            "b": {"metric": "loss", "paired_difference": 9.0, "paired_ci95": [8.0, 10.0]},
+        }
+        extra = {"tasks": tasks, "seconds_per_step": 2.0 if method == "lora" else 3.0}
+        return {
+            "method": method, "mean": mean, "paired_difference": difference, "paired_ci95": pair,
+            "trainable_parameters": 100, "extra": extra,
+        }  # fmt: skip
+
+    mean = sum(differences) / len(differences)
+    return {
+        "summary": [entry("lora", 0.5, None, None), entry("rlora", 0.5 + mean, mean, interval)],
+        "extra": {"seeds": list(range(len(differences)))},
+    }
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict", "said"),
+    [
+        ([0.01, 0.05], "multi-head", "pays"),
+        ([-0.05, -0.01], "plain", "Plain LoRA"),
+        ([-0.01, 0.05], "undecided", "tell"),
+    ],
+)
+def test_the_verdict_needs_an_interval_that_keeps_off_zero(interval, verdict, said):
+    advice = advice_of(comparison([0.02, 0.03], interval), steps=30, full=300)
+    assert advice["verdict"] == verdict
+    assert said in sentence(advice)
+    assert advice["full_run_seconds"] == {"lora": 600.0, "rlora": 900.0}
+    assert set(advice["tasks"]) == {"a"}  # a loss is no score
+
+
+def test_an_undecided_pilot_says_what_it_could_have_seen():
+    assert "about 0.030 to show" in sentence(advice_of(comparison([0.02, 0.02], [-0.01, 0.05]), steps=3, full=9))
+
+
+def test_a_pilot_on_a_tiny_model(tmp_path, capsys):
+    path = write_file(tmp_path, EIGHT_STEPS)
+    code, out, err = advise(capsys, path, "--minutes", 30, "--seeds", "0,1", "--method", "rlora")  # fmt: skip
+    assert code == 0, err
+    folder = tmp_path / "out" / "advice"
+    advice = json.loads((folder / "advice.json").read_text())
+    assert (advice["steps"], advice["full_steps"]) == (8, 8)  # no longer than the run itself
+    assert advice["method"] == "rlora"
+    assert f"{advice['difference']:+.3f}" in out
+    texts = ((tmp_path / f"{task}-test.jsonl").read_text() for task in ("animals", "colours"))
+    test_rows = {json.loads(line)["prompt"] for text in texts for line in text.splitlines()}
+    texts = (file.read_text() for file in (folder / "tasks").glob("*.jsonl"))
+    used = {json.loads(line)["prompt"] for text in texts for line in text.splitlines()}
+    assert used
+    assert not used & test_rows
+    runs = [p.stat().st_mtime_ns for p in sorted((folder / "pilot").glob("*/*/results.json"))]
+    code, _, err = advise(capsys, path, "--minutes", 30, "--seeds", "0,1", "--method", "rlora")  # fmt: skip
+    assert code == 0, err
+    assert runs == [p.stat().st_mtime_ns for p in sorted((folder / "pilot").glob("*/*/results.json"))]
+
+
+def test_too_little_time_and_one_seed_are_said(tmp_path, capsys):
+    path = write_file(tmp_path, FILE.replace("max_steps: 4", "max_steps: 400"))
+    code, _, err = advise(capsys, path, "--minutes", 0.001, "--method", "hydralora", "--set", "method.num_heads=2",
+                          "--set", "method.name=hydralora")  # fmt: skip
+    assert code == 2
+    assert "too short for a pilot of 20 steps" in err
+    assert "--minutes 1" in err
+    for seeds, said in (("0", "no interval"), ("0,x", "not whole numbers")):
+        code, _, err = advise(capsys, path, "--seeds", seeds)
+        assert (code, said in err) == (2, True)
+        assert "Traceback" not in err
+
+
+def test_steps_of_a_run_by_epochs(tmp_path):
+    path = write_file(tmp_path, FILE.replace("max_steps: 4", "num_train_epochs: 2"))
+    assert full_steps(load_config(path)) == 24  # 48 rows in batches of 4, twice
+    assert full_steps(load_config(write_file(tmp_path))) == 4
