@@ -40,6 +40,7 @@ class Row:
         gated: the method has gates to observe.
         saved_once: tensors that only the first of the adapter's layers holds, for all of them; all are trained.
         kept_wide: buffers that stay float32 in an adapter of half precision.
+        wider: config fields that make it hold twice as much: heads, experts, ranks or links.
         learns: a tensor that the first step moves.
         drawn: the start is random.
         ingredient: a config field that names a tensor file to make the adapter from, and what such a file holds for a
@@ -62,6 +63,7 @@ class Row:
     gated: bool = True
     saved_once: Shapes = field(default_factory=dict)
     kept_wide: tuple[str, ...] = ()
+    wider: dict[str, Any] = field(default_factory=lambda: {"num_heads": 6})
     learns: str = "B"
     drawn: bool = True
     ingredient: tuple[str, Callable[[str, int, int, int], dict[str, Tensor]]] | None = None
@@ -148,6 +150,7 @@ ROWS = [
     Row(
         "moe_lora",
         fields={"num_experts": 4, "top_k": 2, "balance_loss": "mixtral", "balance_loss_weight": 0.1},
+        wider={"num_experts": 8},
         saved=lambda r, i, o: {"A": (4, r, i), "B": (4, r, o), "router": (4, i)},
         trainable=lambda r, i, o: 4 * (r * i + r * o + i),
     ),
@@ -155,6 +158,7 @@ ROWS = [
         "moe_lora",
         label="moe_lora-by-task",
         fields={"num_experts": 4, "top_k": 0, "router": "task", "num_tasks": 3, "task_dim": 5},
+        wider={"num_experts": 8},
         saved=lambda r, i, o: {"A": (4, r, i), "B": (4, r, o)},
         saved_once={"task_embedding": (3, 5), "task_gate": (4, 5)},
         trainable=lambda r, i, o: 4 * (r * i + r * o),
@@ -164,6 +168,7 @@ ROWS = [
     Row(
         "malora",
         fields={"num_experts": 4, "shared_rank": 6},
+        wider={"num_experts": 8},
         saved=lambda r, i, o: {"S": (6, i), "P": (4, r, 6), "B": (4, r, o), "router": (4, i)},
         trainable=lambda r, i, o: 6 * i + 4 * (r * 6 + r * o + i),
         smooth={"top_k": 0},
@@ -172,6 +177,7 @@ ROWS = [
     Row(
         "smora",
         fields={"top_k": 2, "bias_update_rate": 1e-3},
+        wider={"r": 8},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "router": (r, i), "bias": (r,), "counts": (r,)},
         trainable=lambda r, i, o: 2 * r * i + r * o,
         alpha_over_rank=False,
@@ -180,6 +186,7 @@ ROWS = [
     Row(
         "cond_mixlora",
         fields={"num_factors": 6},
+        wider={"num_factors": 12},
         saved=lambda r, i, o: {
             "A": (6, i),
             "B": (6, o),
@@ -194,6 +201,7 @@ ROWS = [
     ),
     Row(
         "lori",
+        wider={"r": 8},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
         trainable=lambda r, i, o: r * o,
         mergeable=True,
@@ -205,6 +213,7 @@ ROWS = [
         ingredient=("mask", mask_of),
         fields={"reuse_a": False},
         learns="values",
+        wider={"r": 8},
         saved=lambda r, i, o: {"A": (r, i), "values": ((r + 1) // 2 * o,), "index": ((r + 1) // 2 * o,)},
         trainable=lambda r, i, o: (r + 1) // 2 * o,
         mergeable=True,
@@ -215,6 +224,7 @@ ROWS = [
         ingredient=("basis", basis_of),
         learns="A",
         drawn=False,
+        wider={"r": 8},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
         trainable=lambda r, i, o: r * i,
         mergeable=True,
@@ -225,6 +235,7 @@ ROWS = [
         label="cora-init-b",
         ingredient=("basis", basis_of),
         fields={"variant": "init_b", "init_a": "kaiming"},
+        wider={"r": 8},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o)},
         trainable=lambda r, i, o: r * i + r * o,
         mergeable=True,
@@ -233,6 +244,7 @@ ROWS = [
     ),
     Row(
         "cola",
+        wider={"num_links": 6},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "A_tied": (2 * r, i), "B_tied": (2 * r, o), "link": ()},
         trainable=lambda r, i, o: r * i + r * o,
         mergeable=True,
@@ -241,6 +253,7 @@ ROWS = [
     Row(
         "taskprobe",  # not headwater's: task_probe.py, beside this file
         fields={"penalty": 0.2},
+        wider={"r": 8},
         saved=lambda r, i, o: {"A": (r, i), "B": (r, o), "table": (3, r)},
         trainable=lambda r, i, o: r * i + r * o + 3 * r,
         needs_task_ids=True,

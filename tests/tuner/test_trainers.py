@@ -8,6 +8,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
+from headwater.tuner import MethodLayer
+
 from .helpers import adapt, assert_same, base_weights, config, logits, task_kwargs, tokens
 from .rows import BY_ID, ROWS
 
@@ -61,6 +63,25 @@ def test_plain_trainer_resumes_on_the_same_path(row, tiny_llama, tmp_path):
     assert_same(get_peft_model_state_dict(resumed), get_peft_model_state_dict(whole))
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "whole" / "checkpoint-6")
     assert torch.equal(logits(row, loaded), logits(row, whole.eval()))
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_plain_trainer_moves_everything_that_is_trained(row, tiny_llama, tmp_path, reentrant):
+    """From the real start, in three steps: no router, gate or head stays behind, and no two heads stay equal."""
+    model = adapt(row, tiny_llama(), stirred=False, **row.no_dropout)
+    start = trained(model)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, save_strategy="no", remove_unused_columns=False,
+        **COMMON, **({} if reentrant is None else checkpointing),
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=Rows(row)).train()
+    still = {name.rpartition(".")[2] for name, p in trained(model).items() if torch.equal(p, start[name])}
+    assert still == ({"router"} if row.id == "rlora-one-head" else set())
+    for layer in (m for m in model.modules() if isinstance(m, MethodLayer)):
+        held = layer.branch("default").heads()
+        heads = [] if held is None else held.B
+        assert all(not torch.equal(a, b) for n, a in enumerate(heads) for b in heads[:n] if a.any() or b.any())
 
 
 @pytest.mark.parametrize("row", UNCONDITIONED, ids=[row.id for row in UNCONDITIONED])
