@@ -81,6 +81,15 @@ def test_property_10_the_file_holds_the_basis(basis, tmp_path):
     assert without_its_file(x.float()).isnan().all(), "an adapter without its B must not look as if it worked"
 
 
+def test_property_8_adapters_of_one_basis_merge_by_averaging_a(basis):
+    _, path = basis
+    branches = [move(model_of(path), seed).base_model.model.layer.branch("default") for seed in (1, 2, 3)]
+    expected = sum(w * branch.delta_weight() for w, branch in zip((0.2, 0.5, 0.3), branches, strict=True))
+    with torch.no_grad():
+        branches[0].A.copy_(sum(w * branch.A for w, branch in zip((0.2, 0.5, 0.3), branches, strict=True)))
+    torch.testing.assert_close(branches[0].delta_weight(), expected, **CLOSE)
+
+
 def test_one_config_makes_several_adapters(basis):
     stored, path = basis
     model = model_of(path)

@@ -146,6 +146,15 @@ def test_without_its_file_a_sparse_adapter_computes_nothing(mask_file, tmp_path)
     sparse.add_adapter("second", sparse.peft_config["default"])  # the same config again reads the file again
 
 
+def test_property_7_updates_of_two_tasks_are_nearly_orthogonal_unless_they_share_a():
+    wide = 512
+    models = [move(adapt("lori", wide, 6, r=4, init_seed=seed), 1) for seed in (0, 1, 0)]
+    first, second, same_a = (branches(model)["layer"].delta_weight().flatten() for model in models)
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(first, second, dim=0).abs() <= 5 / wide**0.5
+    assert cosine(first, same_a, dim=0) > 0.99  # B is the same in all three
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 11), seed=st.integers(0, 99))
 def test_property_9_packed_bits_come_back(rows, columns, seed):

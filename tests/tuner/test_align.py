@@ -71,6 +71,20 @@ def test_mmd_is_the_mean_of_kernels():
     assert found[0, 0].abs() < 1e-9
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_mmd_gradient_is_right_in_float32(offset):
+    """Also where tokens are alike: distances that should be 0 and are not would be magnified by the narrowest kernel."""
+    z, member = noise(60, 4) + offset, membership(torch.arange(60) // 30, None, 2)
+    z = z.float().double()  # nothing to round
+    z[30:40] = z[:10]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = z.to(dtype).requires_grad_()
+        mmd_alignment(leaf, member.to(dtype))[0, 1].backward()
+        found.append(leaf.grad.double())
+    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
+
+
 def test_per_position_statistics_are_unbiased_ones_over_rows():
     z, task = noise(5, 3, 2), torch.tensor([0, 0, 1, 1, 1])
     found = kl_alignment_per_position(z, task, 2)[0, 1]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
 
+import headwater
 from headwater.tuner import MethodLayer, context_of
 
-from .helpers import LAYERS, adapt, assert_near, assert_same, gradients
+from .helpers import LAYERS, TARGETS, adapt, assert_near, assert_same, gradients
 from .penalised import PENALTY, batch, explicit_penalty, make, train_one_step
 from .rows import BY_ID
 
@@ -149,3 +152,78 @@ def test_balance_loss_of_hydralora_is_its_formula(tiny_llama):
     with_loss(**data).loss.backward()
     assert_near(gradients(with_loss), gradients(model))
     assert context_of(with_loss).last_losses.keys() == {"balance"}
+
+
+WITH_LOSSES = {
+    "hydralora": ("hydralora", {"balance_loss_weight": 0.5}, None),
+    "mixtral": ("moe_lora", {"balance_loss": "mixtral", "balance_loss_weight": 0.5, "z_loss_weight": 0.1}, None),
+    "localized": (
+        "moe_lora",
+        {"balance_loss": "localized", "balance_loss_weight": 0.5, "top_k": 0, "task_types": [0, 1, 1]},
+        None,
+    ),
+    "malora": ("malora", {"balance_loss": "mola", "balance_loss_weight": 0.5}, None),
+    "align lora": ("lora", {}, {"kind": "kl", "weight": 0.5}),
+    "align rlora": ("rlora", {"head_dropout": 0.0}, {"kind": "mmd", "weight": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", WITH_LOSSES)
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_a_methods_loss_under_accumulation_is_the_weighted_mean_over_micro_batches(
+    case, reentrant, tiny_llama, tmp_path
+):
+    """Oracle: each micro-batch alone, without a trainer; its gradient weighs as its share of the learned tokens."""
+    method, fields, alignment = WITH_LOSSES[case]
+
+    def make_model(with_losses=True):
+        torch.manual_seed(1)
+        shared = {"r": 2, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+        off = {name: 0.0 for name in fields if name.endswith("_weight") and not with_losses}
+        model = get_peft_model(
+            tiny_llama(), headwater.make_config(method, **shared, **{**fields, "lora_dropout": 0.0, **off})
+        )
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))
+        if alignment is not None:
+            headwater.align(model, **{**alignment, **({} if with_losses else {"weight": 0.0})})
+        return model.train()
+
+    rows = [{name: t[n] for name, t in batch(seed).items()} for seed in range(4) for n in range(4)]
+    for row in rows:
+        row["headwater_task_ids"] = row["headwater_task_ids"] % 2
+    for number, row in enumerate(rows):  # micro-batches of unequal shares
+        row["labels"] = row["labels"].masked_fill(torch.arange(10) > 3 + number // 4 * 2, -100)
+
+    def expected(with_losses):
+        micro = [{name: torch.stack([r[name] for r in rows[i : i + 4]]) for name in rows[0]} for i in range(0, 16, 4)]
+        items = torch.tensor([(m["labels"][:, 1:] != -100).sum() for m in micro]).float()
+        assert len(set(items.tolist())) > 1
+        total = {}
+        for m, share in zip(micro, items / items.sum(), strict=True):
+            model = make_model(with_losses)
+            model(**m).loss.backward()
+            for name, gradient in gradients(model).items():
+                total[name] = total.get(name, 0) + share * gradient
+        return total
+
+    model = make_model()
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=1,
+        optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[],
+        remove_unused_columns=False, save_strategy="no", disable_tqdm=True, use_cpu=True,
+        **({} if reentrant is None else checkpointing),
+    )  # fmt: skip
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    step = {name: start[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert_near(step, expected(True), relative=2e-3)
+    without = expected(False)
+    moved = [name for name in step if (without[name] - step[name]).norm() > 2e-2 * step[name].norm()]
+    assert moved, "the loss has no share in the gradient, so this test shows nothing"

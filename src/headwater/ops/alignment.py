@@ -86,8 +86,9 @@ def mmd_alignment(z: Tensor, member: Tensor, *, most: int = 256) -> Tensor:
     member = thin(member, most)
     used = member.sum(0).nonzero().squeeze(1)
     z, member = z[used], member[:, used]
-    square = (z * z).sum(1)
-    distance = (square.unsqueeze(0) + square.unsqueeze(1) - 2 * z @ z.T).clamp_min(0)
+    # By differences: |a|^2 + |b|^2 - 2 a b leaves rounding where tokens are alike, as those of equal prompts are, and
+    # the narrowest kernel magnifies it.
+    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()
     kernel = torch.stack([torch.exp(-distance / (2 * sigma)) for sigma in BANDWIDTHS]).sum(0)
     weight = member / member.sum(1, keepdim=True).clamp_min(1)
     inner = weight @ kernel @ weight.T
