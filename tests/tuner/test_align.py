@@ -73,7 +73,7 @@ def test_mmd_is_the_mean_of_kernels():
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_mmd_gradient_is_right_in_float32(offset):
-    """Also where tokens are alike: distances that should be 0 and are not would be magnified by the narrowest kernel."""
+    """Also where tokens are alike: a distance that is not quite 0 would be magnified by the narrowest kernel."""
     z, member = noise(60, 4) + offset, membership(torch.arange(60) // 30, None, 2)
     z = z.float().double()  # nothing to round
     z[30:40] = z[:10]
