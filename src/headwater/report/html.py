@@ -50,22 +50,26 @@ class FigureBlock:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table; `small` is a second, quieter line, `dot` the name of a colour."""
+    """One cell of a table; `small` is a second, quieter line, `dot` the name of a colour, `sort` the number that the
+    cell counts as in a sortable table."""
 
     text: str
     small: str = ""
     dot: str = ""
+    sort: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
     """A table whose first column names the row; on a phone every row becomes a card. `totals` rows at the end are set
-    apart."""
+    apart; `sortable` lets the reader sort by any column; `left` aligns texts at the left."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     totals: int = 0
+    sortable: bool = False
+    left: bool = False
     kind: str = "table"
 
 
@@ -226,10 +230,17 @@ def render(page: Page) -> tuple[str, dict[str, bytes]]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    sortable = any(isinstance(b, Table) and b.sortable for section in page.sections for b in section.blocks)
+    script = environment.loader.get_source(environment, "sort.js")[0] if sortable else ""  # type: ignore[union-attr]
     css = environment.loader.get_source(environment, "report.css")[0]  # type: ignore[union-attr]
     colours = {name: theme.css_variables(dark) for name, dark in (("light", False), ("dark", True))}
     html = environment.get_template("report.html").render(
-        page=page, drawn=drawn, css=Markup(css), light=Markup(colours["light"]), dark=Markup(colours["dark"])
+        page=page,
+        drawn=drawn,
+        css=Markup(css),
+        script=Markup(script),
+        light=Markup(colours["light"]),
+        dark=Markup(colours["dark"]),
     )
     files = {f"{name}.{ending}": data for name, d in drawn.items() for ending, data in d.files.items()}
     return _NOT_XML.sub("", html), files

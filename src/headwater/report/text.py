@@ -12,8 +12,11 @@ def score_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def interval_text(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval[0]:.3f} – {interval[1]:.3f}"
+def interval_text(interval: Interval | None, *, sign: str = "") -> str:
+    if interval is None:
+        return ""
+    low, high = (f"{end:{sign}.3f}".replace("-", "−") for end in interval)
+    return f"{low} to {high}" if sign or interval[0] < 0 else f"{low} – {high}"
 
 
 def change_text(value: float | None) -> str:

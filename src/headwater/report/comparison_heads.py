@@ -1,0 +1,79 @@
+"""What a comparison's report says about heads and routers, from the analyses of its runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from headwater.report import head_figures
+from headwater.report.comparison import Comparison
+from headwater.report.html import FigureBlock, Section, Text
+from headwater.report.modules import Array, layers_of, mean_off_diagonal, mean_over, routing_arrays, similarity_table
+from headwater.report.text import names_text
+from headwater.report.theme import task_fills
+
+MOST_HEADS = 16
+"""Routers with more heads than this (a rank each, say) are left out: their shares would not be readable."""
+
+
+def heads_sections(comparison: Comparison) -> list[Section]:
+    """How alike each method's heads are, and which task uses which head; those that no method has anything for, not."""
+    return [section for section in (_similarity(comparison), _routing(comparison)) if section is not None]
+
+
+def _similarity(comparison: Comparison) -> Section | None:
+    table: dict[str, dict[int, float | None]] = {}
+    for label, runs in comparison.runs.items():
+        by_layer: dict[int, list[float]] = {}
+        for run in runs:
+            matrices = run.analysis.head_similarity if run.analysis else {}
+            heads = {m: v for m, v in matrices.items() if mean_off_diagonal(v) is not None}
+            for row in similarity_table(heads).values():
+                for layer, value in row.items():
+                    if value is not None:
+                        by_layer.setdefault(layer, []).append(value)
+        if by_layer:
+            table[label] = {layer: float(np.mean(by_layer[layer])) for layer in sorted(by_layer)}
+    if not table:
+        return None
+    means = "; ".join(f"{label} {np.mean(list(row.values())):.2f}".replace("-", "−") for label, row in table.items())
+    text = (
+        "Cosine between the up-projections of every two heads, averaged over pairs, projections and seeds: 1 means "
+        f"that the heads have become one, 0 that they have nothing in common. Mean over layers: {means}. "
+        "Whether heads that differ score higher is another question, which the table at the top answers."
+    )
+    layers = layers_of(table)
+    figure = FigureBlock(
+        "head_similarity",
+        "Mean cosine between different heads after training, by method and layer.",
+        f"Heat map of the mean cosine between heads: {means}.",
+        lambda w: head_figures.head_similarity(table, layers, w),
+    )
+    return Section("similarity", "How alike the heads are", [Text(text), figure])
+
+
+def _routing(comparison: Comparison) -> Section | None:
+    arrays: dict[str, tuple[list[int], list[str], Array]] = {}
+    left_out = []
+    for label, runs in comparison.runs.items():
+        found = routing_arrays(runs[0].analysis.routing) if runs and runs[0].analysis else {}
+        shares = [values for _, _, values in found.values() if np.isfinite(values).any()]
+        if not shares:
+            continue
+        if max(values.shape[2] for values in shares) > MOST_HEADS:
+            left_out.append(label)
+            continue
+        # One number per task and head: over layers here, as each projection may have its own.
+        flat = mean_over(np.stack([mean_over(values, 1) for values in shares]), 0)
+        arrays[label] = ([0], next(iter(found.values()))[1], flat[:, None, :])
+    if not arrays:
+        return None
+    fills = task_fills(comparison.tasks)
+    more = f" Left out, with more than {MOST_HEADS} heads: {names_text(left_out)}." if left_out else ""
+    figure = FigureBlock(
+        "router_use",
+        "Mean share of each head in percent, over layers, projections and the task's tokens, in the run with the first "
+        f"seed. Heads of different seeds have no common order, so there is no mean over seeds.{more}",
+        f"Tables of the share of each head per task, for {names_text(list(arrays))}.",
+        lambda w: head_figures.router_use(arrays, fills, w),
+    )
+    return Section("routing", "Which task uses which head", [figure])
