@@ -120,6 +120,24 @@ def test_property_2_padding_adds_nothing(kind):
     torch.testing.assert_close(loss_of(spec, padded, IDS, valid), loss_of(spec, z, IDS))
 
 
+@pytest.mark.parametrize("tokens", ["prompt", "answer"])
+def test_tokens_says_which_take_part(tokens):
+    """Oracle: the loss on those tokens alone."""
+    z, labels = noise(4 * 12, 2), torch.full((4, 12), 5)
+    labels[:, :7] = -100
+    labels[1, :9] = -100
+    valid = torch.ones(4, 12, dtype=torch.bool)
+    valid[2, :3] = False
+    part = (labels == -100 if tokens == "prompt" else labels != -100) & valid
+    state = State(4, 12, IDS, valid, prompt=(labels == -100) & valid)
+    found = AlignLoss(AlignSpec(tokens=tokens), 1).loss(Call("layer", (4, 12), state), z)
+    task = IDS.repeat_interleave(12)
+    expected = kl_alignment(z[part.flatten()], membership(task[part.flatten()], None, 2).double())[0, 1]
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(HeadwaterError, match="needs to know what is learned"):
+        AlignLoss(AlignSpec(tokens=tokens), 1).loss(Call("layer", (4, 12), State(4, 12, IDS, valid)), z)
+
+
 def test_property_9_one_task_or_one_row_contributes_nothing():
     z = noise(4, 20, 3)
     for ids in ([0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 2, 3]):

@@ -35,6 +35,8 @@ class AlignSpec(BaseModel):
         reduction: "mean" over pairs of tasks, or "sum", the paper's Eq. 5.
         token_mode: "pooled" takes all of a task's tokens as one sample; "per_position" compares rows at each position,
             as the released code does, for "kl" only.
+        tokens: which of a row's tokens take part: "all" but padding, those of its "prompt", or its "answer", which are
+            those that are learned.
         detach_input: stop the gradient at the layer's input, so that only this layer's A is moved.
     """
 
@@ -44,12 +46,15 @@ class AlignSpec(BaseModel):
     weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     reduction: Literal["mean", "sum"] = "mean"
     token_mode: Literal["pooled", "per_position"] = "pooled"
+    tokens: Literal["all", "prompt", "answer"] = "all"
     detach_input: bool = False
 
     @model_validator(mode="after")
     def _positions_are_for_kl(self) -> Self:
         if self.kind == "mmd" and self.token_mode == "per_position":
             raise HeadwaterError(Problem("per_position is for kind: kl", "token_mode", "leave token_mode out"))
+        if self.tokens != "all" and self.token_mode == "per_position":
+            raise HeadwaterError(Problem("per_position compares all tokens", "tokens", "leave token_mode out"))
         return self
 
 
@@ -78,8 +83,7 @@ class AlignLoss:
         task_of_row = call.task_of_row().to(z.device)
         num_tasks = call.highest_task() + 1
         z = z.float() if z.dtype != torch.float64 else z
-        task, valid = call.task_of_token().to(z.device), call.valid_tokens()
-        member = membership(task, valid, num_tasks).to(z.dtype)
+        member = membership(call.task_of_token().to(z.device), self.counted(call), num_tasks).to(z.dtype)
         rows = torch.bincount(task_of_row, minlength=num_tasks)
         usable = rows >= 2
         if self.spec.token_mode == "per_position":
@@ -88,6 +92,20 @@ class AlignLoss:
             usable = usable & (member.sum(1) >= 4 * z.shape[1])
             distances = kl_alignment(z, member) if self.spec.kind == "kl" else mmd_alignment(z, member)
         return over_pairs(distances, usable, reduction=self.spec.reduction)
+
+    def counted(self, call: Call) -> Tensor | None:
+        """bool `(tokens,)`, True on those that take part; None for all."""
+        valid = call.valid_tokens()
+        if self.spec.tokens == "all":
+            return valid
+        prompt = None if call.state is None else call.state.prompt
+        if prompt is None or prompt.numel() != call.tokens:
+            raise HeadwaterError(
+                Problem(f"tokens: {self.spec.tokens} needs to know what is learned", "align.tokens", "pass labels")
+            )
+        if self.spec.tokens == "prompt":
+            return prompt.reshape(-1)
+        return ~prompt.reshape(-1) if valid is None else valid & ~prompt.reshape(-1)
 
 
 def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> None:
