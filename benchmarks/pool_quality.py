@@ -1,0 +1,208 @@
+"""Retrieval and composition on adapters that were really trained, one per task of the demo.
+
+    python -m benchmarks.pool_quality --work DIR --json benchmarks/results/pool_quality.json
+
+Trains a plain LoRA adapter per task (kept in DIR, so that a second run goes on from there), puts them into a pool with
+20 sample texts each, all from training rows, and scores held-out test rows:
+
+- how often retrieval finds the adapter of a row's task first, and among the first three; also with the tasks' prompt
+  templates ("Tweet: ...") taken off, which makes it a question of content;
+- every way of composing, on the same rows;
+- one task treated as new: its own adapter out of the pool, LoRA-Flow and LoRAHub fitted on some of its training rows.
+
+Nothing is chosen by looking at test rows: all settings are the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headwater.base_model import load_base_model
+from headwater.cli.pool import sample_texts
+from headwater.compose import AdapterPool, PooledModel
+from headwater.compose.contrastive import ContrastiveSpec, fine_tune
+from headwater.compose.encoder import load_encoder
+from headwater.compose.flow import FlowGate, FlowSpec, train_gates
+from headwater.compose.hub import HubSpec, search
+from headwater.compose.retriever import Retriever
+from headwater.compose.scoring import WAYS, Composition, score_way
+from headwater.config import load_config
+from headwater.data.encode import DataSpec, encode_rows
+from headwater.data.tasks import Task, TaskSpec, load_tasks
+from headwater.evaluation import EvaluationSpec, TaskScore, interval, score_tasks
+from headwater.evaluation.forward import pad_id
+from headwater.evaluation.scoring import sample
+from headwater.training import train
+
+from . import measure, models
+
+RUN = """\
+model_name_or_path: {model}
+model: {{dtype: float32}}
+method: {{name: lora, r: 8, lora_alpha: 16, target_modules: [gate_proj, up_proj, down_proj]}}
+tasks: [{{name: {task}, train: {file}}}]
+data: {{max_length: 256}}
+training:
+  max_steps: {steps}
+  per_device_train_batch_size: 4
+  learning_rate: 1e-3
+  loss_normalization: example
+  save_steps: 100000
+  report_to: none
+seed: {seed}
+output_dir: {output}
+"""
+
+
+def train_adapters(folder: Path, tasks: Mapping[str, Path], options: Any) -> dict[str, Path]:
+    """One run per task; those that are there already are kept."""
+    adapters = {}
+    for name, source in tasks.items():
+        output = folder / "runs" / name
+        adapters[name] = output / "adapter"
+        if adapters[name].is_dir():
+            continue
+        output.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.yaml"
+        fields = {"model": options.model, "task": name, "file": source / "train.jsonl", "output": output}
+        file.write_text(RUN.format(**fields, steps=options.steps, seed=options.seed))
+        train(load_config(file, ["training.overwrite_output_dir=true"]))
+    return adapters
+
+
+def make_pool(
+    folder: Path, adapters: Mapping[str, Path], tasks: Sequence[Task], options: Any, model: Any
+) -> AdapterPool:
+    if (folder / "pool" / "pool.json").is_file():
+        return AdapterPool(folder / "pool")
+    pool = AdapterPool.create(folder / "pool", str(options.model), model)
+    for task in tasks:
+        texts = sample_texts(task.train, 20, options.seed)
+        pool.add(adapters[task.name], task.name, samples=texts, same_base=True)
+    return pool
+
+
+def without_template(text: str) -> str:
+    """A prompt of the demo without what its task puts around every text: "News: " before, "\\nSection:" behind."""
+    return re.sub(r"^[A-Z][A-Za-z ]*: ", "", re.sub(r"\n[A-Z][a-z]+:$", "", text))
+
+
+def retrieval(encoder: Any, samples: Mapping[str, Sequence[str]], rows: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Shares of rows whose own adapter is found first and among the first three, with 95 % intervals."""
+    retriever = Retriever(encoder, samples)
+    places = []
+    for name, texts in rows.items():
+        found = retriever.retrieve(texts, len(samples))
+        places += [[other for other, _ in row].index(name) + 1 for row in found]
+    result: dict[str, Any] = {"n": len(places)}
+    for k in (1, 3):
+        hits = [float(place <= k) for place in places]
+        result[f"top-{k}"] = {"share": sum(hits) / len(hits), "interval": list(interval(hits))}
+    return result
+
+
+def all_retrieval(pool: AdapterPool, tasks: Sequence[Task], options: Any) -> dict[str, Any]:
+    """Retrieval with and without templates, with the encoder as it comes and fine-tuned on the pool's samples."""
+    found = {}
+    for text, strip in (("prompts", lambda t: t), ("without templates", without_template)):
+        samples = {name: [strip(t) for t in entry.samples] for name, entry in pool.entries.items()}
+        rows = {task.name: [strip(row.prompt) for row in task.test] for task in tasks}
+        encoder = load_encoder()
+        found[f"{text}, encoder as it comes"] = retrieval(encoder, samples, rows)
+        fine_tune(encoder, samples, ContrastiveSpec(seed=options.seed))
+        found[f"{text}, fine-tuned on the samples"] = retrieval(encoder, samples, rows)
+    return found
+
+
+def summary(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
+    """Per task and over all rows: score, n, 95 % interval."""
+    correct = [value for score in scores.values() for value in score.correct]
+    tasks = {s.task: {"value": s.value, "n": s.n, "interval": s.detail["interval"]} for s in scores.values()}
+    return {"mean": sum(correct) / len(correct), "n": len(correct), "interval": list(interval(correct)), "tasks": tasks}
+
+
+def new_task(found: Composition, task: Task, specs: Any, options: Any) -> dict[str, Any]:
+    """A task whose own adapter is out of the pool: what the others make of it, fitted or not."""
+    evaluation, data = specs
+    names = [name for name in found.pool.names if name != task.name]
+    rows = encode_rows(task.train, found.tokenizer, data, 0)[0]
+    fill, model = pad_id(found.tokenizer), found.pooled.model
+    result: dict[str, Any] = {"task": task.name, "start": options.start}
+
+    def score(ready: Any) -> dict[str, Any]:
+        with ready:
+            scored = score_tasks(model, found.tokenizer, [task], evaluation, data, max_rows=options.rows)
+        return summary(scored)
+
+    def way(name: str) -> dict[str, Any]:
+        outside = Composition(found.pool, found.pooled, found.tokenizer, found.retriever, exclude_own=True)
+        return summary(score_way(name, outside, [task], evaluation, data, max_rows=options.rows))
+
+    ways = {name: way(name) for name in ("base", "own", options.start, "selection", "mixture", "fusion")}
+    ways["uniform"] = score(found.pooled.rows([dict.fromkeys(names, 1 / len(names))]))
+    hub = search(found.pooled, names, rows, fill, HubSpec(seed=options.seed))
+    ways["hub"] = score(found.pooled.all_rows(found.pooled.place(hub.adapter)))
+    result["hub"] = {"weights": hub.weights, "optimiser": hub.optimiser, "objective": hub.objective}
+    gate = FlowGate(found.pooled, names, options.start)
+    spec = FlowSpec(examples=options.flow_examples, epochs=options.flow_epochs, seed=options.seed)
+    losses = train_gates(gate, rows, fill, spec)
+    ways["flow"] = score(gate.on())
+    result["flow"] = {"examples": spec.examples, "epochs": spec.epochs, "first": losses[0], "last": losses[-1]}
+    return {**result, "ways": ways}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = measure.arguments(__doc__ or "")
+    parser.add_argument("--work", type=Path, required=True, help="where adapters and the pool are kept")
+    parser.add_argument("--model", default=str(models.demo_model()), help="a language model; the demo's by default")
+    parser.add_argument("--tasks", type=Path, default=None, help="folder of tasks; the demo's by default")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each adapter, 4 rows each")
+    parser.add_argument("--rows", type=int, default=60, help="test rows of each task to score")
+    parser.add_argument("--new-task", default="tweet_sentiment", help="the task that is treated as new")
+    parser.add_argument("--start", default="movie_sentiment", help="the adapter at which LoRA-Flow starts there")
+    parser.add_argument("--flow-examples", type=int, default=200)
+    parser.add_argument("--flow-epochs", type=int, default=1, help="the paper's 5 take five times as long")
+    options = parser.parse_args(argv)
+    measure.prepare(options)
+    source = options.tasks or models.demo_model().parents[1] / "tasks"
+    folders = {folder.name: folder for folder in sorted(source.iterdir()) if (folder / "train.jsonl").is_file()}
+    results: dict[str, Any] = {"environment": measure.environment(options)}
+
+    def done(part: str, value: Any) -> None:
+        results[part] = value
+        measure.write(options.json, results)
+        print(json.dumps({part: value}), flush=True)
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    adapters = train_adapters(options.work, folders, options)
+    specs = [
+        TaskSpec(name=name, train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"))
+        for name, folder in folders.items()
+    ]
+    tasks = load_tasks(specs, options.work)
+    model, tokenizer = load_base_model(options.model, dtype="float32")
+    pool = make_pool(options.work, adapters, tasks, options, model)
+    done("training", {"adapters": pool.names, "steps": options.steps, "seconds": time.perf_counter() - start})
+    done("retrieval", all_retrieval(pool, tasks, options))
+    evaluation, data = EvaluationSpec(), DataSpec()
+    retriever = Retriever.of(pool, load_encoder())
+    found = Composition(pool, PooledModel(model, pool.load), tokenizer, retriever)
+    chance = {t.name: sum(1 / len(r.choices) for r in sample(t.test, options.rows)) / options.rows for t in tasks}
+    done("chance", chance)
+    ways = {}
+    for way in WAYS:
+        ways[way] = summary(score_way(way, found, tasks, evaluation, data, max_rows=options.rows))
+        done("ways", ways)
+    fresh = next(task for task in tasks if task.name == options.new_task)
+    done("new task", new_task(found, fresh, (evaluation, data), options))
+    return results
+
+
+if __name__ == "__main__":
+    main()
