@@ -1,6 +1,6 @@
 """Retrieval and composition on adapters that were really trained, one per task of the demo.
 
-    python -m benchmarks.pool_quality --work DIR --json benchmarks/results/pool_quality.json
+    python -m benchmarks.pool_quality --work DIR --json benchmarks/results/pool_quality.json    # again to go on
 
 Trains a plain LoRA adapter per task (kept in DIR, so that a second run goes on from there), puts them into a pool with
 20 sample texts each, all from training rows, and scores held-out test rows:
@@ -15,10 +15,10 @@ Nothing is chosen by looking at test rows: all settings are the defaults.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from headwater.training import train
 
 from . import measure, models
 
+SAMPLES = 20
 RUN = """\
 model_name_or_path: {model}
 model: {{dtype: float32}}
@@ -82,7 +83,7 @@ def make_pool(
         return AdapterPool(folder / "pool")
     pool = AdapterPool.create(folder / "pool", str(options.model), model)
     for task in tasks:
-        texts = sample_texts(task.train, 20, options.seed)
+        texts = sample_texts(task.train, SAMPLES, options.seed)
         pool.add(adapters[task.name], task.name, samples=texts, same_base=True)
     return pool
 
@@ -106,11 +107,11 @@ def retrieval(encoder: Any, samples: Mapping[str, Sequence[str]], rows: Mapping[
     return result
 
 
-def all_retrieval(pool: AdapterPool, tasks: Sequence[Task], options: Any) -> dict[str, Any]:
+def all_retrieval(tasks: Sequence[Task], options: Any) -> dict[str, Any]:
     """Retrieval with and without templates, with the encoder as it comes and fine-tuned on the pool's samples."""
     found = {}
     for text, strip in (("prompts", lambda t: t), ("without templates", without_template)):
-        samples = {name: [strip(t) for t in entry.samples] for name, entry in pool.entries.items()}
+        samples = {t.name: [strip(x) for x in sample_texts(t.train, SAMPLES, options.seed)] for t in tasks}
         rows = {task.name: [strip(row.prompt) for row in task.test] for task in tasks}
         encoder = load_encoder()
         found[f"{text}, encoder as it comes"] = retrieval(encoder, samples, rows)
@@ -159,7 +160,9 @@ def new_task(found: Composition, task: Task, specs: Any, options: Any) -> dict[s
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = measure.arguments(__doc__ or "")
     parser.add_argument("--work", type=Path, required=True, help="where adapters and the pool are kept")
-    parser.add_argument("--model", default=str(models.demo_model()), help="a language model; the demo's by default")
+    parser.add_argument(
+        "--model", type=Path, default=models.demo_model(), help="a model's folder; the demo's by default"
+    )
     parser.add_argument("--tasks", type=Path, default=None, help="folder of tasks; the demo's by default")
     parser.add_argument("--steps", type=int, default=60, help="training steps of each adapter, 4 rows each")
     parser.add_argument("--rows", type=int, default=60, help="test rows of each task to score")
@@ -172,35 +175,40 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     source = options.tasks or models.demo_model().parents[1] / "tasks"
     folders = {folder.name: folder for folder in sorted(source.iterdir()) if (folder / "train.jsonl").is_file()}
     results: dict[str, Any] = {"environment": measure.environment(options)}
+    if options.json is not None and options.json.is_file():  # a run that was cut short goes on
+        earlier = json.loads(options.json.read_text())
+        results = earlier if earlier["environment"] == results["environment"] else results
 
-    def done(part: str, value: Any) -> None:
-        results[part] = value
-        measure.write(options.json, results)
-        print(json.dumps({part: value}), flush=True)
+    def once(part: str, compute: Callable[[], Any], among: dict[str, Any] = results) -> None:
+        if part not in among:
+            among[part] = compute()
+            measure.write(options.json, results)
+            print(json.dumps({part: among[part]}), flush=True)
 
     options.work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    adapters = train_adapters(options.work, folders, options)
     specs = [
         TaskSpec(name=name, train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"))
         for name, folder in folders.items()
     ]
     tasks = load_tasks(specs, options.work)
-    model, tokenizer = load_base_model(options.model, dtype="float32")
+    once("retrieval", lambda: all_retrieval(tasks, options))
+    adapters = train_adapters(options.work, folders, options)
+    model, tokenizer = load_base_model(str(options.model), dtype="float32")
     pool = make_pool(options.work, adapters, tasks, options, model)
-    done("training", {"adapters": pool.names, "steps": options.steps, "seconds": time.perf_counter() - start})
-    done("retrieval", all_retrieval(pool, tasks, options))
     evaluation, data = EvaluationSpec(), DataSpec()
     retriever = Retriever.of(pool, load_encoder())
     found = Composition(pool, PooledModel(model, pool.load), tokenizer, retriever)
-    chance = {t.name: sum(1 / len(r.choices) for r in sample(t.test, options.rows)) / options.rows for t in tasks}
-    done("chance", chance)
-    ways = {}
+    rows = {task.name: sample(task.test, options.rows) for task in tasks}
+    once("chance", lambda: {n: sum(1 / len(row.choices) for row in part) / len(part) for n, part in rows.items()})
+    ways = results.setdefault("ways", {})
+
+    def score(way: str) -> dict[str, Any]:
+        return summary(score_way(way, found, tasks, evaluation, data, max_rows=options.rows))
+
     for way in WAYS:
-        ways[way] = summary(score_way(way, found, tasks, evaluation, data, max_rows=options.rows))
-        done("ways", ways)
+        once(way, functools.partial(score, way), ways)
     fresh = next(task for task in tasks if task.name == options.new_task)
-    done("new task", new_task(found, fresh, (evaluation, data), options))
+    once("new task", lambda: new_task(found, fresh, (evaluation, data), options))
     return results
 
 

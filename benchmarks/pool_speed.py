@@ -120,16 +120,18 @@ def variants(base: Any, pool: AdapterPool) -> dict[str, list[Call]]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = measure.arguments(__doc__ or "", rounds=9)
-    parser.add_argument("--model", default=str(models.demo_model()), help="a language model; the demo's by default")
+    parser.add_argument(
+        "--model", type=Path, default=models.demo_model(), help="a model's folder; the demo's by default"
+    )
     parser.add_argument("--adapters", type=int, default=8, help="adapters, and rows of the batch")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt, where only it is read")
     parser.add_argument("--new", type=int, default=32, help="tokens written, and read before, in whole answers")
     options = parser.parse_args(argv)
     measure.prepare(options)
-    base = load_base_model(options.model, dtype="float32")[0]
+    base = load_base_model(str(options.model), dtype="float32")[0]
     with tempfile.TemporaryDirectory() as folder:
-        pool = make_pool(Path(folder), base, options.model, count=options.adapters, r=options.r)
+        pool = make_pool(Path(folder), base, str(options.model), count=options.adapters, r=options.r)
         built = variants(base, pool)
         prompts = torch.randint(base.config.vocab_size, (options.adapters, options.prompt))
         work = {

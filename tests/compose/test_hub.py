@@ -101,6 +101,9 @@ def test_every_evaluation_is_the_objective(pool, pooled, penalty):
     spec = HubSpec(budget=6, penalty=penalty)
     found = search(pooled, NAMES, made, 258, spec, progress=lambda *call: calls.append(call))
     assert [call[:2] for call in calls] == [(i, 6) for i in range(1, 7)]
+    best = [call[2] for call in calls]
+    assert best == sorted(best, reverse=True)
+    assert best[-1] == found.objective == min(e["objective"] for e in found.evaluations)
     assert found.evaluations[0]["weights"] == [0.0, 0.0, 0.0]
     at_zero = loss_of(sharp(), made) / (5 if penalty == "official" else 1)
     assert found.evaluations[0]["objective"] == pytest.approx(at_zero, rel=1e-4)

