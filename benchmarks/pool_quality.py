@@ -2,8 +2,9 @@
 
     python -m benchmarks.pool_quality --work DIR --json benchmarks/results/pool_quality.json    # again to go on
 
-Trains a plain LoRA adapter per task (kept in DIR, so that a second run goes on from there), puts them into a pool with
-20 sample texts each, all from training rows, and scores held-out test rows:
+Trains a small plain LoRA adapter per task (kept in DIR, so that a second run goes on from there): rank 2 on the last 15
+layers' `down_proj`, 80 steps of 4 rows, the settings of `examples/meta.yaml`. Puts them into a pool with 20 sample texts
+each, all from training rows, and scores held-out test rows:
 
 - how often retrieval finds the adapter of a row's task first, and among the first three; also with the tasks' prompt
   templates ("Tweet: ...") taken off, which makes it a question of content;
@@ -42,16 +43,18 @@ from headwater.training import train
 from . import measure, models
 
 SAMPLES = 20
+LAYERS = list(range(15, 30))
 RUN = """\
 model_name_or_path: {model}
 model: {{dtype: float32}}
-method: {{name: lora, r: 8, lora_alpha: 16, target_modules: [gate_proj, up_proj, down_proj]}}
+method: {{name: lora, r: 2, lora_alpha: 8, target_modules: [down_proj], layers_to_transform: {layers}}}
 tasks: [{{name: {task}, train: {file}}}]
 data: {{max_length: 256}}
 training:
   max_steps: {steps}
   per_device_train_batch_size: 4
-  learning_rate: 1e-3
+  learning_rate: 2e-3
+  lr_scheduler_type: constant
   loss_normalization: example
   save_steps: 100000
   report_to: none
@@ -71,7 +74,7 @@ def train_adapters(folder: Path, tasks: Mapping[str, Path], options: Any) -> dic
         output.mkdir(parents=True, exist_ok=True)
         file = folder / f"{name}.yaml"
         fields = {"model": options.model, "task": name, "file": source / "train.jsonl", "output": output}
-        file.write_text(RUN.format(**fields, steps=options.steps, seed=options.seed))
+        file.write_text(RUN.format(**fields, layers=options.layers, steps=options.steps, seed=options.seed))
         train(load_config(file, ["training.overwrite_output_dir=true"]))
     return adapters
 
@@ -164,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--model", type=Path, default=models.demo_model(), help="a model's folder; the demo's by default"
     )
     parser.add_argument("--tasks", type=Path, default=None, help="folder of tasks; the demo's by default")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each adapter, 4 rows each")
+    parser.add_argument("--steps", type=int, default=80, help="training steps of each adapter, 4 rows each")
+    parser.add_argument("--layers", type=int, nargs="*", default=LAYERS, help="layers to adapt")
+    parser.add_argument("--only", nargs="*", default=None, help="leave out all other tasks")
     parser.add_argument("--rows", type=int, default=60, help="test rows of each task to score")
     parser.add_argument("--new-task", default="tweet_sentiment", help="the task that is treated as new")
     parser.add_argument("--start", default="movie_sentiment", help="the adapter at which LoRA-Flow starts there")
@@ -174,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     measure.prepare(options)
     source = options.tasks or models.demo_model().parents[1] / "tasks"
     folders = {folder.name: folder for folder in sorted(source.iterdir()) if (folder / "train.jsonl").is_file()}
+    folders = {name: folder for name, folder in folders.items() if not options.only or name in options.only}
     results: dict[str, Any] = {"environment": measure.environment(options)}
     if options.json is not None and options.json.is_file():  # a run that was cut short goes on
         earlier = json.loads(options.json.read_text())

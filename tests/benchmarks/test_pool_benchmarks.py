@@ -33,7 +33,7 @@ def test_pool_speed(model_folder, tmp_path, capsys):
 def test_pool_quality(model_folder, tmp_path, monkeypatch, capsys):
     encoder = str(save_tiny_encoder(tmp_path))
     monkeypatch.setattr(pool_quality, "load_encoder", lambda: load_encoder(encoder))
-    for task in ("news", "film", "law"):
+    for task in ("news", "film", "law", "other"):
         (tmp_path / "tasks" / task).mkdir(parents=True)
         for split in ("train", "test"):
             rows = [
@@ -42,6 +42,7 @@ def test_pool_quality(model_folder, tmp_path, monkeypatch, capsys):
             ]
             (tmp_path / "tasks" / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = ["--steps", "2", "--rows", "4", "--flow-examples", "4", "--new-task", "law", "--start", "news"]
+    sizes += ["--layers", "0", "1", "--only", "news", "film", "law"]
     folders = ["--work", str(tmp_path / "work"), "--tasks", str(tmp_path / "tasks"), "--model", model_folder]
     file = tmp_path / "r.json"
     pool_quality.main([*folders, *sizes, "--json", str(file)])
