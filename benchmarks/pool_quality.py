@@ -2,9 +2,9 @@
 
     python -m benchmarks.pool_quality --work DIR --json benchmarks/results/pool_quality.json    # again to go on
 
-Trains a small plain LoRA adapter per task (kept in DIR, so that a second run goes on from there): rank 2 on the last 15
-layers' `down_proj`, 80 steps of 4 rows, the settings of `examples/meta.yaml`. Puts them into a pool with 20 sample texts
-each, all from training rows, and scores held-out test rows:
+Trains a small plain LoRA adapter per task (kept in DIR, so that a second run goes on from there): rank 2 on the last
+15 layers' `down_proj`, 80 steps of 4 rows, the settings of `examples/meta.yaml`. Puts them into a pool with 20 sample
+texts each, all from training rows, and scores held-out test rows:
 
 - how often retrieval finds the adapter of a row's task first, and among the first three; also with the tasks' prompt
   templates ("Tweet: ...") taken off, which makes it a question of content;
