@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import headwater
-from headwater.analysis.gates import _statistics, _sums
+from headwater.analysis.gates import _sums, statistics_of
 from headwater.data.collate import Collator
 from headwater.training import MethodCallback, gate_monitor
 from headwater.training.gate_monitor import METRICS, same_heads
@@ -43,7 +43,7 @@ class Seen:
         each = []
         for name in LAYERS:
             sums, most = _sums(torch.cat([self.gates[name][n] for n in forwards]).unsqueeze(0), None)
-            each.append(_statistics(sums[0], int(most[0])))
+            each.append(statistics_of({name: (sums[0], float(most[0]))})[name])
         entropies = ([s.gate_entropy for s in each], [s.load_entropy for s in each])
         return [sum(e) / len(e) for e in entropies] + [sum(len(s.dead()) for s in each)]
 

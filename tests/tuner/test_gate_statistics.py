@@ -132,8 +132,8 @@ def test_recomputation_does_not_count_again(row, tiny_llama, reentrant):
 
 def test_a_sample_of_tokens_is_spread_evenly_and_moves(tiny_llama):
     model, row = adapt(BY_ID["rlora"], tiny_llama()), BY_ID["rlora"]
-    with torch.no_grad(), GateRecorder(model, tokens_per_forward=4) as recorder:
-        for _ in range(4):  # 14 tokens, every fourth, starting at each of the four places once
+    with torch.no_grad(), GateRecorder(model, values_per_layer=4 * 3) as recorder:
+        for _ in range(4):  # 14 tokens of 3 gates, every fourth, starting at each of the four places once
             model(input_ids=tokens(), **task_kwargs(row))
     with torch.no_grad(), GateRecorder(model) as whole:
         model(input_ids=tokens(), **task_kwargs(row))
@@ -166,10 +166,10 @@ def test_the_threshold_is_a_share_of_an_equal_load():
 
 
 def _of(gates):
-    from headwater.analysis.gates import _statistics, _sums
+    from headwater.analysis.gates import _sums, statistics_of
 
     sums, most = _sums(gates.unsqueeze(0), None)
-    return _statistics(sums[0], int(most[0]))
+    return statistics_of({"layer": (sums[0], float(most[0]))})["layer"]
 
 
 def test_the_documented_lines_run(tiny_llama, capsys):
@@ -179,3 +179,9 @@ def test_the_documented_lines_run(tiny_llama, capsys):
     assert {s.tokens for s in names["found"].values()} == {5}
     assert {s.tokens for s in names["recorder"].statistics().values()} == {3}
     assert len(capsys.readouterr().out.splitlines()) == len(LAYERS)
+
+
+def test_a_gate_of_nothing_but_zeros_is_no_load():
+    found = _of(torch.tensor([[0.0, 0, 0], [0.5, 0.5, 0]]))
+    assert found.load.tolist() == [0.5, 0.5, 0]
+    assert found.gate_entropy == pytest.approx(math.log(2) / math.log(3) / 2)

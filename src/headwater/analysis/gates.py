@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..methods.base import Branch
 from ..methods.call import Call, State
-from ..tuner import MethodLayer, context_of, observe
+from ..tuner import MethodLayer, context_of
 
 DEAD_BELOW = 0.1
 """An expert is dead when its load is below this share of an equal load."""
@@ -23,46 +23,31 @@ _MOST_PENDING = 1 << 22  # gate values held until they are summed up together: 1
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """One layer's gates over some tokens. A token's gate is read as shares `p_n = |g_n| / sum |g|`.
+    """One layer's gates over some tokens. A token's gate g is read as shares `p_n = |g_n| / sum |g|`.
 
     Args:
         tokens: how many were counted; padding is not.
+        top_k: the most experts that any token used, its gate for them not being 0; N for soft gates.
         mean_gate: float64 `(N,)`, mean of g.
-        share: float64 `(N,)`, mean of p; adds up to 1.
-        selected: float64 `(N,)`, share of tokens whose gate for the expert is not 0.
-        top_k: the most experts that any token used; N for soft gates.
+        load: float64 `(N,)`: of top-k gates, the share of tokens that use the expert; of soft gates, the mean of p.
+        relative_load: float64 `(N,)`: load over its mean, so 1 is an equal load whatever k is.
         gate_entropy: mean over tokens of p's entropy over log N: 0 when each token uses one expert, 1 when each uses
             all equally. At most log k / log N for top-k gates.
+        load_entropy: entropy over log N of how the load spreads over experts: 1 when equal, 0 when one expert gets all.
+            Unlike `gate_entropy` it stays high when every token is sure of its expert but tokens differ.
     """
 
     tokens: int
-    mean_gate: Tensor
-    share: Tensor
-    selected: Tensor
     top_k: int
+    mean_gate: Tensor
+    load: Tensor
+    relative_load: Tensor
     gate_entropy: float
-
-    @property
-    def load(self) -> Tensor:
-        """float64 `(N,)`: of top-k gates, the share of tokens that select the expert; of soft gates, its mean share."""
-        return self.selected if self.top_k < len(self.selected) else self.share
-
-    @property
-    def relative_load(self) -> Tensor:
-        """float64 `(N,)`: load over the mean load, so 1 is an equal load whatever k is."""
-        return self.load / self.load.mean().clamp_min(torch.finfo(torch.float64).tiny)
-
-    @property
-    def load_entropy(self) -> float:
-        """Entropy over log N of how the load spreads over experts: 1 when equal, 0 when one expert gets all.
-
-        Unlike `gate_entropy` it stays high when every token is sure of its expert but tokens differ.
-        """
-        return _over_log(torch.special.entr(self.relative_load / len(self.load)).sum().item(), len(self.load))
+    load_entropy: float
 
     def dead(self, below: float = DEAD_BELOW) -> list[int]:
         """The experts, counted from 0, whose load is below `below` times an equal one."""
-        return (self.relative_load < below).nonzero().squeeze(1).tolist()
+        return [n for n, load in enumerate(self.relative_load.tolist()) if load < below]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON has it."""
@@ -77,22 +62,45 @@ class GateStatistics:
         }
 
 
-def combined(parts: Sequence[GateStatistics]) -> GateStatistics:
-    """The statistics over the tokens of all parts, which are of one layer."""
-    weights = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
-    weights = weights / weights.sum()
+GateSums = dict[str, tuple[Tensor, float]]
+"""Layer -> sums over tokens of g, p, [g is not 0], p's entropy and 1, float64 `(3 N + 2,)`, and the most experts that a
+token used. What `GateStatistics` are made of; unlike those they can be added up."""
 
-    def mean(values: Sequence[Tensor]) -> Tensor:
-        return torch.tensordot(weights, torch.stack(list(values)), 1)
 
-    return GateStatistics(
-        sum(part.tokens for part in parts),
-        mean([part.mean_gate for part in parts]),
-        mean([part.share for part in parts]),
-        mean([part.selected for part in parts]),
-        max(part.top_k for part in parts),
-        sum(w * part.gate_entropy for w, part in zip(weights.tolist(), parts, strict=True)),
-    )
+def added(parts: Iterable[GateSums]) -> GateSums:
+    """The sums over the tokens of all parts."""
+    whole: GateSums = {}
+    for part in parts:
+        for name, (row, most) in part.items():
+            before = whole.get(name)
+            whole[name] = (row, most) if before is None else (before[0] + row, max(before[1], most))
+    return whole
+
+
+def statistics_of(sums: GateSums) -> dict[str, GateStatistics]:
+    """The statistics of every layer that saw a token."""
+    by_width: dict[int, list[str]] = {}
+    for name, (row, _) in sums.items():
+        if row[-1] > 0:
+            by_width.setdefault(len(row), []).append(name)
+    found = {}
+    for width, names in by_width.items():  # all layers with as many experts at once
+        N = (width - 2) // 3
+        rows = torch.stack([sums[name][0] for name in names])
+        most = torch.tensor([sums[name][1] for name in names])
+        mean_gate, share, selected = (rows[:, :-2] / rows[:, -1:]).chunk(3, dim=1)
+        load = torch.where((most < N).unsqueeze(1), selected, share)
+        relative = load / load.mean(1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)
+        gate_entropy = _over_log(rows[:, -2] / rows[:, -1], N)
+        load_entropy = _over_log(torch.special.entr(relative / N).sum(1), N)
+        numbers = zip(rows[:, -1].tolist(), most.tolist(), gate_entropy.tolist(), load_entropy.tolist(), strict=True)
+        for n, (name, (tokens, k, of_gates, of_load)) in enumerate(zip(names, numbers, strict=True)):
+            found[name] = GateStatistics(round(tokens), int(k), mean_gate[n], load[n], relative[n], of_gates, of_load)
+    return {name: found[name] for name in sums if name in found}
+
+
+def _over_log(entropy: Tensor, N: int) -> Tensor:
+    return (entropy / math.log(N)).clamp(0, 1) if N > 1 else torch.ones_like(entropy)
 
 
 class GateRecorder:
@@ -103,22 +111,22 @@ class GateRecorder:
         recorder.statistics()["model.layers.0.mlp.up_proj"].load
 
     Padding is left out where the forward has a 2-D attention mask and the layer sees tokens in the model's order.
-    Nothing waits for an accelerator before `statistics`, and recomputation under gradient checkpointing does not count.
-    In compiled code nothing is recorded.
+    Nothing waits for an accelerator before `statistics` or `take`. Recomputation under gradient checkpointing does not
+    count. In compiled code nothing is recorded.
 
     Args:
         model: a model with an adapter of headwater's.
-        tokens_per_forward: at most about so many tokens of a forward are counted, evenly spread over the batch; all by
-            default.
+        values_per_layer: at most about so many gate values of a layer in one forward are counted, of tokens evenly
+            spread over the batch; all by default.
 
     Raises:
         HeadwaterError: if the model has no such adapter.
     """
 
-    def __init__(self, model: nn.Module, *, tokens_per_forward: int | None = None):
-        self._model, self._context = model, context_of(model)
-        self._limit = tokens_per_forward
-        self._watching: contextlib.ExitStack | None = None
+    def __init__(self, model: nn.Module, *, values_per_layer: int | None = None):
+        self._context = context_of(model)
+        self._limit = values_per_layer
+        self._recording = False
         self._state: State | None = None
         self._forwards = 0
         # (size of a layer's gates, device) -> their layers, gates `(tokens, N)` and which tokens count
@@ -128,15 +136,15 @@ class GateRecorder:
 
     def start(self) -> None:
         """Begins, or goes on, to record; harmless while it does."""
-        if self._watching is None:
-            self._watching = contextlib.ExitStack()
-            self._watching.enter_context(observe(self._model, self._see))
+        if not self._recording:
+            self._context.observers.append(self._see)
+            self._recording = True
 
     def stop(self) -> None:
         """Stops recording; what was recorded stays."""
-        if self._watching is not None:
-            self._watching.close()
-            self._watching = None
+        if self._recording:
+            self._context.observers.remove(self._see)
+            self._recording = False
             self._sum_up()
 
     def __enter__(self) -> GateRecorder:
@@ -146,28 +154,27 @@ class GateRecorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
-    def clear(self) -> None:
-        """Forgets what was recorded."""
-        self._pending, self._pending_values, self._sums = {}, 0, {}
+    def statistics(self) -> dict[str, GateStatistics]:
+        """What was recorded, by layer; empty when no layer showed a gate."""
+        return statistics_of(self._by_layer())
 
-    def statistics(self, *, over_ranks: bool = False) -> dict[str, GateStatistics]:
-        """What was recorded, by layer; empty when no layer showed a gate.
+    def take(self) -> GateSums:
+        """What was recorded, by all ranks of a distributed run, and forgets it. Every rank must call it."""
+        sums = self._by_layer()
+        self._sums = {}
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, sums)  # by name: behind a token dispatch, a rank may lack a layer
+            sums = added(parts)
+        return sums
 
-        Args:
-            over_ranks: add up what all ranks of a distributed run recorded; every rank must call it.
-        """
+    def _by_layer(self) -> GateSums:
         self._sum_up()
-        together = over_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()
-        rows: dict[str, tuple[Tensor, int]] = {}
-        for names, (sums, most) in self._sums.items():
-            if together:
-                sums, most = sums.clone(), most.clone()
-                torch.distributed.all_reduce(sums)
-                torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            for name, row, k in zip(names, sums.double().cpu(), most.tolist(), strict=True):
-                before, at_most = rows.get(name, (torch.zeros_like(row), 0))
-                rows[name] = (before + row, max(at_most, int(k)))
-        return {name: _statistics(row, k) for name, (row, k) in rows.items() if row[-1] > 0}
+        return added(
+            {name: (row, most)}
+            for names, (sums, k) in self._sums.items()
+            for name, row, most in zip(names, sums.double().cpu(), k.tolist(), strict=True)
+        )
 
     def _see(self, name: str, gate: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -181,8 +188,8 @@ class GateRecorder:
         if valid is not None:
             # A layer behind a token dispatch sees tokens in an order of its own; all of them count there.
             valid = valid.reshape(-1) if valid.numel() == len(flat) else None
-        if self._limit is not None and len(flat) > self._limit:
-            stride = -(-len(flat) // self._limit)
+        if self._limit is not None and flat.numel() > self._limit:
+            stride = min(-(-flat.numel() // self._limit), len(flat))
             every = slice(self._forwards % stride, None, stride)
             flat = flat[every].clone()  # a view would keep the whole gate alive
             valid = None if valid is None else valid[every]
@@ -210,23 +217,15 @@ def _sums(gates: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     g = gates.to(torch.float32 if gates.device.type == "mps" else torch.float64)
     weight = g.new_ones(g.shape[1]) if valid is None else valid.to(g)
-    p = g.abs() / g.abs().sum(-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
     used = (g != 0).to(g)
-    each = torch.cat([g, p, used, torch.special.entr(p).sum(-1, keepdim=True), torch.ones_like(g[..., :1])], dim=-1)
-    most = (used.sum(-1) * weight).amax(-1) if g.shape[1] else g.new_zeros(len(g))
-    return torch.einsum("ltk,t->lk", each, weight), most
-
-
-def _statistics(row: Tensor, top_k: int) -> GateStatistics:
-    tokens, entropy = row[-1], row[-2]
-    mean_gate, share, selected = (row[:-2] / tokens).chunk(3)
-    return GateStatistics(
-        round(tokens.item()), mean_gate, share, selected, top_k, _over_log((entropy / tokens).item(), len(share))
+    p = g.abs()
+    p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    sums = (
+        *(torch.einsum("ltn,t->ln", each, weight) for each in (g, p, used)),
+        (torch.special.entr(p).sum(-1) @ weight).unsqueeze(1),
+        weight.sum().expand(len(g), 1),
     )
-
-
-def _over_log(entropy: float, N: int) -> float:
-    return min(max(entropy / math.log(N), 0.0), 1.0) if N > 1 else 1.0
+    return torch.cat(sums, dim=1), (used.sum(-1) * weight).amax(-1) if g.shape[1] else g.new_zeros(len(g))
 
 
 @torch.no_grad()

@@ -301,6 +301,26 @@ def subspace(
     )
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder with an adapter of the authors' code.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The adapter folder to write.")],
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="rlora, hydralora or lori; needed where the files do not tell."),
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="R-LoRA: scale by alpha / sqrt(r), as in training.")] = False,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODEL", help="The base model, where the files name none or another."),
+    ] = None,
+) -> None:
+    """Turn a published R-LoRA, HydraLoRA or LoRI adapter into one of headwater's."""
+    from headwater.cli.importing import run
+
+    run(source, output, method=method, rslora=rslora, base=base)
+
+
 @app.command("enable-autoload")
 def enable_autoload(
     disable: Annotated[bool, typer.Option("--disable", help="Take it out again.")] = False,

@@ -160,7 +160,7 @@ class Call:
     def saw_gate(self, gate: Tensor) -> None:
         """Shows a gate `(tokens, N)` to the observers, in x's leading shape."""
         for observer in self.observers if self.first_time else ():
-            observer(self.name, gate.detach().float().unflatten(0, self.shape))
+            observer(self.name, gate.detach().float().reshape(*self.shape, gate.shape[-1]))
 
     def add_loss(self, name: str, loss: Tensor, weight: float) -> None:
         """Adds `weight * loss` to the training loss, whoever computes that, and logs `loss` under `name`."""

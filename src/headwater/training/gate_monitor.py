@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..analysis.gates import DEAD_BELOW, GateRecorder, GateStatistics, combined
+from ..analysis.gates import DEAD_BELOW, GateRecorder, GateStatistics, GateSums, added, statistics_of
 from ..analysis.weights import heads
 from ..tuner import MethodLayer, is_adapted
 
@@ -20,7 +20,7 @@ LOW_LOAD_ENTROPY = 0.5
 SAME_COSINE = 0.9999
 LOOK_BACK = 50  # optimiser steps that a warning is about: fewer hold too few rows for gates that are one per row
 _EVERY = 4  # optimiser steps from one that is recorded to the next
-_TOKENS = 256  # of a recorded batch
+_VALUES = 2048  # of a layer's gates in a recorded batch: 682 tokens of 3 heads, 32 of 64
 _LAYERS_NAMED = 5
 
 
@@ -36,9 +36,9 @@ class GateMonitor:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._recorder = GateRecorder(model, tokens_per_forward=_TOKENS)
+        self._recorder = GateRecorder(model, values_per_layer=_VALUES)
         self._just_logged = True
-        self._windows: list[dict[str, GateStatistics]] = []  # since the last look back
+        self._sums: GateSums = {}  # since the last look back
         self._looked_at: int | None = None
         self._said: set[tuple[str, str, int]] = set()
 
@@ -58,13 +58,12 @@ class GateMonitor:
         """Means over layers of both entropies, and the number of dead experts, since the last call, which every rank
         makes. Empty when no gate was seen.
         """
-        found = self._recorder.statistics(over_ranks=True)
-        self._recorder.clear()
+        window = self._recorder.take()
         self._just_logged = True
-        if not found:
+        if not window:
             return {}
-        self._windows.append(found)
-        gates = found.values()
+        self._sums = added([self._sums, window])
+        gates = statistics_of(window).values()
         return {
             GATE_ENTROPY: sum(g.gate_entropy for g in gates) / len(gates),
             LOAD_ENTROPY: sum(g.load_entropy for g in gates) / len(gates),
@@ -76,11 +75,7 @@ class GateMonitor:
         if self._looked_at is None or step - self._looked_at < LOOK_BACK:
             return None
         steps, self._looked_at = step - self._looked_at, step
-        windows, self._windows = self._windows, []
-        gates = {
-            name: combined([window[name] for window in windows if name in window])
-            for name in dict.fromkeys(name for window in windows for name in window)
-        }
+        gates, self._sums = statistics_of(self._sums), {}
         same = same_heads(self._model, gates)
         said = {name: words for name in {**gates, **same} if (words := self._words(name, gates, same))}
         if not said:
