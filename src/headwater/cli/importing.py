@@ -21,7 +21,7 @@ def run(source: str, output: str, *, method: str | None, rslora: bool, base: str
         show_warning(note)
     if not done.base_model:
         show_warning("The files name no base model; give it with --base, or commands that load the adapter cannot.")
-    rows = [
+    rows: list[list[object]] = [
         ["method", done.method],
         ["base model", done.base_model or None],
         ["adapted layers", done.layers],
