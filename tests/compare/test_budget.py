@@ -77,6 +77,11 @@ def test_heads_are_solved_without_touching_the_rank(model):
     assert (section["r"], section["lora_alpha"]) == (4, 8)
 
 
+def test_a_start_that_goes_by_the_base_weights_can_be_counted(model):
+    config = config_of(model, name="rlora", init_norm_clip=True)
+    assert trainable_parameters(config, config.method) == really_trained(config.method)
+
+
 def test_a_rule_between_fields_leaves_values_out(model):
     config = config_of(model, name="smora", r=8, top_k=4, rank_block=4)
     section, _ = solve(config, "r", 11_000)

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftConfig
+from torch import nn
 
 from headwater.base_model import shape_of
 from headwater.errors import HeadwaterError, Problem
@@ -30,6 +32,12 @@ def trainable_parameters(config: RunConfig, section: dict[str, Any]) -> int:
         HeadwaterError: if the base model's config cannot be loaded, or the adapter does not fit it.
     """
     base = shape_of(config.model_name_or_path, trust_remote_code=config.model.trust_remote_code)
+    for module in base.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
+            # Ones that take no memory, for adapters whose start goes by the base weights: only sizes matter here.
+            ones = torch.ones((), dtype=weight.dtype).expand(weight.shape)
+            module.weight = nn.Parameter(ones, requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what training is to say, it says
         model = add_adapter(base, section, low_cpu_mem_usage=True)
@@ -46,7 +54,7 @@ def field_to_solve(name: str, match: str) -> str:
     if match in ("rank", "heads"):
         rank, heads = (known.rank_field, known.heads_field) if known else ("r", None)
         return heads if match == "heads" and heads else rank
-    whole = [f.name for f in dataclasses.fields(known.config) if f.type == "int"] if known else ["r"]
+    whole = [f.name for f in dataclasses.fields(known.config) if f.type in ("int", int)] if known else ["r"]
     if match not in whole:
         what = f"method {name} has no field {match!r} that is a whole number"
         raise HeadwaterError(Problem(what, "match", "rank, heads, none, or a field such as r, num_heads, num_experts"))
