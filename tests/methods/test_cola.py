@@ -18,6 +18,7 @@ from headwater.tuner import MethodLayer
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 d_in, d_out = 6, 7
+SMALL = {"r": 2, "target_modules": ["gate_proj"], "task_type": "CAUSAL_LM"}
 
 
 def model_of(**fields):
@@ -249,9 +250,18 @@ def test_folding_works_on_transposed_weights():
 
 
 def test_folding_into_half_precision_is_refused():
-    config = make_config("cola", mode="fold", target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    config = make_config("cola", mode="fold", **SMALL)
     with pytest.raises(HeadwaterError, match=r"gate_proj: its weight is bfloat16.*\n.*mode: stack"):
         get_peft_model(make_tiny_llama().bfloat16(), config)
+
+
+def test_a_folding_adapter_can_be_looked_at_without_its_base(tmp_path):
+    """As `headwater inspect` does, whatever the dtype in the base model's config."""
+    model = move(get_peft_model(make_tiny_llama(), make_config("cola", mode="fold", **SMALL)), 1)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        base = make_tiny_llama().bfloat16()
+    PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True, is_trainable=True)
 
 
 def test_a_folding_chain_is_alone():
@@ -288,11 +298,12 @@ def test_each_link_has_its_own_decay(tmp_path):
     assert logged(going_on, "learning_rate") == pytest.approx(linear(9, 0))
 
 
-def test_a_schedule_that_cannot_be_replaced_is_refused():
+def test_a_schedule_that_cannot_be_replaced_is_refused(tmp_path):
     model = model_of(lr_policy="restart")
     schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(HeadwaterError, match="restart sets the learning rate itself and cannot with a StepLR"):
-        MethodCallback().on_train_begin(None, None, None, model=model, lr_scheduler=schedule)
+        MethodCallback().on_train_begin(args, None, None, model=model, lr_scheduler=schedule)
 
 
 def test_property_8_a_chain_reaches_ranks_that_one_link_cannot():

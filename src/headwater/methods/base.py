@@ -155,6 +155,7 @@ class LayerShape:
     r: int
     alpha: float
     weight: Tensor | None = None  # (d_out, d_in) as floats, None where the base is quantised or on the meta device
+    on_meta: bool = False  # the base has no values: the adapter is only looked at
     shared: dict[str, Any] = field(default_factory=dict)
 
 

@@ -113,7 +113,7 @@ class ColaBranch(Branch):
         self.register_buffer("link", torch.zeros((), dtype=torch.int64))
         self.start_link(0)
         self.learning_rate_factor = config.learning_rate_factor if config.lr_policy == "restart" else None
-        self.folds = config.mode == "fold" and not config.inference_mode
+        self.folds = config.mode == "fold" and not config.inference_mode and not shape.on_meta
         if self.folds and (shape.weight is None or shape.weight.dtype not in (torch.float32, torch.float64)):
             kind = "quantised" if shape.weight is None else str(shape.weight.dtype).removeprefix("torch.")
             raise HeadwaterError(

@@ -158,8 +158,9 @@ def add_branch(
             )
         )
     weight = floating_weight(base)
-    known_weight = None if weight is None or weight.device.type == "meta" else weight.detach()
-    shape = LayerShape(layer.name, d_in, d_out, r, alpha, known_weight, shared)
+    on_meta = weight is not None and weight.device.type == "meta"
+    known_weight = None if weight is None or on_meta else weight.detach()
+    shape = LayerShape(layer.name, d_in, d_out, r, alpha, known_weight, on_meta, shared)
     generator = torch.Generator()
     if config.init_seed is None:
         generator.manual_seed(int(torch.randint(2**62, ())))
