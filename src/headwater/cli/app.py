@@ -239,6 +239,19 @@ def export(
     run(source, output, merge=merge, per_task=per_task, rows=rows, score_rows=score_rows)
 
 
+@app.command()
+def prefer(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A run's YAML file with a `preference` section; docs/prefer.md.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Train on preferences, with a bandit that picks which reward source judges each batch."""
+    from headwater.cli.prefer import run
+
+    run(file, overrides or [])
+
+
 @data_app.command()
 def check(file: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read every row of every task and report what is there and what is wrong; trains nothing."""

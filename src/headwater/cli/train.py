@@ -86,7 +86,7 @@ def resumable(output_dir: str, command: Sequence[str], overrides: Sequence[str])
         yield
     except KeyboardInterrupt:
         console = err_console()
-        if any(Path(output_dir).glob("checkpoint-*")):
+        if any(Path(output_dir).rglob("checkpoint-*")):
             kept = [part for override in overrides if override != RESUME for part in ("--set", override)]
             line = f"stopped; resume with: {shlex.join([*command, *kept, '--set', RESUME])}"
         else:

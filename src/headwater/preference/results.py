@@ -1,0 +1,107 @@
+"""What several strategies and seeds came to: `results.json` of `headwater prefer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from headwater import __version__
+from headwater.preference.spec import PreferConfig
+
+LATE = 1 / 3
+"""The share of a run's rounds, at its end, that counts as late."""
+# Student's t, 97.5 % point, by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
+    """The mean over seeds and its 95 % interval by Student's t; None for a single value.
+
+    The interval covers how runs with other seeds differ, not how other test rows would."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    freedom = len(values) - 1
+    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.5 / freedom
+    half = t * deviation / math.sqrt(len(values))
+    return mean, [mean - half, mean + half]
+
+
+def late(rounds: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The last third of the rounds."""
+    return rounds[len(rounds) - math.ceil(LATE * len(rounds)) :]
+
+
+def good_pick_rate(rounds: Sequence[Mapping[str, Any]], good: Mapping[str, str]) -> float | None:
+    """Share of rounds whose one source was the good one of their task; None where no round's task has one."""
+    known = [r for r in rounds if r["task"] in good]
+    if not known:
+        return None
+    return sum(r["queried"] == [good[r["task"]]] for r in known) / len(known)
+
+
+def summary(
+    config: PreferConfig, base: Mapping[str, Any], runs: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`results.json`.
+
+    Args:
+        base: `mean` and `tasks` before training.
+        runs: (strategy, seed) -> what its run came to.
+    """
+    spec, seeds = config.preference, config.seeds
+    scores, rates, differences = {}, {}, {}
+    first = spec.strategies[0]
+    for strategy in spec.strategies:
+        mine = [runs[strategy, seed] for seed in seeds]
+        mean, interval = mean_and_interval([run["mean"] for run in mine])
+        scores[strategy] = {"mean": mean, "ci95": interval, "seeds": [run["mean"] for run in mine]}
+        found = [rate for run in mine if (rate := good_pick_rate(late(run["rounds"]), spec.good)) is not None]
+        rates[strategy] = sum(found) / len(found) if found else None
+        if strategy != first:
+            pairs = [runs[first, seed]["mean"] - runs[strategy, seed]["mean"] for seed in seeds]
+            mean, interval = mean_and_interval(pairs)
+            differences[strategy] = {"mean": mean, "ci95": interval}
+    learning = next((s for s in spec.strategies if s in ("linucb", "exp3")), None)
+    some = runs[first, seeds[0]]
+    return {
+        "schema": 1,
+        "late_good_pick_rate": rates[learning] if learning else None,
+        "scores": scores,
+        "base": base["mean"],
+        "seeds": seeds,
+        "method": config.method["name"],
+        "base_model": config.model_name_or_path,
+        "trainable_parameters": some["trainable_parameters"],
+        "rounds": len(some["rounds"]),
+        "bandit_reward": spec.bandit_reward,
+        "sources": [source.name for source in spec.sources],
+        "good": spec.good,
+        "extra": {
+            "differences": differences,  # of the first strategy to each other one, seed by seed
+            "late_good_pick_rates": rates,
+            "tasks": {
+                task: {
+                    "metric": score["metric"],
+                    "n": score["n"],
+                    "base": score["value"],
+                    **{s: [runs[s, seed]["tasks"][task]["value"] for seed in seeds] for s in spec.strategies},
+                }
+                for task, score in base["tasks"].items()
+            },
+            "queries_per_round": {
+                s: sum(len(r["queried"]) for seed in seeds for r in runs[s, seed]["rounds"])
+                / max(1, sum(len(runs[s, seed]["rounds"]) for seed in seeds))
+                for s in spec.strategies
+            },
+            "dropped": {f"{s} seed {seed}": run["dropped"] for (s, seed), run in runs.items() if run["dropped"]},
+            "seconds": {s: sum(runs[s, seed]["seconds"] for seed in seeds) for s in spec.strategies},
+            "versions": {
+                "headwater": __version__,
+                **{p: version(p) for p in ("torch", "transformers", "peft", "trl")},
+            },
+        },
+    }

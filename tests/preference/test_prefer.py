@@ -1,0 +1,307 @@
+"""`headwater prefer` from its file to its folder, killed and resumed, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
+from typer.testing import CliRunner
+
+from headwater.cli import app, main
+from headwater.preference.results import good_pick_rate, late, mean_and_interval
+
+RUN = """\
+model_name_or_path: {folder}/model
+method: {{name: {method}, r: 4, target_modules: [q_proj, up_proj, down_proj]}}
+tasks:
+  - {{name: a, train: a-train.jsonl, validation: a-validation.jsonl, test: a-test.jsonl}}
+  - {{name: b, train: b-train.jsonl, validation: b-validation.jsonl, test: b-test.jsonl}}
+preference:
+  sources:
+    - {{name: vowels, kind: function, function: "rewards:vowels"}}
+    - {{name: digits, kind: function, function: "rewards:digits"}}
+  strategies: [linucb, random]
+  seeds: [0, 1]
+  good: {{a: vowels, b: digits}}
+  responses: 4
+  max_new_tokens: 4
+  temperature: 1.0
+training: {{max_steps: 6, per_device_train_batch_size: 3, save_steps: 2, logging_steps: 2, report_to: none}}
+output_dir: {folder}/out
+"""
+REWARDS = """\
+import os, time
+def vowels(*, prompt, response, answer, task):
+    time.sleep(float(os.environ.get("SLOW", 0)))
+    return sum(c in "aeiou" for c in response)
+def digits(*, prompt, response, answer, task):
+    time.sleep(float(os.environ.get("SLOW", 0)))
+    return sum(c in "0123456789abcdefghijklm" for c in response)
+"""
+
+
+def write_run(folder: Path, method: str = "lora") -> Path:
+    make_tiny_llama().save_pretrained(folder / "model")
+    make_tiny_tokenizer().save_pretrained(folder / "model")
+    for task in "ab":
+        for split, count in (("train", 12), ("validation", 4), ("test", 6)):
+            rows = [
+                {"prompt": f"{split} {task} {i}:", "completion": f" {'xy'[i % 2]}", "choices": [" x", " y"]}
+                for i in range(count)
+            ]
+            (folder / f"{task}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "prefer.yaml").write_text(RUN.format(folder=folder, method=method))
+    return folder / "prefer.yaml"
+
+
+def command(*words):
+    return [str(Path(sys.executable).with_name("headwater")), "prefer", *map(str, words)]
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    return write_run(tmp_path)
+
+
+def invoke(capsys, *words):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["prefer", *map(str, words)])
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run: its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("prefer")
+    result = CliRunner().invoke(app, ["prefer", str(write_run(folder))])
+    assert result.exit_code == 0, result.output
+    return folder / "out", result.output
+
+
+def test_the_folder_holds_what_it_should(done):
+    out, printed = done
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["scores"]) == {"linucb", "random"}
+    for score in results["scores"].values():
+        assert len(score["seeds"]) == 2
+        assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
+        assert 0 <= score["mean"] <= 1
+    assert 0 <= results["late_good_pick_rate"] <= 1
+    assert results["extra"]["queries_per_round"] == {"linucb": 1.0, "random": 1.0}
+    for strategy in ("linucb", "random"):
+        for seed in (0, 1):
+            folder = out / strategy / f"seed-{seed}"
+            result = json.loads((folder / "result.json").read_text())
+            assert len(result["rounds"]) == 6
+            assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+            assert not (folder / "adapter" / "ref").exists()
+    first = load_file(out / "linucb" / "seed-0" / "adapter" / "adapter_model.safetensors")
+    top = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(top[k].equal(first[k]) for k in first)
+    page = (out / "report.html").read_text()
+    assert "picks_linucb" in page
+    assert "Picks over time, by context" in page
+    assert (out / "figures" / "picks_linucb.png").is_file()
+    assert "linucb, seed 0  step 2/6" in printed
+    assert "left" in printed
+    assert "late picks of the good source" in printed
+
+
+def test_seeds_differ_and_strategies_see_the_same_first_batch(done):
+    out, _ = done
+    runs = {
+        (s, i): json.loads((out / s / f"seed-{i}" / "result.json").read_text())
+        for s in ("linucb", "random")
+        for i in (0, 1)
+    }
+    tasks = {key: [r["task"] for r in run["rounds"]] for key, run in runs.items()}
+    assert tasks["linucb", 0] == tasks["random", 0]
+    assert tasks["linucb", 0] != tasks["linucb", 1] or runs["linucb", 0]["rounds"] != runs["linucb", 1]["rounds"]
+
+
+def test_the_adapter_is_scored_by_headwater_evaluate(done):
+    out, _ = done
+    result = CliRunner().invoke(app, ["evaluate", str(out)])
+    assert result.exit_code == 0, result.output
+    expected = json.loads((out / "linucb" / "seed-0" / "result.json").read_text())["tasks"]["a"]["value"]
+    assert f"{expected:.3f}" in result.output
+
+
+def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(done, tmp_path):
+    path = write_run(tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SLOW": "0.05"}
+    process = subprocess.Popen(
+        command(path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    # Killed within the second of four runs, after its first checkpoint.
+    state = tmp_path / "out" / "linucb" / "seed-1" / "checkpoint-2" / "trainer_state.json"
+    deadline = time.monotonic() + 240
+    while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert state.is_file()
+    assert not (tmp_path / "out" / "linucb" / "seed-1" / "result.json").exists()
+    assert not (tmp_path / "out" / "results.json").exists()
+    finished = tmp_path / "out" / "linucb" / "seed-0" / "result.json"
+    stamp = finished.stat().st_mtime_ns
+
+    resumed = CliRunner().invoke(app, ["prefer", str(path), "--set", "training.resume_from_checkpoint=true"])
+    assert resumed.exit_code == 0, resumed.output
+    assert finished.stat().st_mtime_ns == stamp  # what was done is not done again
+    straight = done[0]
+    for strategy in ("linucb", "random"):
+        for seed in (0, 1):
+            one, two = (out / strategy / f"seed-{seed}" for out in (tmp_path / "out", straight))
+            results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
+            assert results[0]["rounds"] == results[1]["rounds"]
+            weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
+            assert all(weights[0][k].equal(weights[1][k]) for k in weights[1])
+    scores = [json.loads((out / "results.json").read_text())["scores"] for out in (tmp_path / "out", straight)]
+    assert scores[0] == scores[1]
+
+
+def test_a_finished_folder_is_neither_overwritten_nor_resumed_with_other_settings(done, capsys):
+    out, _ = done
+    path = out.parent / "prefer.yaml"
+    code, _, err = invoke(capsys, path)
+    assert code == 2
+    assert f"{path}:17: output_dir: {out} holds a run already" in err
+    code, _, err = invoke(
+        capsys, path, "--set", "training.resume_from_checkpoint=true", "--set", "preference.alpha=0.5"
+    )
+    assert code == 2
+    assert "`preference` is not what it was in the run that is to be resumed" in err
+
+
+def test_all_that_is_wrong_with_the_file_comes_at_once(run_file, capsys):
+    text = run_file.read_text()
+    text = text.replace('kind: function, function: "rewards:digits"', "kind: dpo_implicit, model: m")
+    text = text.replace("responses: 4", "respones: 4").replace("max_steps", "max_stepz")
+    text = text.replace("[linucb, random]", "[linucbb]").replace("[0, 1]", "[0, 0]")
+    run_file.write_text(text)
+    code, _, err = invoke(capsys, run_file)
+    assert code == 2
+    assert "Traceback" not in err
+    for line in (
+        f"{run_file}:9: preference.sources[1].reference: `reference` is missing, which kind: dpo_implicit needs",
+        f"{run_file}:10: preference.strategies: unknown strategy `linucbb`",
+        f"{run_file}:11: preference.seeds: something is listed twice",
+        f"{run_file}:13: preference.respones: unknown key `respones`\n    did you mean `responses`?",
+        f"{run_file}:16: training.max_stepz: unknown key `max_stepz`\n    did you mean `max_steps`?",
+    ):
+        assert line in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["preference.sources=[]", "preference.good={}"], "preference.sources: there are no reward sources"),
+        (["preference.good={c: vowels}"], "preference.good.c: there is no task `c`"),
+        (["preference.good={a: nobody}"], "preference.good.a: there is no source `nobody`"),
+        (["preference.strategies=['single:nobody']"], "there is no source `nobody`"),
+        (["preference.temperature=0"], "preference.temperature: should be greater than 0"),
+        (["method={name: rlora, r: 4, head_dropout: 0.1}"], "head_dropout is 0.1; dropout would add noise"),
+        (["training.eval_steps=2"], "`eval_steps` has no effect here"),
+        (["mixture.batching=mixed"], "a batch holds prompts of one task"),
+        (["align={kind: kl, weight: 0.1}"], "an alignment loss needs batches of several tasks"),
+        (["preference.bandit_reward=validation", "tasks.1.validation=null"], "needs rows of b"),
+        (["training.resume_from_checkpoint=somewhere"], "is resumed as a whole"),
+        (["tasks.0.test=a-train.jsonl"], "12 of 12 test rows of a ask what is also trained or validated on"),
+        (["tasks.0.test=a-validation.jsonl"], "4 of 4 test rows of a ask what is also trained or validated on"),
+        (["preference.sources.0.function=rewards:vowel"], "rewards has no function `vowel`"),
+        (["preference.sources.0.function=nothing:f"], "put nothing.py beside the YAML file"),
+    ],
+)
+def test_what_it_refuses(run_file, capsys, overrides, said):
+    code, _, err = invoke(capsys, run_file, *[word for o in overrides for word in ("--set", o)])
+    assert code == 2, err
+    assert said in err
+    assert "Traceback" not in err
+    assert not (run_file.parent / "out").exists()
+
+
+def test_without_a_preference_section(run_file, capsys):
+    run_file.write_text("\n".join(run_file.read_text().split("preference:")[0].splitlines()) + "\noutput_dir: out\n")
+    code, _, err = invoke(capsys, run_file)
+    assert (code, err.strip()) == (2, f"error: {run_file}:1: preference: `preference` is missing")
+
+
+def test_rlora_starts_without_its_dropout_unless_told(tmp_path):
+    from headwater.config import load_config
+    from headwater.preference.spec import PreferConfig
+
+    config = load_config(write_run(tmp_path, "rlora"), model=PreferConfig)
+    assert config.method["head_dropout"] == 0.0
+
+
+def test_numbers_of_the_summary():
+    mean, interval = mean_and_interval([0.5, 0.7, 0.9])
+    assert mean == pytest.approx(0.7)
+    assert interval == pytest.approx([0.7 - 4.303 * 0.2 / 3**0.5, 0.7 + 4.303 * 0.2 / 3**0.5])
+    assert mean_and_interval([0.4]) == (0.4, None)
+    rounds = [{"task": "a", "queried": [q]} for q in "xxyzzyy"]
+    assert [r["queried"] for r in late(rounds)] == [["z"], ["y"], ["y"]]
+    assert good_pick_rate(late(rounds), {"a": "y"}) == pytest.approx(2 / 3)
+    assert good_pick_rate([{"task": "a", "queried": ["x", "y"]}], {"a": "y"}) == 0
+    assert good_pick_rate(rounds, {"b": "y"}) is None
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_key_is_documented_and_the_examples_are_accepted(tmp_path):
+    from headwater.config import load_config
+    from headwater.preference.sources import make_sources
+    from headwater.preference.spec import PreferConfig, PreferenceSpec, SourceSpec
+
+    page = (ROOT / "docs" / "prefer.md").read_text()
+    for key in (*PreferenceSpec.model_fields, *SourceSpec.model_fields):
+        assert f"`{key}`" in page or f" {key}:" in page or f"{{{key}:" in page, key
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(text)
+    assert len(load_config(tmp_path / "run.yaml", model=PreferConfig).preference.sources) == 4
+
+    example = load_config(ROOT / "examples" / "prefer.yaml", model=PreferConfig)
+    assert len(make_sources(example.preference.sources, example.data, example.base_dir)) == 3
+
+
+def test_the_examples_tasks_are_what_its_script_writes_and_its_sources_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "prefer"))
+    import make_tasks
+    import rewards
+
+    for name, text in make_tasks.files():
+        assert (ROOT / "examples" / "prefer" / name).read_text() == text, name
+    for family in make_tasks.FAMILIES:
+        words = {}
+        for split, rows in make_tasks.rows(family).items():
+            words[split] = {re.search(r"Is (?:a )?(\w+) ", row["prompt"])[1] for row in rows}
+            assert len(rows) == 4 * make_tasks.SPLITS[split]
+            scored = {"good": 0.0, "biased": 0.0, "noise": 0.0}
+            for row in rows:
+                first = re.search(r"(\w+) or (?:a )?\w+\?", row["prompt"])[1]
+                for name, character in rewards.CHARACTER[family].items():
+                    values = {
+                        choice.strip(): getattr(rewards, name)(
+                            prompt=row["prompt"], response=choice, answer=row["completion"], task=family
+                        )
+                        for choice in row["choices"]
+                    }
+                    best = max(values, key=values.get)
+                    assert character != "biased" or best == first
+                    scored[character] += best == row["completion"].strip()
+            assert scored["good"] == len(rows)
+            assert scored["biased"] == len(rows) / 2
+            assert 0.2 < scored["noise"] / len(rows) < 0.8
+        assert not words["train"] & (words["test"] | words["validation"])
