@@ -160,6 +160,20 @@ def test_no_noise_warning_without_noise(fields, recwarn):
     assert not [w for w in recwarn if "dropout" in str(w.message)]
 
 
+def test_one_warning_for_all_layers_names_the_worst(tiny_llama):
+    """Noise goes with 1 / std(W): of three layers that are made quieter or louder the loudest is named."""
+    base, quiet = tiny_llama(), {"model.layers.0.mlp.up_proj": 0.5, "model.layers.1.mlp.up_proj": 0.25}
+    with torch.no_grad():
+        for name, factor in quiet.items():
+            base.get_submodule(name).weight *= factor
+        base.get_submodule("model.layers.0.mlp.down_proj").weight *= 1e4  # far from loud
+    with pytest.warns(UserWarning, match="starting size") as caught:
+        get_peft_model(base, make_config("rlora", target_modules=["up_proj", "down_proj"], lora_alpha=200.0))
+    (message,) = [str(w.message) for w in caught if "starting size" in str(w.message)]
+    assert message.startswith("model.layers.1.mlp.up_proj: head dropout")
+    assert "3 layers are above 50%" in message
+
+
 def test_a_zero_base_weight_is_no_obstacle():
     base = OneLinear(6, 8)
     torch.nn.init.zeros_(base.layer.weight)

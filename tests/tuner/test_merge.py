@@ -192,3 +192,25 @@ def test_layers_that_are_not_linear_are_refused(tiny_llama):
     base = nn.Sequential(nn.Conv1d(4, 4, 1))
     with pytest.raises(TypeError, match="cannot adapt a Conv1d"):
         adapt(row, base, target_modules=["0"], task_type=None)
+
+
+def test_gates_are_uniform_or_one_for_each_layer(tiny_llama):
+    model = adapt(BY_ID["hydralora"], tiny_llama())
+    before = logits(BY_ID["hydralora"], model)
+    with pytest.raises(headwater.HeadwaterError, match="or 'uniform', not 'mean'"):
+        headwater.merge_with_gates(model, "mean")
+    assert torch.equal(logits(BY_ID["hydralora"], model), before)
+
+
+@every([BY_ID["hydralora"], BY_ID["moe_lora-by-task"]])
+def test_a_fixed_merge_that_fails_on_a_later_layer_changes_nothing(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    before, weights = logits(row, model), base_weights(model)
+    N = 4 if row.name == "moe_lora" else 3
+    gates = {m.name: torch.full((N,), 1 / N) for m in model.modules() if isinstance(m, MethodLayer)}
+    gates[list(gates)[-1]] = torch.ones(N + 1)
+    with pytest.raises(headwater.HeadwaterError, match="a fixed gate is one number per head"):
+        headwater.merge_with_gates(model, gates)
+    assert_same(base_weights(model), weights)
+    assert torch.equal(logits(row, model), before)
+    assert not any(m.merged for m in model.modules() if isinstance(m, MethodLayer))

@@ -24,6 +24,8 @@ from ..ops import gated_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, normal, register
 from .call import Call
 
+LOUD = 0.5  # starting noise that is worth a warning
+
 
 @dataclass
 class MultiHeadConfig(MethodConfig):
@@ -134,6 +136,24 @@ def starting_noise(weight: Tensor | None, A: Tensor, B: Tensor, p: float, scalin
     return scaling * size_A * size_B * r**0.5 / size_W * (p / (1 - p) / N) ** 0.5
 
 
+def _warn_once_of_all(noise: float, shape: LayerShape) -> None:
+    """One warning for the adapter, when all its layers are there: its worst layer, and how many are as loud."""
+    if "starting_noise" not in shape.shared:
+        noisy: list[tuple[float, str]] = shape.shared.setdefault("starting_noise", [])
+
+        def finish() -> None:
+            worst, name = max(noisy)
+            others = f"; {len(noisy)} layers are above {LOUD:.0%}" if len(noisy) > 1 else ""
+            warnings.warn(
+                f"{name}: head dropout on heads of this starting size adds noise of {worst:.0%} of the layer's "
+                f"output at step 0{others}; lower lora_alpha or head_dropout, or raise gamma",
+                stacklevel=2,
+            )
+
+        shape.shared.setdefault("finish", []).append(finish)
+    shape.shared["starting_noise"].append((noise, shape.name))
+
+
 class MultiHeadBranch(Branch):
     """A shared, N heads, their start and its compensation; a subclass brings the gate."""
 
@@ -154,12 +174,8 @@ class MultiHeadBranch(Branch):
         if has_start and config.compensation == "center":
             B = B - B.mean(0)
         noise = 0.0 if config.inference_mode else starting_noise(shape.weight, A, B, config.head_dropout, scaling)
-        if noise > 0.5:
-            warnings.warn(
-                f"{shape.name}: head dropout on heads of this starting size adds noise of {noise:.0%} of the layer's "
-                "output at step 0; lower lora_alpha or head_dropout, or raise gamma",
-                stacklevel=2,
-            )
+        if noise > LOUD:
+            _warn_once_of_all(noise, shape)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)  # B as (N, r, d_out): stacking heads is then a view
         buffered = has_start and config.compensation == "buffer"
         self.register_buffer("A0", A.clone() if buffered else None)

@@ -245,33 +245,49 @@ def merge_with_gates(model: nn.Module, gates: dict[str, Tensor] | str) -> nn.Mod
     Args:
         model: a `PeftModel` with a headwater adapter.
         gates: layer name -> `(N,)`, for instance the mean gate over some rows; or "uniform".
+
+    Raises:
+        HeadwaterError: if a layer has no gate or one that does not fit; no layer is merged then.
     """
-    tuner: Any = getattr(model, "base_model", model)
-    layers = [module for module in tuner.model.modules() if isinstance(module, MethodLayer)]
-    missing = [] if isinstance(gates, str) else [layer.name for layer in layers if layer.name not in gates]
+    layers = _method_layers(model)
+    if isinstance(gates, str):
+        if gates != "uniform":
+            what = f"gates are a dictionary from layer name to gate, or 'uniform', not {gates!r}"
+            raise HeadwaterError(Problem(what, "gates"))
+        chosen = {layer.name: _uniform_gate(layer) for layer in layers}
+    else:
+        chosen = gates
+    missing = [layer.name for layer in layers if layer.name not in chosen]
     if missing:
         raise HeadwaterError(
             *(Problem(f"no gate for layer {name}", fix="give one for each adapted layer") for name in missing)
         )
-    for layer in layers:
-        if isinstance(gates, str):
-            held = layer.branch(layer.active_adapters[0]).heads()
-            N = 1 if held is None else held.B.shape[0]
-            gate = torch.full((N,), 1 / N)
-        else:
-            gate = gates[layer.name]
-        layer.merge_with(gate=gate)
-    return tuner.unload()
+    return _merge_and_unload(model, [(layer, {"gate": chosen[layer.name]}) for layer in layers])
 
 
 def merge_task(model: nn.Module, task: int) -> nn.Module:
     """Merges what a task-conditioned adapter does for one task, exactly, and returns the base model.
 
     Raises:
-        HeadwaterError: if the adapter does not know the task.
+        HeadwaterError: if the adapter does not know the task; no layer is merged then.
     """
+    return _merge_and_unload(model, [(layer, {"task": task}) for layer in _method_layers(model)])
+
+
+def _method_layers(model: nn.Module) -> list[MethodLayer]:
+    return [module for module in model.modules() if isinstance(module, MethodLayer)]
+
+
+def _uniform_gate(layer: MethodLayer) -> Tensor:
+    held = layer.branch(layer.active_adapters[0]).heads()
+    N = 1 if held is None else held.B.shape[0]
+    return torch.full((N,), 1 / N)
+
+
+def _merge_and_unload(model: nn.Module, how: list[tuple[MethodLayer, dict[str, Any]]]) -> nn.Module:
+    for layer, fixed in how:  # a rehearsal: what would be refused is refused before the first layer is touched
+        layer.merged_weight([name for name in layer.active_adapters if name in layer.branches], **fixed)
+    for layer, fixed in how:
+        layer.merge_with(**fixed)
     tuner: Any = getattr(model, "base_model", model)
-    for module in tuner.model.modules():
-        if isinstance(module, MethodLayer):
-            module.merge_with(task=task)
     return tuner.unload()
