@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from stock_trainer import train
 
 from headwater import HeadwaterError, NotMergeable, make_config, merge_task, merge_with_gates, observe
+from headwater.analysis import heads
 from headwater.tuner import context_of, needs_task_ids
 
 quick = settings(max_examples=25, deadline=None)
@@ -294,6 +295,26 @@ def test_fixed_gates_merge_and_other_shapes_do_not():
     with pytest.raises(HeadwaterError, match="one number per head"):
         merge_with_gates(model, {"layer": torch.ones(1)})
     torch.testing.assert_close(merge_with_gates(model, {"layer": gate})(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["moe_lora", "malora"])
+def test_layers_can_have_experts_of_their_own_number(tiny_llama, method):
+    """MoLA: higher layers have more."""
+    fields = {"r": 2, "num_experts": 3, "top_k": 2, "balance_loss": "mola", "target_modules": ["gate_proj", "up_proj"]}
+    pattern = {r".*layers\.1\..*": 5, "gate_proj": 2}
+    model = get_peft_model(tiny_llama(), make_config(method, experts_pattern=pattern, task_type="CAUSAL_LM", **fields))
+    found = {name: held.B.shape[0] for name, held in heads(model).items()}
+    layer = "model.layers.{}.mlp.{}".format
+    assert found == {
+        layer(0, "gate_proj"): 2, layer(0, "up_proj"): 3, layer(1, "gate_proj"): 5, layer(1, "up_proj"): 5,
+    }  # fmt: skip
+    x = torch.tensor([[1, 2, 3]])
+    model.train()(input_ids=x, labels=x).loss.backward()
+    assert {p.grad.shape[0] for n, p in model.named_parameters() if n.endswith("router")} == {2, 3, 5}
+    with pytest.raises(HeadwaterError, match="top_k 3 is larger than num_experts 2"):
+        make_config(method, experts_pattern={"gate_proj": 2}, top_k=3)
+    with pytest.raises(HeadwaterError, match="experts_pattern needs whole numbers"):
+        make_config(method, experts_pattern={"gate_proj": 0})
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 1}, {"balance_loss": "mola"}, {"router": "task", "num_tasks": 3}])

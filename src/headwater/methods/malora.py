@@ -65,7 +65,7 @@ class MaLoraConfig(ExpertsConfig):
         Raises:
             HeadwaterError: if the budget leaves nothing for experts.
         """
-        N, d_in, d_out = self.num_experts, shape.in_features, shape.out_features
+        N, d_in, d_out = self.experts_on(shape.name), shape.in_features, shape.out_features
         d = min(self.shared_rank or 2 * shape.r, d_in)
         if not self.budget_saving:
             return d, shape.r
@@ -92,7 +92,7 @@ def _warn(d: int, rank: int) -> None:
 class MaLoraBranch(ExpertsBranch):
     def __init__(self, config: MaLoraConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
-        N, d_in = config.num_experts, shape.in_features
+        N, d_in = self.num_experts, shape.in_features
         d, r = config.ranks(shape)
         self.scaling = config.scaling(r if config.scale_by == "expert_rank" else shape.r, shape.alpha)
         if config.init == "svd":

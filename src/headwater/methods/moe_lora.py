@@ -12,11 +12,12 @@ All experts' ranks are one matmul, gated as blocks: no expert is visited by itse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import Problem
@@ -44,6 +45,7 @@ class ExpertsConfig(MethodConfig):
 
     Args:
         num_experts: N.
+        experts_pattern: module name or regular expression -> N there; MoLA gives higher layers more.
         top_k: experts a token uses; 0 uses all.
         balance_loss: "mixtral": N sum_e f_e P_e with f counting every slot, k at perfect balance; "mola": the same over
             shares of slots, 1 at balance; "switch": counts only the first choice; "localized": LoRAMoE's, the relative
@@ -57,6 +59,7 @@ class ExpertsConfig(MethodConfig):
 
     lora_dropout: float = 0.05
     num_experts: int = 8
+    experts_pattern: dict[str, int] = field(default_factory=dict)
     top_k: int = 2
     balance_loss: str = "none"
     balance_loss_weight: float = 1e-3
@@ -66,16 +69,21 @@ class ExpertsConfig(MethodConfig):
 
     def problems(self) -> list[Problem | None]:
         types = self.task_types or []
+        wrong = {key: N for key, N in self.experts_pattern.items() if not isinstance(N, int) or N < 1}
+        counts = [self.num_experts, *(N for key, N in self.experts_pattern.items() if key not in wrong)]
         return [
             *super().problems(),
             self.check("num_experts", self.num_experts >= 1, "must be at least 1"),
+            Problem(f"experts_pattern needs whole numbers of at least 1, not {wrong}", "experts_pattern")
+            if wrong
+            else None,
             self.check("top_k", self.top_k >= 0, "must not be negative"),
             Problem(
-                f"top_k {self.top_k} is larger than num_experts {self.num_experts}",
+                f"top_k {self.top_k} is larger than num_experts {min(counts)}",
                 "top_k",
-                f"use top_k <= {self.num_experts}; 0 uses all experts",
+                f"use top_k <= {min(counts)}; 0 uses all experts",
             )
-            if self.top_k > self.num_experts
+            if self.top_k > min(counts)
             else None,
             self.one_of("balance_loss", ("none", "mixtral", "mola", "switch", "localized")),
             Problem(
@@ -93,9 +101,13 @@ class ExpertsConfig(MethodConfig):
                 "task_types",
                 "e.g. task_types: [1, 0, 0], one entry per task in the order of the tasks",
             )
-            if self.balance_loss == "localized" and (not types or set(types) - {0, 1} or self.num_experts % 2)
+            if self.balance_loss == "localized" and (not types or set(types) - {0, 1} or any(N % 2 for N in counts))
             else None,
         ]
+
+    def experts_on(self, layer: str) -> int:
+        """N on the layer of that name."""
+        return self.experts_pattern.get(get_pattern_key(list(self.experts_pattern), layer), self.num_experts)
 
     def problems_with_tasks(self, count: int) -> list[Problem | None]:
         types = len(self.task_types or [])
@@ -138,6 +150,9 @@ class MoeLoraConfig(ExpertsConfig):
             self.one_of("expert_init", ("kaiming", "normal")),
             self.check("num_tasks", self.num_tasks >= 1, "must be at least 1"),
             self.check("task_dim", self.task_dim >= 1, "must be at least 1"),
+            Problem("router='task' has one gate for the whole model, so one number of experts", "experts_pattern")
+            if self.router == "task" and self.experts_pattern
+            else None,
         ]
 
 
@@ -192,7 +207,7 @@ class ExpertsBranch(Branch):
 
     def __init__(self, config: ExpertsConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
-        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.num_experts, self.top_k = config.experts_on(shape.name), config.top_k
         self.balance = config.balance_loss if config.balance_loss_weight > 0 else "none"
         self.balance_weight, self.z_weight = config.balance_loss_weight, config.z_loss_weight
         self.task_types, self.delta = config.task_types, config.localized_delta
@@ -228,7 +243,7 @@ class ExpertsBranch(Branch):
 class MoeLoraBranch(ExpertsBranch):
     def __init__(self, config: MoeLoraConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
-        N, r, d_in = config.num_experts, shape.r, shape.in_features
+        N, r, d_in = self.num_experts, shape.r, shape.in_features
         self.by_task, self.num_tasks = config.router == "task", config.num_tasks
         kaiming_init = config.expert_init == "kaiming"
         A = kaiming(r, d_in, generator, batch=(N,)) if kaiming_init else normal(0.01, N, r, d_in, generator=generator)
