@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..ops import add_update, draw_seed, drop, project
+from ..ops import Adapter, Tensors, adapted_linear, add_update, draw_seed, implementation, project, read_plainly
 from .call import Call
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # by annotation, of those fields that a range check would trip over
@@ -190,6 +190,8 @@ class Branch(nn.Module):
 
     needs_state: bool = False  # uses task ids, the padding mask or auxiliary losses of the forward pass
     head_dropout: float = 0.0  # dropout that `mix` makes from `call.seed`
+    folds: bool = False  # may have a `folded_weight`
+    input_masks: int = 1  # dropout masks on x; above 1 `mix` gets the ranks behind each, side by side, in training
 
     def __init__(self, config: Any, shape: LayerShape, generator: torch.Generator):
         super().__init__()
@@ -208,6 +210,9 @@ class Branch(nn.Module):
         """`mix(u_1, u_2, ..., call=call)`: from what was read, in the order of `reads`, to what is written.
 
         Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.methods.call.Call`.
+        Training runs it twice, without gradients in forward and from the same ranks in backward (`call.again`), so that
+        what happens once is behind `call.first_time`, and dropout comes from `call.seed`, never from a global
+        generator. Gradients reach the ranks and what `mixes` names.
         """
         raise NotImplementedError
 
@@ -215,26 +220,46 @@ class Branch(nn.Module):
         """The up-projections, `(m, d_out)`."""
         raise NotImplementedError
 
-    def read(self, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What `reads` reads from x; `seed` is that of the input dropout, None outside training."""
-        dropped, clean = self.reads()
-        if seed is not None and self.lora_dropout > 0:
-            ranks = project(drop(x, seed, self.lora_dropout), dropped)
-            return ranks + project(x, clean) if clean else ranks
-        return project(x, dropped + clean)
+    def mixes(self) -> tuple[Tensor, ...]:
+        """All trained tensors that `mix` may use, those of other branches included; by default the branch's own."""
+        return tuple(p for p in self._parameters.values() if p is not None and p.requires_grad)
 
-    def _read_again(self, x: Tensor) -> Tensor:
-        return project(x, self.reads()[0][:1])[0]
+    def forward(self, base: Tensor | nn.Linear, x: Tensor, call: Call) -> Tensor:
+        """The frozen layer's output plus the branch's update, `(tokens, d_out)`.
 
-    def forward(self, y: Tensor, x: Tensor, call: Call, *, in_place: bool = False) -> Tensor:
-        """Adds the branch's update. y `(tokens, d_out)`, x `(tokens, d_in)`; returns y's shape and dtype."""
-        of_input, call.seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
-        ranks = self.read(x, of_input)
+        Args:
+            base: the frozen layer's output, or a frozen layer that `ops.is_plain`, run here.
+            x: `(tokens, d_in)`.
+        """
+        adapter = self.adapter(x, call)
+        if call.learns and not torch.compiler.is_compiling() and implementation(x.device) != "reference":
+            return adapted_linear(adapter, base, x)
+        y = base if isinstance(base, Tensor) else base(x)
+        ranks = read_plainly(adapter, x)
+        h, losses = adapter.mix(ranks, x, False)
+        call.losses.extend(losses)
+        return add_update(y, h, self.writes(), scale=self.scaling, in_place=y is not base)
+
+    def adapter(self, x: Tensor, call: Call) -> Adapter:
+        """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
+        of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
+        return Adapter(
+            lambda: Tensors(self.writes(), *self.reads(), self.mixes()),
+            functools.partial(self._mix, call, seed),
+            self.scaling,
+            self.lora_dropout,
+            of_input if self.lora_dropout > 0 else None,
+            self.input_masks,
+        )
+
+    def _mix(
+        self, call: Call, seed: Tensor | None, ranks: tuple[Tensor, ...], x: Tensor, again: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        call = dataclasses.replace(call, seed=seed, again=again, losses=[])
         if call.align is not None and self.training:
-            again = functools.partial(self._read_again, x.detach())
-            ranks = (call.align(call, ranks[0], again), *ranks[1:])
-        h = self.mix(*ranks, call=call)
-        return add_update(y, h, self.writes(), scale=self.scaling, in_place=in_place)
+            first = functools.partial(project, x.detach(), self.reads()[0][:1])
+            ranks = (call.align(call, ranks[0], lambda: first()[0]), *ranks[1:])
+        return self.mix(*ranks, call=call), call.losses
 
     def folded_weight(self, weight: Tensor, *, transposed: bool) -> Tensor | None:
         """A copy of the base layer's weight that takes its place, with some of the update in it; None for none.

@@ -64,6 +64,8 @@ class Call:
         align: an alignment loss; given A x, `(tokens, r)`, and how to compute it from a detached x, returns A x with
             the loss attached.
         seed: of the dropout in rank space (`headwater.ops.dropout`), drawn for each run of each branch in training.
+        learns: whether gradients are taken.
+        again: the branch computes its rank space a second time, in backward; nothing is counted or shown.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Call:
     align: Align | None = None
     losses: list[Tensor] = field(default_factory=list)
     seed: Tensor | None = None
+    learns: bool = field(default_factory=torch.is_grad_enabled)
+    again: bool = False
 
     @property
     def tokens(self) -> int:
@@ -83,8 +87,8 @@ class Call:
 
     @property
     def first_time(self) -> bool:
-        """False while gradient checkpointing runs the layer again in backward: count and log only when True."""
-        return self.state is None or not self.state.closed
+        """False whenever the layer runs again in backward: count and log only when True."""
+        return not self.again and (self.state is None or not self.state.closed)
 
     def task_of_row(self, num_tasks: int | None = None) -> Tensor:
         """LongTensor `(rows,)`, the task of each row of the batch.

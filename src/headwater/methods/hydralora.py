@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import Problem
-from ..ops import drop, gated_heads, project, spread_heads
+from ..ops import gated_heads, spread_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, register
 from .call import Call
 
@@ -53,7 +53,7 @@ class HydraLoraBranch(Branch):
         super().__init__(config, shape, generator)
         N, d_in = config.num_heads, shape.in_features
         self.num_heads = N
-        self.per_head = config.input_dropout == "per_head"
+        self.input_masks = N if config.input_dropout == "per_head" else 1
         self.balance_loss_weight = config.balance_loss_weight
         self.needs_state = config.balance_loss_weight > 0
         self._layers = shape.shared.setdefault("routers", [])  # one list for all layers: how many to average over
@@ -65,24 +65,17 @@ class HydraLoraBranch(Branch):
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), (self.router,)
 
-    def read(self, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
-        if seed is None or not self.per_head:
-            return super().read(x, seed)
-        copies = x.unsqueeze(1).expand(-1, self.num_heads, -1).flatten(0, 1)
-        (z,) = project(drop(copies, seed, self.lora_dropout), (self.A,))
-        return z.unflatten(0, (-1, self.num_heads)), *project(x, (self.router,))
-
     def mix(self, z: Tensor, logits: Tensor, *, call: Call) -> Tensor:
         balancing = self.training and self.balance_loss_weight > 0
-        if not (balancing or call.observers or z.dim() == 3):
-            return gated_heads(z, logits)
-        gate = torch.softmax(logits, dim=-1)
-        call.saw_gate(gate)
+        per_head = z.shape[-1] == self.num_heads * self.A.shape[0]
+        if balancing or call.observers or per_head:
+            gate = torch.softmax(logits, dim=-1)
+            call.saw_gate(gate)
         if balancing:
             chosen = F.one_hot(gate.argmax(-1), self.num_heads).to(gate)
             loss = (call.mean_over_tokens(gate) * call.mean_over_tokens(chosen)).sum()
             call.add_loss("balance", loss, self.balance_loss_weight / len(self._layers))
-        return spread_heads(z, gate) if z.dim() == 3 else gated_heads(z, logits)
+        return spread_heads(z.unflatten(-1, (self.num_heads, -1)), gate) if per_head else gated_heads(z, logits)
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)

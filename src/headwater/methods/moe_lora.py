@@ -274,6 +274,12 @@ class MoeLoraBranch(ExpertsBranch):
         owner = self._gate_owner[0]
         return F.linear(owner.task_embedding[task.to(owner.task_gate.device)], owner.task_gate)
 
+    def mixes(self) -> tuple[Tensor, ...]:
+        own = super().mixes()
+        if not self.by_task or self._gate_owner[0] is self:
+            return own
+        return *own, self._gate_owner[0].task_embedding, self._gate_owner[0].task_gate
+
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 

@@ -130,7 +130,7 @@ class SMoraBranch(Branch):
         """
         memory = {} if call.state is None else call.state.memory  # in training, one forward's
         key = ("counted", id(self))
-        if not torch.is_grad_enabled() or key in memory:
+        if not call.learns or call.again or key in memory:
             return False
         memory[key] = True
         return True

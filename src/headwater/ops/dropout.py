@@ -49,7 +49,7 @@ def keep_mask(
         from .triton_dropout import keep_mask as one_kernel
 
         return one_kernel(seed, rows, columns, p, first_row, by_column)
-    low, high = ((seed >> shift & (2**BITS - 1)).to(torch.int32).reshape(()) for shift in (0, BITS))
+    low, high = _halves(seed)
     step = (columns * M0 + 2**31) % 2**32 - 2**31  # the product as int32
     row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=seed.device) * step + low
     column = torch.arange(columns, dtype=torch.int32, device=seed.device) * M0
@@ -61,6 +61,15 @@ def keep_mask(
     h *= M2
     kept = h < threshold(p)
     return kept.T if by_column else kept
+
+
+def _halves(seed: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    """The seed's lower and higher 31 bits: plain numbers where reading them waits for nobody."""
+    if seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = int(seed)
+        return value & (2**BITS - 1), value >> BITS
+    low, high = ((seed >> shift & (2**BITS - 1)).to(torch.int32).reshape(()) for shift in (0, BITS))
+    return low, high
 
 
 def drop(values: Tensor, seed: Tensor, p: float, *, first_row: int = 0) -> Tensor:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import implementation
 from .dropout import drop, keep_mask
@@ -51,8 +52,11 @@ def gated_heads(z: Tensor, gate: Tensor, *, seed: Tensor | None = None, dropout:
     chosen = implementation(z.device)
     if chosen == "reference":
         return reference(z, gate, seed, dropout)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _kernels(chosen).forward(z, gate, seed, dropout)  # PyTorch's dispatcher would cost more than the work
+    if not torch.compiler.is_compiling():  # PyTorch's dispatcher would cost more than the work
+        if not torch.is_grad_enabled():
+            return _kernels(chosen).forward(z, gate, seed, dropout)
+        if chosen == "autograd":
+            return _Eager.apply(z, gate, seed, dropout)
     return _gated_heads(z, gate, seed, dropout)
 
 
@@ -65,34 +69,63 @@ def reference(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> T
 
 
 def forward(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-    """The `autograd` implementation's forward. Works feature by feature: tokens are the long, contiguous dimension."""
-    zf, g = _by_feature(z, gate)
-    h = (g.unsqueeze(1) * (zf / (1 - dropout))).flatten(0, 1)  # (N r, tokens)
-    if seed is not None:
-        h *= keep_mask(seed, z.shape[0], h.shape[0], dropout, by_column=True).T
-    return h.to(z.dtype).T
+    """The `autograd` implementation's forward."""
+    return _spread(*_prepare(z, gate, seed, dropout)).to(z.dtype).T
 
 
 def backward(dh: Tensor, z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     """The `autograd` implementation's backward: dz and dgate."""
-    zf, g = _by_feature(z, gate)
-    u = dh.T.to(zf.dtype)
-    if seed is not None:
-        u = u * keep_mask(seed, z.shape[0], dh.shape[1], dropout, by_column=True).T
-    u = u.unflatten(0, (g.shape[0], -1)) / (1 - dropout)  # (N, r, tokens)
-    dz = (g.unsqueeze(1) * u).sum(0)
-    if gate.dim() == 1:
-        return dz.to(z.dtype).T, gate.new_empty(0)
-    dg = (u * zf).sum(1)
-    dgate = g * (dg - (g * dg).sum(0))
-    return dz.to(z.dtype).T, dgate.to(gate.dtype).T
+    dz, dgate = _gather(dh, gate.dim() == 1, *_prepare(z, gate, seed, dropout))
+    scale = 1.0 if seed is None else 1 / (1 - dropout)
+    dgate = dgate.to(gate.dtype)
+    return (dz * scale).to(z.dtype).T, dgate.T if gate.dim() == 2 else dgate
 
 
-def _by_feature(z: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """z as `(r, tokens)` and the gates as `(N, tokens)`, or `(N, 1)` where they are fixed."""
+# All of this works feature by feature: tokens are the long, contiguous dimension.
+
+
+def _prepare(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`z / (1 - p)` as `(r, tokens)`; the gates `(N, tokens)`, or `(N, 1)` where they are fixed; the mask."""
     wide = torch.promote_types(z.dtype, torch.float32)
     g = gate.to(wide)
-    return z.T.to(wide).contiguous(), torch.softmax(g.T, dim=0) if gate.dim() == 2 else g.unsqueeze(1)
+    g = torch.softmax(g.T, dim=0) if gate.dim() == 2 else g.unsqueeze(1)
+    if seed is None:
+        return z.T.to(wide).contiguous(), g, None
+    columns = gate.shape[-1] * z.shape[1]
+    kept = keep_mask(seed, z.shape[0], columns, dropout, by_column=True).T
+    return z.T.to(wide) * (1 / (1 - dropout)), g, kept
+
+
+def _spread(z: Tensor, g: Tensor, kept: Tensor | None) -> Tensor:
+    h = (g.unsqueeze(1) * z).flatten(0, 1)  # (N r, tokens)
+    return h if kept is None else h.mul_(kept)
+
+
+def _gather(dh: Tensor, fixed: bool, z: Tensor, g: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    u = dh.T.to(z.dtype)
+    u = (u if kept is None else u * kept).unflatten(0, (g.shape[0], -1))  # (N, r, tokens)
+    dz = (g.unsqueeze(1) * u).sum(0)
+    dg = g.new_empty(0) if fixed else (u * z).sum(1)
+    return dz, dg if fixed else g * (dg - (g * dg).sum(0))
+
+
+class _Eager(torch.autograd.Function):
+    """`forward` and `backward` outside compiled graphs. The mask is kept: the graph around it lives for a moment only,
+    in the backward of `fused`."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+        prepared = _prepare(z, gate, seed, dropout)
+        ctx.save_for_backward(*prepared)
+        ctx.fixed, ctx.scale = gate.dim() == 1, 1.0 if seed is None else 1 / (1 - dropout)
+        ctx.dtypes = z.dtype, gate.dtype
+        return _spread(*prepared).to(z.dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        dz, dgate = _gather(dh, ctx.fixed, *ctx.saved_tensors)
+        return (dz * ctx.scale).to(ctx.dtypes[0]).T, None if ctx.fixed else dgate.to(ctx.dtypes[1]).T, None, None
 
 
 @torch.library.custom_op("headwater::gated_heads", mutates_args=())

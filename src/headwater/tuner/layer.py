@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import HeadwaterError, Problem
 from ..methods.base import Branch
+from ..ops import is_plain
 from .context import Context
 
 
@@ -57,14 +58,22 @@ class MethodLayer(nn.Module, BaseTunerLayer):
 
         lead = x.shape[:-1]
         rows = x.reshape(-1, self.in_features)
-        # A plain linear layer's fresh output is nobody else's, so the update may be added in its memory; flat, because
-        # autograd copies the gradient of an in-place write through a view.
-        in_place = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
-        y = self._base_forward(active, rows if in_place else x, *args, **kwargs).reshape(-1, self.out_features)
         call = self.context.call(self.name, tuple(lead))
+        # A plain layer runs inside the first branch, flat: its fresh output is nobody else's, so the update is added in
+        # its memory, where autograd would copy what is written through a view.
+        y: Any = self.base_layer
+        if args or kwargs or not is_plain(y) or any(branch.folds for branch in active):
+            y = self._base_forward(active, x, *args, **kwargs).reshape(-1, self.out_features)
         for branch in active:
-            y = branch(y, rows, call, in_place=in_place)
+            y = branch(y, rows, call)
         return call.attach(y).reshape(*lead, self.out_features)
+
+    def only_branch(self) -> Branch | None:
+        """The branch whose update is all that the layer adds to its base; None if it adds none or several."""
+        if self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.branches]
+        return self.branch(active[0]) if len(active) == 1 and not self.branch(active[0]).folds else None
 
     def _base_forward(self, active: list[Branch], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()

@@ -18,6 +18,7 @@ from ..methods.base import LayerShape, Method, MethodConfig
 from ..methods.base import method as registered
 from .context import KEYWORD, Context, Observer
 from .layer import MethodLayer, floating_weight, linear_sizes
+from .mlp import fuse_mlps, unfuse_mlps
 
 _CONTEXT = "_headwater_context"
 _HOOKS = "_headwater_hooks"
@@ -94,6 +95,7 @@ class MethodModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for finish in self.__dict__.pop("_shared").get("finish", ()):
             finish()
+        fuse_mlps(model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Branches are made in float32, which keeps the start exact. A file may bring half precision, which is widened,
@@ -134,6 +136,7 @@ class MethodModel(BaseTuner):
         context: Context | None = model.__dict__.pop(_CONTEXT, None)
         if context is not None:
             context.leave_checkpoints(model)
+        unfuse_mlps(model)
         return model
 
 

@@ -1,0 +1,166 @@
+"""The fused layer, one autograd function for every method, against plain autograd through the same equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import headwater
+from headwater.tuner import MethodLayer, context_of
+
+from .helpers import adapt, assert_near, gradients, layer_output, task_kwargs, tokens
+from .rows import BY_ID, Row
+
+
+def step(row: Row, model: nn.Module, monkeypatch, ops: str | None, autocast: bool = False) -> dict[str, torch.Tensor]:
+    """Logits, every gradient (also the embedding's output's) and the logged losses of one training step."""
+    if ops is None:
+        monkeypatch.delenv("HEADWATER_OPS", raising=False)
+    else:
+        monkeypatch.setenv("HEADWATER_OPS", ops)
+    model.zero_grad()
+    torch.manual_seed(0)
+    embedded = model.get_input_embeddings()(tokens(rows=3)).detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(inputs_embeds=embedded, labels=tokens(rows=3), **task_kwargs(row, 3))
+    out.loss.backward()
+    losses = {f"loss {name}": value for name, value in context_of(model).last_losses.items()}
+    return {"logits": out.logits.detach(), "x": embedded.grad, **gradients(model), **losses}
+
+
+@pytest.mark.parametrize("whole_block", [True, False], ids=["block", "layers"])
+def test_values_and_gradients_are_those_of_plain_autograd(row, tiny_llama, monkeypatch, whole_block):
+    """In float64, to rounding. Dropout on: the masks are the same."""
+    model = adapt(row, tiny_llama().double(), autocast=False).double().train()
+    if not whole_block:
+        watch(model)
+    expected = step(row, model, monkeypatch, "reference")
+    found = step(row, model, monkeypatch, None)
+    assert_near(found, expected, relative=1e-9)
+    assert all(value.abs().max() > 0 for name, value in found.items() if name.endswith((".A", ".S")))
+
+
+def watch(model: nn.Module) -> None:
+    """Puts a hook on every adapted layer, so that each runs by itself."""
+    for module in model.modules():
+        if isinstance(module, MethodLayer):
+            module.register_forward_hook(lambda *_: None)
+
+
+def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Relative differences, one for each tensor that is not zero."""
+    assert found.keys() == exact.keys()
+    pairs = [(found[name].double(), value.double()) for name, value in exact.items() if value.any()]
+    return torch.stack([(got - value).norm() / value.norm() for got, value in pairs])
+
+
+def test_in_float32_one_layer_is_within_5e6_of_float64(row, tiny_llama, monkeypatch):
+    """Or within twice what plain autograd rounds, where a gradient is a small difference of large numbers."""
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    v = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1))
+
+    def run(dtype, ops):
+        model = adapt(row, tiny_llama().to(dtype), autocast=False, **row.smooth).to(dtype).train()
+        step(row, model, monkeypatch, ops)
+        model.zero_grad()
+        torch.manual_seed(0)
+        leaf = x.to(dtype).requires_grad_()
+        y = layer_output(row, model, "model.layers.0.mlp.up_proj", leaf)
+        (y * v).sum().backward()
+        return {"y": y.detach(), "x": leaf.grad, **gradients(model)}
+
+    exact = run(torch.float64, "reference")
+    fused, plain = (distance(run(torch.float32, ops), exact) for ops in (None, "reference"))
+    assert (fused <= (2 * plain).clamp_min(5e-6)).all(), (fused, plain)
+
+
+def test_autocast_is_about_as_near_to_float32_as_plain_autograd_is(row, tiny_llama, monkeypatch):
+    all_experts = {"top_k": 0, "balance_loss": "none"} if row.name in ("moe_lora", "malora") else {}
+    if row.name in ("smora", "cond_mixlora"):
+        pytest.skip("another top-k is another function")
+    model = adapt(row, tiny_llama(num_hidden_layers=1), **row.smooth | all_experts).train()
+    exact = step(row, model, monkeypatch, "reference")
+    plain, fused = (step(row, model, monkeypatch, ops, autocast=True) for ops in ("reference", None))
+    assert {name: value.dtype for name, value in fused.items()} == {name: value.dtype for name, value in plain.items()}
+    assert distance(fused, exact).mean() < 1.5 * distance(plain, exact).mean()
+
+
+def test_several_active_adapters(tiny_llama, monkeypatch):
+    row = BY_ID["rlora"]
+    model = adapt(row, tiny_llama().double(), autocast=False)
+    model.add_adapter("second", headwater.make_config("rlora", r=2, target_modules=["up_proj"], init_seed=5))
+    model.base_model.set_adapter(["default", "second"])
+    model = model.double().train()
+    found, expected = (step(row, model, monkeypatch, ops) for ops in (None, "reference"))
+    assert any("second" in name for name in found)
+    assert_near(found, expected, relative=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{}, {"detach_input": True}, {"kind": "mmd"}])
+def test_the_alignment_loss_comes_along(tiny_llama, monkeypatch, fields):
+    row = BY_ID["rlora"]
+    model = adapt(row, tiny_llama().double(), autocast=False).double().train()
+    headwater.align(model, weight=3.0, **fields)
+
+    def run(ops):
+        with headwater.task_ids(model, [0, 0, 1]):
+            return step(row, model, monkeypatch, ops)
+
+    assert_near(run(None), run("reference"), relative=1e-9)
+
+
+class Linear(nn.Module):
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.layer = nn.Linear(d_in, d_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Memory kept for backward that is neither a parameter nor a buffer; x itself counts."""
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("method", ["rlora", "hydralora", "mlora"])
+@pytest.mark.parametrize(("d_in", "d_out"), [(896, 4864), (4864, 896), (640, 2048)])
+def test_saved_for_backward_is_little_more_than_the_input(method, d_in, d_out):
+    from peft import get_peft_model
+
+    dropout = {"lora_dropout": 0.1} if method == "hydralora" else {"head_dropout": 0.1}
+    config = headwater.make_config(method, r=8, num_heads=3, target_modules=["layer"], **dropout)
+    model = get_peft_model(Linear(d_in, d_out), config).train()
+    x = torch.randn(64, d_in, requires_grad=True)
+    assert saved_bytes(model, x) <= 1.05 * x.nbytes
+
+
+def test_two_matmuls_of_the_models_width_and_six_thin_ones():
+    """Counted, not timed: what a training step of one R-LoRA layer does beyond the frozen layer."""
+    from peft import get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+    T, d_in, d_out, r, N = 128, 96, 160, 4, 3
+    config = headwater.make_config("rlora", r=r, num_heads=N, target_modules=["layer"])
+    model = get_peft_model(Linear(d_in, d_out), config).train()
+    x = torch.randn(T, d_in, requires_grad=True)
+    in_place = {torch.ops.aten.addmm_: lambda *shapes, **_: addmm_flop(*shapes[:3])}  # not counted by itself
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model(x).sum().backward()
+    wide = 2 * (2 * T * d_in * d_out)
+    reads, trained, writes = r + N + r, r + N, N * r + r  # the start's A0 and B0 included
+    thin = 2 * T * ((reads + reads + trained) * d_in + (writes + writes + writes) * d_out)
+    assert counter.get_total_flops() == wide + thin
