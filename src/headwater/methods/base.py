@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftType
 from torch import Tensor, nn
 
@@ -220,6 +221,11 @@ class Branch(nn.Module):
         """The up-projections, `(m, d_out)`."""
         raise NotImplementedError
 
+    def writes_apart(self) -> tuple[Tensor, ...]:
+        """The same in parts, for a method whose `writes` would have to copy them together; frozen ones by themselves,
+        so that no gradient is computed for them."""
+        return (self.writes(),)
+
     def mixes(self) -> tuple[Tensor, ...]:
         """All trained tensors that `mix` may use, those of other branches included; by default the branch's own."""
         return tuple(p for p in self._parameters.values() if p is not None and p.requires_grad)
@@ -231,20 +237,23 @@ class Branch(nn.Module):
             base: the frozen layer's output, or a frozen layer that `ops.is_plain`, run here.
             x: `(tokens, d_in)`.
         """
-        adapter = self.adapter(x, call)
         if call.learns and not torch.compiler.is_compiling() and implementation(x.device) != "reference":
-            return adapted_linear(adapter, base, x)
-        y = base if isinstance(base, Tensor) else base(x)
-        ranks = read_plainly(adapter, x)
-        h, losses = adapter.mix(ranks, x, False)
-        call.losses.extend(losses)
-        return add_update(y, h, self.writes(), scale=self.scaling, in_place=y is not base)
+            return adapted_linear(self.adapter(x, call), base, x)
+        y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
+        if self.training:
+            adapter = self.adapter(x, call)
+            h, losses = adapter.mix(read_plainly(adapter, x), x, False)
+            call.losses.extend(losses)
+        else:
+            dropped, clean = self.reads()
+            h = self.mix(*project(x, dropped + clean), call=call)
+        return add_update(y, h, self.writes_apart(), scale=self.scaling, in_place=y is not base)
 
     def adapter(self, x: Tensor, call: Call) -> Adapter:
         """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
         of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
         return Adapter(
-            lambda: Tensors(self.writes(), *self.reads(), self.mixes()),
+            lambda: Tensors(self.writes_apart(), *self.reads(), self.mixes()),
             functools.partial(self._mix, call, seed),
             self.scaling,
             self.lora_dropout,

@@ -188,7 +188,10 @@ class ColaBranch(Branch):
         return torch.cat([z, *tied], dim=-1) if tied else z
 
     def writes(self) -> Tensor:
-        return self.B if self.folds else torch.cat([self.B, self.B_tied])
+        return torch.cat(self.writes_apart())
+
+    def writes_apart(self) -> tuple[Tensor, ...]:
+        return (self.B,) if self.folds else (self.B, self.B_tied)
 
     def chain(self) -> tuple[Tensor, Tensor]:
         """A and B of all links, `(r_1 + ... + r_M, d_in)` and `(r_1 + ... + r_M, d_out)`."""

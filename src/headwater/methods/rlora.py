@@ -191,8 +191,11 @@ class MultiHeadBranch(Branch):
         return torch.cat([h, -start[0]], dim=-1) if start else h
 
     def writes(self) -> Tensor:
+        return torch.cat(self.writes_apart())
+
+    def writes_apart(self) -> tuple[Tensor, ...]:
         stacked = self.B.flatten(0, 1)
-        return stacked if self.B0 is None else torch.cat([stacked, self.B0])
+        return (stacked,) if self.B0 is None else (stacked, self.B0)
 
     def held(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of `s sum_n gate_n B_n A - s B0 A0` for a gate `(N,)`; the heads share A, so R is r or 2 r."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dropout import keep_mask
-from .lowrank import project
+from .lowrank import add_update, project, stack
 
 BLOCK = 1 << 17  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
 
@@ -33,18 +33,18 @@ class Tensors(NamedTuple):
     """A branch's tensors, as they are now.
 
     Args:
-        up: the up-projections stacked, `(m, d_out)`.
+        up: the up-projections `(m_i, d_out)`.
         dropped, clean: the down-projections `(k_i, d_in)` behind the input dropout, and those that see x as it is.
         others: parameters that `mix` may use.
     """
 
-    up: Tensor
+    up: tuple[Tensor, ...]
     dropped: tuple[Tensor, ...]
     clean: tuple[Tensor, ...]
     others: tuple[Tensor, ...]
 
     def flat(self) -> tuple[Tensor, ...]:
-        return (self.up, *self.dropped, *self.clean, *self.others)
+        return (*self.up, *self.dropped, *self.clean, *self.others)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Adapter:
     def add(self, y: Tensor, u: Tensor, x: Tensor, tensors: Tensors) -> Tensor:
         """Adds the update to y `(tokens, d_out)` in place."""
         h, _ = self.mix(self.ranks(u, tensors), x, False)
-        return y.addmm_(h.to(y.dtype), tensors.up.to(y.dtype), alpha=self.scale)
+        return add_update(y, h, tensors.up, scale=self.scale, in_place=True)
 
 
 def read_plainly(adapter: Adapter, x: Tensor) -> tuple[Tensor, ...]:
@@ -122,21 +122,21 @@ class Backward:
     def __init__(self, adapter: Adapter, dy: Tensor, u: Tensor, x: Tensor, wanted: Sequence[bool]):
         self.adapter, self.x = adapter, x
         self.tensors = tensors = adapter.tensors()
-        reads = len(tensors.dropped) + len(tensors.clean)
-        self.wanted_reads, wanted_others = wanted[1 : 1 + reads], wanted[1 + reads :]
+        ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
+        wanted_up, wanted_others = wanted[:ups], wanted[ups + reads :]
+        self.wanted_reads = wanted[ups : ups + reads]
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             h, losses = adapter.mix(adapter.ranks(leaf, tensors), x, True)
         trained = [p for p, want in zip(tensors.others, wanted_others, strict=True) if want]
-        dh = (dy @ tensors.up.to(dy.dtype).T).to(h.dtype).mul_(adapter.scale)
+        dh = (dy @ stack(tensors.up, dy).T).to(h.dtype).mul_(adapter.scale)
         ends = [(h, dh), *((loss, torch.ones_like(loss)) for loss in losses)]
         outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
         du, *of_trained = torch.autograd.grad(outputs, [leaf, *trained], grads, allow_unused=True)
         self.du = torch.zeros_like(u) if du is None else du
         given = iter(of_trained)
         self.of_others = [next(given) if want else None for want in wanted_others]
-        h = h.detach() * adapter.scale
-        self.of_up = (h.to(dy.dtype).T @ dy).to(tensors.up.dtype) if wanted[0] else None
+        self.of_up = outer(h.detach() * adapter.scale, dy, tensors.up, wanted_up)
 
     def add_to_dx(self, dx: Tensor | None) -> None:
         """Adds the update's part to dx `(tokens, d_in)` in place, and finds the down-projections' gradients."""
@@ -156,34 +156,33 @@ class Backward:
                     d_down += part.T @ (kept * x[rows])
                     if dx is not None:
                         dx[rows] += (part @ down) * kept
-            self.of_reads += [g.to(w.dtype) for g, w in zip(_rows(d_down, dropped), dropped, strict=True)]
+            rows_of = d_down.split([w.shape[0] for w in dropped])
+            self.of_reads += [g.to(w.dtype) for g, w in zip(rows_of, dropped, strict=True)]
         if clean:
             if dx is not None:
                 dx.addmm_(straight, stack(clean, x))
-            wanted = self.wanted_reads[len(dropped) :]
-            columns = straight.split([w.shape[0] for w in clean], dim=1)
-            trained = [c for c, want in zip(columns, wanted, strict=True) if want]
-            found = iter(_rows(torch.cat(trained, 1).T @ x, [c.T for c in trained]) if trained else ())
-            self.of_reads += [next(found).to(w.dtype) if want else None for w, want in zip(clean, wanted, strict=True)]
+            self.of_reads += outer(straight, x, clean, self.wanted_reads[len(dropped) :])
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """In the order of `Tensors.flat`."""
-        return (self.of_up, *self.of_reads, *self.of_others)
+        return (*self.of_up, *self.of_reads, *self.of_others)
 
 
-def stack(weights: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Matrices one below the other, in another tensor's dtype."""
-    return weights[0].to(like.dtype) if len(weights) == 1 else torch.cat([w.to(like.dtype) for w in weights])
+def outer(ranks: Tensor, wide: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """`ranks^T wide`, the rows of each of the matrices in `like` that is wanted; what is not is not computed."""
+    columns = ranks.split([w.shape[0] for w in like], dim=1)
+    trained = [part for part, want in zip(columns, wanted, strict=True) if want]
+    if not trained:
+        return [None] * len(like)
+    product = (trained[0] if len(trained) == 1 else torch.cat(trained, 1)).to(wide.dtype).T @ wide
+    rows = iter(product.split([part.shape[1] for part in trained]))
+    return [next(rows).to(w.dtype) if want else None for w, want in zip(like, wanted, strict=True)]
 
 
 def blocks(x: Tensor) -> list[slice]:
     """x's rows, block by block on a CPU, all at once elsewhere."""
     size = max(1, BLOCK // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)]
-
-
-def _rows(matrix: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return matrix.split([w.shape[0] for w in like])
 
 
 class _AdaptedLinear(torch.autograd.Function):

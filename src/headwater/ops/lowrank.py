@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW = 16  # tokens, as in decoding, for which stacking the weights would cost more than reading x once saves
+
 
 def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Reads several down-projections from one pass over x.
@@ -26,10 +28,17 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         One `(tokens, k_i)` tensor per weight, at least float32: softmax and gates need the precision, and these tensors
         are small. The matmul itself runs in x's dtype, because casting x would copy the widest tensor there is.
     """
-    stacked = weights[0] if len(weights) == 1 else torch.cat([w.to(x.dtype) for w in weights])
-    u = F.linear(x, stacked.to(x.dtype))
+    if x.shape[0] <= FEW:
+        parts = [F.linear(x, w.to(x.dtype)) for w in weights]
+        return tuple([u.to(torch.promote_types(u.dtype, torch.float32)) for u in parts])
+    u = F.linear(x, stack(weights, x))
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     return (u,) if len(weights) == 1 else torch.split(u, [w.shape[0] for w in weights], dim=-1)
+
+
+def stack(weights: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Matrices one below the other, in another tensor's dtype."""
+    return weights[0].to(like.dtype) if len(weights) == 1 else torch.cat([w.to(like.dtype) for w in weights])
 
 
 def spread_heads(z: Tensor, gate: Tensor, *, dropout: float = 0.0, training: bool = False) -> Tensor:
@@ -49,15 +58,23 @@ def spread_heads(z: Tensor, gate: Tensor, *, dropout: float = 0.0, training: boo
     return F.dropout(h, dropout, training).flatten(-2)
 
 
-def add_update(y: Tensor, h: Tensor, up: Tensor, *, scale: float = 1.0, in_place: bool = False) -> Tensor:
+def add_update(
+    y: Tensor, h: Tensor, up: Tensor | Sequence[Tensor], *, scale: float = 1.0, in_place: bool = False
+) -> Tensor:
     """Returns `y + scale * h @ up`.
 
     Args:
         y: `(tokens, d_out)`, the frozen layer's output.
         h: `(tokens, m)`, gated ranks.
-        up: `(m, d_out)`, all heads' up-projections stacked; rows are ranks, which keeps the backward matmuls fast.
+        up: `(m, d_out)`, all heads' up-projections stacked, or several to be stacked; rows are ranks, which keeps the
+            backward matmuls fast.
         in_place: add into y's own memory. Allowed only where nobody else reads y, such as the fresh output of a plain
             linear layer; saves one tensor of width `d_out`.
     """
-    h, up = h.to(y.dtype), up.to(y.dtype)
-    return y.addmm_(h, up, alpha=scale) if in_place else torch.addmm(y, h, up, alpha=scale)
+    h, parts = h.to(y.dtype), (up,) if isinstance(up, Tensor) else up
+    if len(parts) > 1 and y.shape[0] <= FEW:
+        for columns, part in zip(torch.split(h, [w.shape[0] for w in parts], dim=-1), parts, strict=True):
+            y = add_update(y, columns, part, scale=scale, in_place=in_place)
+        return y
+    stacked = stack(parts, y)
+    return y.addmm_(h, stacked, alpha=scale) if in_place else torch.addmm(y, h, stacked, alpha=scale)
