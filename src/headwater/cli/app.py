@@ -252,6 +252,50 @@ def prefer(
     run(file, overrides or [])
 
 
+@app.command()
+def serve(
+    source: Annotated[
+        str, typer.Argument(metavar="POOL_OR_RUN", help="An adapter pool, a run folder, or an adapter folder.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; only this machine can reach the default.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key_file: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Ask for the key in this file; HEADWATER_API_KEY does the same."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are sent away with 429.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="Most tokens of a prompt and its answer together; the model's own limit by default."),
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    encoder: Annotated[str, typer.Option(help="A pool's sentence encoder for `auto`: folder or hub name.")] = "",
+    top: Annotated[int, typer.Option(min=1, help="Adapters of a pool that `auto` mixes.")] = 3,
+) -> None:
+    """Answer requests of OpenAI's clients with a run's adapter or a pool's, many at once."""
+    from headwater.cli.serve import run
+
+    run(
+        source,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        max_length=max_length,
+        max_body=max_body,
+        timeout=timeout,
+        encoder=encoder,
+        top=top,
+    )
+
+
 @data_app.command()
 def check(file: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read every row of every task and report what is there and what is wrong; trains nothing."""

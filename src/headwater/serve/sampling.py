@@ -1,0 +1,106 @@
+"""From logits to tokens, and from tokens to text that can be sent already."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.generate import decode
+
+_UNFINISHED = "\ufffd"  # what bytes that are not yet a whole character decode to
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is drawn.
+
+    Args:
+        max_tokens: most tokens of the answer, > 0.
+        temperature: 0 takes the likeliest token each time.
+        top_p: only the likeliest tokens that make up this probability are drawn from; in (0, 1].
+        stop: texts that end the answer; they are not part of it.
+        seed: of the draws; None takes a new one. An answer does not depend on what else is in its batch.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def generator(self) -> torch.Generator:
+        """A generator of this answer's own."""
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return torch.Generator().manual_seed(seed)
+
+
+def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draws a token from logits `(vocabulary,)`, in float64 on the CPU."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    p = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        ranked, order = p.sort(descending=True, stable=True)
+        ranked[ranked.cumsum(0) - ranked >= sampling.top_p] = 0  # those that the ones before already make up for
+        return int(order[torch.multinomial(ranked, 1, generator=generator)])
+    return int(torch.multinomial(p, 1, generator=generator))
+
+
+class Text:
+    """The growing text of one answer.
+
+    Text is given out as soon as it is sure: not while a character lacks bytes, and not while what is there could be
+    the beginning of a stop text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
+        self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
+        self._tokens: list[int] = []
+        # Tokens before `_start` are text already; those up to `_read` are decoded again with new ones, because some
+        # tokenizers write a word differently where nothing stands before it.
+        self._start = self._read = 0
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Takes a token; returns the text that can be sent."""
+        self._tokens.append(token)
+        text = self._decoded()
+        return "" if text.endswith(_UNFINISHED) else self._give(text)
+
+    def finish(self) -> str:
+        """The rest, once no token follows."""
+        if self.stopped:
+            return ""
+        rest = self._give(self._decoded())
+        if not self.stopped:
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _decoded(self) -> str:
+        before = decode(self._tokenizer, self._tokens[self._start : self._read])
+        return decode(self._tokenizer, self._tokens[self._start :])[len(before) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self._start, self._read = self._read, len(self._tokens)
+        text = self._held + text
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        longest = max(map(len, self._stop), default=1) - 1
+        at = next(
+            (
+                i
+                for i in range(max(0, len(text) - longest), len(text))
+                if any(s.startswith(text[i:]) for s in self._stop)
+            ),
+            len(text),
+        )
+        self._held = text[at:]
+        return text[:at]

@@ -1,0 +1,55 @@
+"""The process: a socket, signals, and uvicorn between them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from ..errors import HeadwaterError, Problem
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening address; port 0 takes any that is free.
+
+    Raises:
+        HeadwaterError: the address is taken, or is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+    except OSError as error:
+        server.close()
+        what = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise HeadwaterError(Problem(what, "--port", "choose another port, or 0 for any that is free")) from error
+    return server
+
+
+def run(app: Any, listening: socket.socket, *, grace: float, on_ready: Callable[[], None]) -> None:
+    """Serves until SIGTERM or SIGINT; then takes no new connections, finishes the answers that are being written, and
+    returns. A second signal stops at once.
+
+    Args:
+        grace: seconds that finishing may take.
+    """
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            on_ready()
+
+    # uvicorn raises the signals again once it is through; by then there is nothing left to stop.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)), lifespan="on"
+        )
+        Server(config).run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

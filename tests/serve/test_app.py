@@ -1,0 +1,163 @@
+"""What the application does when things go wrong: limits, clients that leave, a full queue, intruders."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from headwater.errors import HeadwaterError
+from headwater.serve.app import Limits
+from headwater.serve.server import bind
+
+from .engines import Plain, alone
+from .servers import thread, wait_for
+
+LONG = {"prompt": "the cat", "max_tokens": 400, "temperature": 0}
+
+
+class Slow(Plain):
+    """A model that takes its time, and does not come to an end of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.lm_head.weight.data[257] = 0
+
+    def apply(self, routes):
+        time.sleep(0.05)
+        return super().apply(routes)
+
+
+def post(url, path="/v1/completions", **fields):
+    return httpx.post(f"{url}{path}", json=fields, timeout=60)
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back():
+    with thread(Slow(), max_batch=1, max_waiting=1) as (url, engine), httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as one:
+            lines = one.iter_lines()  # kept, because httpx closes the response with it
+            next(lines)
+            with client.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}):
+                wait_for(lambda: engine.waiting == 1)
+                refused = post(url, **LONG)
+                assert refused.status_code == 429
+                assert int(refused.headers["retry-after"]) >= 1
+                assert refused.json()["error"]["code"] == "queue_full"
+                with pytest.raises(openai.RateLimitError):
+                    openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0).completions.create(
+                        model="plain", prompt="x"
+                    )
+                # both of two answers or none: a request that does not fit leaves nothing behind
+                assert post(url, prompt=["a", "b"], max_tokens=3).status_code == 429
+                assert engine.waiting == 1
+        wait_for(lambda: engine.running == engine.waiting == 0)
+        assert 'headwater_refused_requests_total{status="429"} 3.0' in httpx.get(f"{url}/metrics", timeout=60).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(stream):
+    with thread(Slow()) as (url, engine):
+        with httpx.Client(timeout=60 if stream else 0.5) as client:
+            if stream:
+                with client.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(f"{url}/v1/completions", json=LONG)
+        wait_for(lambda: engine.running == 0, 15)  # all 400 tokens would take 20 s
+        wait_for(lambda: 'finish="cancelled",model="plain"} 1.0' in httpx.get(f"{url}/metrics", timeout=60).text)
+
+
+def test_requests_out_of_time_end():
+    with thread(Slow(), limits=Limits(timeout=0.3)) as (url, engine):
+        late = post(url, **LONG)
+        assert late.status_code == 504
+        assert late.json()["error"]["code"] == "timeout"
+        lines = [line for line in post(url, **LONG, stream=True).text.splitlines() if line]
+        assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
+        assert engine.running == 0
+
+
+def test_what_the_model_raises_is_a_500_and_no_end():
+    class Broken(Plain):
+        broken = True
+
+        def apply(self, routes):
+            if self.broken:
+                raise RuntimeError("no more memory")
+            return super().apply(routes)
+
+    routes = Broken()
+    with thread(routes) as (url, _):
+        failed = post(url, prompt="x", max_tokens=2)
+        assert failed.status_code == 500
+        assert failed.json()["error"]["message"] == "no more memory"
+        routes.broken = False
+        assert post(url, prompt="x", max_tokens=2).status_code == 200
+
+
+def test_bodies_have_a_size():
+    with thread(limits=Limits(max_body=1000)) as (url, _):
+        assert post(url, prompt="x" * 100, max_tokens=2).status_code == 200
+        assert post(url, prompt="x" * 1000).json()["error"]["code"] == "body_too_large"
+
+        def pieces():  # no Content-Length
+            for _ in range(100):
+                yield b" " * 100
+
+        headers = {"Content-Type": "application/json"}
+        assert httpx.post(f"{url}/v1/completions", content=pieces(), headers=headers, timeout=60).status_code == 413
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"prompt": {}}', b"\xff", b'{"prompt": "x", "n": 1e400}'])
+def test_bodies_that_are_no_request(body):
+    with thread() as (url, _):
+        answer = httpx.post(
+            f"{url}/v1/completions", content=body, headers={"Content-Type": "application/json"}, timeout=60
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_pages_and_other_names_are_kept_out():
+    with thread() as (url, _):
+        assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}, timeout=60).status_code == 403
+        assert httpx.get(f"{url}/health", headers={"Host": "[::1"}, timeout=60).status_code == 403
+        assert httpx.get(f"{url}/health", headers={"Host": "localhost:1"}, timeout=60).status_code == 200
+        for origin, status in (("http://evil.example", 403), ("null", 403), (url, 200)):
+            body = {"prompt": "x", "max_tokens": 1}
+            got = httpx.post(f"{url}/v1/completions", json=body, headers={"Origin": origin}, timeout=60)
+            assert got.status_code == status
+        plain = httpx.post(
+            f"{url}/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"}, timeout=60
+        )
+        assert plain.status_code == 400
+
+
+def test_a_chat_ends_with_the_user():
+    with thread() as (url, _):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert "the user's" in post(url, "/v1/chat/completions", messages=turns).json()["error"]["message"]
+        more = [{"role": "developer", "content": "s"}, *turns, {"role": "user", "content": "c"}]
+        assert post(url, "/v1/chat/completions", messages=more, max_tokens=2).status_code == 200
+        assert post(url, "/v1/chat/completions", messages=[{"role": "tool", "content": "a"}]).status_code == 400
+
+
+def test_fields_that_ask_for_nothing_are_taken():
+    nothing = {"logprobs": None, "logit_bias": {}, "presence_penalty": 0, "user": "me", "stop": None, "echo": False}
+    with thread() as (url, _):
+        answer = post(url, prompt="x", max_tokens=3, temperature=0, response_format={"type": "text"}, **nothing)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == len(alone(Plain().model, [ord("x") - 33], 3))
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(HeadwaterError, match="cannot listen on"):
+            bind("127.0.0.1", taken.getsockname()[1])
