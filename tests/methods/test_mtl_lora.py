@@ -127,6 +127,21 @@ def test_property_8_missing_and_wrong_ids_are_errors():
         model.base_model.merge_and_unload()
 
 
+@pytest.mark.parametrize("lambda_format", ["full", "diag"])
+def test_unknown_tasks_can_have_the_mean(lambda_format):
+    model = move(model_of(unknown_task="mean", lambda_format=lambda_format), 1)
+    x, tasks = noise(3, 2, d_in), [1, 7, -1]
+    A, B, L, w = (parameters(model)[name].detach() for name in ("A", "B", "L", "w"))
+    m = torch.softmax(w / 0.5, dim=1).mean(0)
+    mean_L = L.mean(0) if L.dim() == 3 else torch.diag(L.mean(0))
+    mean = 3 / r * torch.einsum("k,kro,rs,si->oi", m, B, mean_L, A)
+    found = model(x, headwater_task_ids=tasks) - base_of(model)(x)
+    torch.testing.assert_close(found[:1], plain(x[:1], [1], A, B, L, w, 3 / r, 0.5), **CLOSE)
+    torch.testing.assert_close(found[1:], x[1:] @ mean.T, **CLOSE)
+    with pytest.raises(HeadwaterError, match="needs the task of every row"):
+        model(x)
+
+
 def test_heads_that_could_not_part_are_refused():
     with pytest.raises(HeadwaterError, match="same gradient"):
         make_config("mtl_lora", w_init="zeros")

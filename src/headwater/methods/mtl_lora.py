@@ -35,6 +35,8 @@ class MtlLoraConfig(MethodConfig):
             needs heads that differ (`head_init="kaiming"`), or they would stay equal.
         head_init: "zeros" starts at the base model; "kaiming" draws the heads with their mean taken out, which also
             starts at the base model where the mixing starts equal.
+        unknown_task: what a row with another id gets: an "error", or the "mean" over tasks of L_t and m_t, which is
+            headwater's own. Training with such rows trains all tasks a little.
     """
 
     lora_dropout: float = 0.05
@@ -44,6 +46,7 @@ class MtlLoraConfig(MethodConfig):
     lambda_format: str = "full"
     w_init: str = "kaiming"
     head_init: str = "zeros"
+    unknown_task: str = "error"
 
     def problems(self) -> list[Problem | None]:
         return [
@@ -54,6 +57,7 @@ class MtlLoraConfig(MethodConfig):
             self.one_of("lambda_format", ("full", "diag")),
             self.one_of("w_init", ("kaiming", "zeros")),
             self.one_of("head_init", ("zeros", "kaiming")),
+            self.one_of("unknown_task", ("error", "mean")),
             Problem(
                 "equal mixing of zero heads gives every head the same gradient, so they stay equal",
                 "w_init",
@@ -71,6 +75,7 @@ class MtlLoraBranch(Branch):
         super().__init__(config, shape, generator)
         T, n, r = config.num_tasks, config.num_heads, shape.r
         self.num_tasks, self.temperature = T, config.temperature
+        self.mean_for_unknown = config.unknown_task == "mean"
         self.A = nn.Parameter(kaiming(r, shape.in_features, generator))
         B = torch.zeros(n, r, shape.out_features)
         if config.head_init == "kaiming":
@@ -85,13 +90,23 @@ class MtlLoraBranch(Branch):
         return (self.A,), ()
 
     def mix(self, z: Tensor, *, call: Call) -> Tensor:
-        task = call.task_of_row(self.num_tasks).to(z.device)
+        task = call.task_of_row(None if self.mean_for_unknown else self.num_tasks).to(z.device)
         z = call.by_row(z)  # (rows, length, r): a task's tensors are gathered once a row, not once a token
-        L, gate = self.L[task].to(z.dtype), self.mixing(task).to(z.dtype)
+        L, gate = (t.to(z.dtype) for t in self.of_tasks(task))
         v = z * L.unsqueeze(1) if L.dim() == 2 else z @ L.transpose(1, 2)
         gate = gate.repeat_interleave(z.shape[1], dim=0)
         call.saw_gate(gate)
         return spread_heads(v.flatten(0, 1), gate)
+
+    def of_tasks(self, task: Tensor) -> tuple[Tensor, Tensor]:
+        """L_t, `(rows, r, r)` or `(rows, r)`, and m_t, `(rows, n)`, for a LongTensor of tasks."""
+        if not self.mean_for_unknown:
+            return self.L[task], self.mixing(task)
+        T = self.num_tasks
+        task = torch.where((task >= 0) & (task < T), task, T)
+        m = self.mixing(torch.arange(T, device=task.device))
+        L, m = (torch.cat([t, t.mean(0, keepdim=True)]) for t in (self.L, m))
+        return L[task], m[task]
 
     def mixing(self, task: Tensor | int) -> Tensor:
         """m_t, `(n,)` for one task or `(rows, n)` for a LongTensor of tasks."""
