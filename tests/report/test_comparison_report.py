@@ -14,6 +14,7 @@ from report_runs import TASKS
 from test_report_in_browser import BROWSER, look
 
 from headwater.errors import HeadwaterError
+from headwater.report import comparison_figures as figures
 from headwater.report import write_comparison_report
 from headwater.report.comparison import read_comparison
 from headwater.report.comparison_sections import build_comparison_page
@@ -110,6 +111,13 @@ def test_a_folder_that_holds_no_comparison_is_an_error(tmp_path, text):
         (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(HeadwaterError, match="comparison"):
         write_comparison_report(tmp_path)
+
+
+def test_short_names_are_written_out():
+    block = figures.SpreadBlock("Mean", [figures.Spread(name, "#1f45b2", [0.5], 0.5) for name in ("lora", "rlora")])
+    for width in (350, 780):
+        texts = {text.get_text() for text in figures.spreads([block], width).texts}
+        assert {"lora", "rlora", "0.500"} <= texts
 
 
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium installed")

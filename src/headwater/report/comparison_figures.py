@@ -55,7 +55,7 @@ def spreads(blocks: Sequence[SpreadBlock], width: float) -> Figure:
 
     Blocks stand side by side with common labels where there is room, else one below the other.
     """
-    labels = min(max(text_width(s.label, 11.5) for block in blocks for s in block.spreads) + 14, 150)
+    labels = min(max(text_width(s.label, 11.5) for block in blocks for s in block.spreads) + 24, 150)
     wide = width >= 600
     columns = len(blocks) if wide else 1
     height = [_HEAD + _ROW * len(block.spreads) + _FOOT for block in blocks]
