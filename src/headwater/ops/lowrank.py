@@ -41,21 +41,19 @@ def stack(weights: Sequence[Tensor], like: Tensor) -> Tensor:
     return weights[0].to(like.dtype) if len(weights) == 1 else torch.cat([w.to(like.dtype) for w in weights])
 
 
-def spread_heads(z: Tensor, gate: Tensor, *, dropout: float = 0.0, training: bool = False) -> Tensor:
-    """Spreads ranks over gated heads, each under its own dropout mask: `h_n = gate_n * D_n * z`.
+def spread_heads(z: Tensor, gate: Tensor) -> Tensor:
+    """Spreads ranks over gated heads: `h_n = gate_n * z`. With dropout and a softmax, `heads.gated_heads`.
 
     Args:
         z: `(tokens, r)`, shared by all heads, or `(tokens, N, r)`, one block per head.
         gate: `(tokens, N)`, or `(N,)` when it does not depend on the token.
-        dropout: probability of zeroing one rank of one head for one token; kept values are divided by `1 - dropout`.
 
     Returns:
         `(tokens, N r)`, ready for `add_update` with the heads' up-projections side by side.
     """
     if z.dim() == 2:
         z = z.unsqueeze(-2)
-    h = gate.unsqueeze(-1) * z
-    return F.dropout(h, dropout, training).flatten(-2)
+    return (gate.unsqueeze(-1) * z).flatten(-2)
 
 
 def add_update(
