@@ -143,7 +143,7 @@ def same_heads(model: nn.Module, gates: dict[str, GateStatistics]) -> dict[str, 
 class GateCallback(TrainerCallback):
     """Adds `gate_entropy`, `load_entropy` and `dead_experts` to each log of the loss, and warns once of each collapse.
 
-    See `GateMonitor`. A model without gates has neither; nor has one that `torch_compile` compiles.
+    See `GateMonitor`. A model without gates has neither; nor has one under `torch_compile` or DataParallel.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,8 @@ class GateCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.close()
-        if model is not None and is_adapted(model) and not args.torch_compile:
+        # DataParallel runs replicas in threads, whose gates would come in at once and out of order.
+        if model is not None and is_adapted(model) and not args.torch_compile and args.n_gpu <= 1:
             self.gates = GateMonitor(model)
 
     def on_step_begin(
