@@ -59,7 +59,7 @@ def clock(device: str) -> float:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], *, rounds: int, device: str = "cpu", warmup: int = 2, seed: int = 0
+    variants: Mapping[str, Callable[[], Any]], *, rounds: int, device: str = "cpu", warmup: int = 1, seed: int = 0
 ) -> dict[str, list[float]]:
     """Times each variant once per round, in another order each round: what slows the machine slows all of them.
 

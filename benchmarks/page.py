@@ -7,9 +7,10 @@ What stands between `<!-- name -->` and `<!-- end -->` is replaced.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,18 @@ def median(value: Found) -> str:
     return f"{value['median']:.2f}"
 
 
-def heaps() -> tuple[Any, Any]:
-    return load("adapter_speed")["shapes"], load("adapter_speed-kept_heap")["shapes"]
+def heaps() -> tuple[list[Found], list[Found]]:
+    """The shapes under the default heap and under the kept one; what was not run there has no variants."""
+    default = load("adapter_speed")["shapes"]
+    try:
+        kept = load("adapter_speed-kept_heap")["shapes"]
+    except FileNotFoundError:
+        kept = [{"variants": {}} for _ in default]
+    return default, kept
+
+
+def time_of(shape: Found, name: str) -> Found | None:
+    return shape["variants"][name]["time"] if name in shape["variants"] else None
 
 
 def lora(shape: Found, *, total: bool) -> str:
@@ -57,8 +68,9 @@ def layer() -> str:
         size = f"{s['d_in']} → {s['d_out']}"
         head += [f"{size}: time, default heap", "kept heap", "FLOPs", "saved"]
         for name, v in s["variants"].items():
-            time, kept = spread(v["time"]), spread(k["variants"][name]["time"])
-            rows.setdefault(name, [name]).extend([time, kept, f"{v['flops']:.3f}", f"{v['saved']:.2f} x"])
+            kept = time_of(k, name)
+            times = [spread(v["time"]), spread(kept) if kept else ""]
+            rows.setdefault(name, [name]).extend([*times, f"{v['flops']:.3f}", f"{v['saved']:.2f} x"])
     return table(head, list(rows.values()))
 
 
@@ -68,7 +80,8 @@ def shapes() -> str:
     rows = []
     for s, k in zip(default, kept, strict=True):
         names = (lora(s, total=False), lora(s, total=True), LOOP, OURS)
-        times = [f"{median(s['variants'][n]['time'])} / {median(k['variants'][n]['time'])}" for n in names]
+        both = ((time_of(s, n), time_of(k, n)) for n in names)
+        times = [" / ".join(median(t) for t in pair if t) for pair in both]
         size = [f"{s['d_in']} → {s['d_out']}", *(f"{s[key]:g}" for key in ("tokens", "r", "N", "dropout"))]
         saved = [f"{s['variants'][n]['saved']:.2f}" for n in names]
         rows.append([*size, *times, " / ".join(saved)])
@@ -85,6 +98,17 @@ def shapes() -> str:
         "saved, the same four",
     ]
     return table(head, rows)
+
+
+def picture() -> str:
+    sweep = {one["axis"].split()[0]: one for one in load("scaling")["sweeps"]}
+    heads = sweep["heads"]
+    rows = [
+        [name, *(spread(points[str(n)]) if str(n) in points else "" for n in heads["values"])]
+        for name, points in heads["variants"].items()
+    ]
+    image = "![Time of one adapted linear layer by heads, rank, tasks and tokens](images/scaling.svg)"
+    return f"{image}\n\n{table([heads['axis'], *map(str, heads['values'])], rows)}"
 
 
 def decode() -> str:
@@ -107,7 +131,8 @@ def steps() -> str:
         ]
         for name, v in found.items()
     ]
-    return table(head, rows)
+    tokens = load("training_throughput")["steps"]["tokens_per_step"]
+    return f"{table(head, rows)}\n\nTokens in a step that are not padding: {spread(tokens, 0)}."
 
 
 def trainers() -> str:
@@ -125,54 +150,71 @@ def device() -> str:
     return f"{found['device']}; {found['threads']} thread, float32; {packages}."
 
 
+Target = tuple[str, str, float, float]  # what, <= or >=, the limit, what was measured
+
+
+def layer_targets() -> Iterator[Target]:
+    default, kept = heaps()
+    for heap, found in (("default", default), ("kept", kept)):
+        for i in GOAL_SHAPES:
+            s, v = default[i], found[i]["variants"]
+            if not v:
+                continue
+            where = f"{s['d_in']} → {s['d_out']}, {heap} heap"
+            ours = v[OURS]["time"]["median"]
+            yield f"R-LoRA to the frozen layer, {where}", "≤", 1.12, ours
+            yield f"R-LoRA to PEFT LoRA of rank r, {where}", "≤", 0.9, ours / v[lora(s, total=False)]["time"]["median"]
+    for i in GOAL_SHAPES:
+        s = default[i]
+        yield f"R-LoRA's saved bytes to x, {s['d_in']} → {s['d_out']}", "≤", 1.05, s["variants"][OURS]["saved"]
+    for s in default[:2]:
+        v = s["variants"]
+        plain = v[lora(s, total=True)]["time"]["median"]
+        ratio = {m: v[m.title]["time"]["median"] / plain for m in methods() if m.title in v}
+        for what, some, most in (
+            ("mixture", [m for m in ratio if m.family == "mixture"], 1.25),
+            ("method", list(ratio), 1.5),
+        ):
+            slowest = max(some, key=ratio.__getitem__)
+            where = f"{s['d_in']} → {s['d_out']}"
+            yield f"slowest {what} ({slowest.title}) to PEFT LoRA of rank N r, {where}", "≤", most, ratio[slowest]
+
+
+def scaling_targets() -> Iterator[Target]:
+    sweep = {one["axis"].split()[0]: one["variants"] for one in load("scaling")["sweeps"]}
+    for what, points, most, few, many in (
+        ("R-LoRA with 32 heads to one head, r 4", sweep["heads"][OURS], 1.25, "1", "32"),
+        ("MTL-LoRA with 1,000 tasks to 3", sweep["tasks"]["MTL-LoRA"], 1.0, "3", "1000"),
+    ):
+        yield what, "≤", most, points[many]["seconds"]["median"] / points[few]["seconds"]["median"]
+
+
+def training_targets() -> Iterator[Target]:
+    whole = load("training_throughput")
+    found = whole["steps"]["variants"]
+    yield "R-LoRA's training step to the frozen model's", "≤", 1.1, found[OURS]["time"]["median"]
+    yield "R-LoRA's saved activations to the frozen model's", "≤", 1.0, found[OURS]["saved_to_floor"]
+    for m in methods():
+        if "num_heads" in m.config.__dataclass_fields__ and m.title in found:
+            yield f"{m.title}'s tokens/s to PEFT LoRA's", "≥", 1.1, found[m.title]["speed_to_peft_lora"]
+    useful = whole["trainers"]["headwater_to_trl"]["median"]
+    yield "`headwater train` to SFTTrainer, useful tokens/s", "≥", 1.5, useful
+
+
+def decode_targets() -> Iterator[Target]:
+    for batch in load("decode_speed")["batches"]:
+        step = batch["variants"][OURS]["median"]
+        yield f"R-LoRA's token to the base model's, batch {batch['batch']}", "≤", 1.15, step
+
+
 def targets() -> str:
     """Each target, what was measured, and whether it is met."""
     rows: list[list[str]] = []
-
-    def target(what: str, value: float, most: float, *, least: bool = False, digits: int = 2) -> None:
-        met = value >= most if least else value <= most
-        sign = "≥" if least else "≤"
-        rows.append([what, f"{sign} {most:g}", f"{value:.{digits}f}", "yes" if met else "**no**"])
-
-    for heap, found in zip(("default", "kept"), heaps(), strict=True):
-        for i in GOAL_SHAPES:
-            s, v = found[i], found[i]["variants"]
-            where = f"{s['d_in']} → {s['d_out']}, {heap} heap"
-            target(f"R-LoRA to the frozen layer, {where}", v[OURS]["time"]["median"], 1.12)
-            ratio = v[OURS]["time"]["median"] / v[lora(s, total=False)]["time"]["median"]
-            target(f"R-LoRA to PEFT LoRA of rank r, {where}", ratio, 0.9)
-    for i in GOAL_SHAPES:
-        s = heaps()[0][i]
-        target(f"R-LoRA's saved bytes to x, {s['d_in']} → {s['d_out']}", s["variants"][OURS]["saved"], 1.05)
-    for heap, found in zip(("default", "kept"), heaps(), strict=True):
-        v = found[0]["variants"]
-        plain = v[lora(found[0], total=True)]["time"]["median"]
-        by_title = {m.title: v[m.title]["time"]["median"] / plain for m in methods() if m.title in v}
-        mixtures = {m.title: by_title[m.title] for m in methods() if m.family == "mixture"}
-        slowest = max(mixtures, key=mixtures.__getitem__)
-        target(f"slowest mixture ({slowest}) to PEFT LoRA of rank N r, {heap} heap", mixtures[slowest], 1.25)
-        slowest = max(by_title, key=by_title.__getitem__)
-        target(f"slowest method ({slowest}) to PEFT LoRA of rank N r, {heap} heap", by_title[slowest], 1.5)
-    sweep = {one["axis"].split()[0]: one["variants"] for one in load("scaling")["sweeps"]}
-    heads, tasks = sweep["heads"][OURS], sweep["tasks"]["MTL-LoRA"]
-    grows = heads["32"]["seconds"]["median"] / heads["1"]["seconds"]["median"]
-    target("R-LoRA with 32 heads to one head, r 4", grows, 1.25)
-    target("MTL-LoRA with 1,000 tasks to 3", tasks["1000"]["seconds"]["median"] / tasks["3"]["seconds"]["median"], 1.0)
-    whole = load("training_throughput")
-    found = whole["steps"]["variants"]
-    target("R-LoRA's training step to the frozen model's", found[OURS]["time"]["median"], 1.1)
-    target("R-LoRA's saved activations to the frozen model's", found[OURS]["saved_to_floor"], 1.0)
-    for m in methods():
-        if "num_heads" in m.config.__dataclass_fields__:
-            target(f"{m.title}'s tokens/s to PEFT LoRA's", found[m.title]["speed_to_peft_lora"], 1.1, least=True)
-    target(
-        "`headwater train` to SFTTrainer, useful tokens/s",
-        whole["trainers"]["headwater_to_trl"]["median"],
-        1.5,
-        least=True,
-    )
-    for batch in load("decode_speed")["batches"]:
-        target(f"R-LoRA's token to the base model's, batch {batch['batch']}", batch["variants"][OURS]["median"], 1.15)
+    for part in (layer_targets, scaling_targets, training_targets, decode_targets):
+        with contextlib.suppress(FileNotFoundError):
+            for what, sign, limit, value in part():
+                met = round(value, 2) <= limit if sign == "≤" else round(value, 2) >= limit
+                rows.append([what, f"{sign} {limit:g}", f"{value:.2f}", "yes" if met else "**no**"])
     return table(["target", "", "measured", "met"], rows)
 
 
@@ -186,14 +228,22 @@ def formulations() -> str:
     return table(head, rows)
 
 
-SECTIONS = (device, targets, layer, shapes, decode, steps, trainers, formulations)
+SECTIONS = (device, targets, layer, shapes, picture, decode, steps, trainers, formulations)
+
+
+def section_text(section: Callable[[], str]) -> str:
+    try:
+        return section()
+    except FileNotFoundError:
+        return "Not measured yet."
 
 
 def written(page: str) -> str:
     """The page with every table made anew."""
     for section in SECTIONS:
-        pattern = rf"(<!-- {section.__name__} -->\n).*?(\n<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s()}{m[2]}", page, flags=re.DOTALL)  # type: ignore[misc]
+        pattern = rf"(<!-- {section.__name__} -->\n).*?(\n?<!-- end -->)"
+        text = section_text(section)
+        page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}{t}\n<!-- end -->", page, flags=re.DOTALL)  # type: ignore[misc]
         assert count == 1, f"{PAGE.name} has {count} places for {section.__name__}"
     return page
 

@@ -19,6 +19,7 @@ from benchmarks import (
     gpu_speed,
     layers,
     measure,
+    page,
     scaling,
     training_throughput,
 )
@@ -125,3 +126,8 @@ def test_the_kept_heap_is_set_before_the_process_starts():
     environment = {**plain, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_the_performance_page_says_what_was_measured():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.written(text) == text, "run python -m benchmarks.page"
