@@ -7,7 +7,7 @@ adapters of a pool in one batch ("mixed"), the same eight with one adapter ("one
 other, each by itself ("sequential"). The adapters are random; what they say takes no part in how long it takes.
 
 The crowd is a real server process on a tiny random model with the same number of adapters, and as many clients at once
-as asked for: every answer must be the one that the same request gets alone.
+as asked for, who ask a number of different things: every answer must be the one that the same request gets alone.
 """
 
 from __future__ import annotations
@@ -144,10 +144,11 @@ def crowd(options: Any, folder: Path) -> dict[str, Any]:
     pool = random_pool(
         folder, str(base), load_base_model(str(base))[0], adapters=options.adapters, r=4, seed=options.seed
     )
-    requests = [
+    different = [
         {"model": pool.names[i % len(pool)], "prompt": f"request {i} of many", "max_tokens": 4 + i % 5}
-        for i in range(options.requests)
+        for i in range(options.different)
     ]
+    requests = [different[i % len(different)] for i in range(options.requests)]
 
     async def all_at_once(url: str, among: Sequence[dict[str, Any]], at_once: int) -> list[dict[str, Any]]:
         limits = httpx.Limits(max_connections=at_once)
@@ -156,17 +157,18 @@ def crowd(options: Any, folder: Path) -> dict[str, Any]:
 
     settings = ("--max-queue", str(options.requests), "--timeout", "600", "--max-batch", "32")
     with server(pool.path, folder / "log", *settings) as url:
-        alone = asyncio.run(all_at_once(url, requests, 1))
+        alone = asyncio.run(all_at_once(url, different, 1))
         began = time.perf_counter()
         together = asyncio.run(all_at_once(url, requests, options.requests))
         seconds = time.perf_counter() - began
-    texts = [[answer["choices"][0]["text"] for answer in answers] for answers in (alone, together)]
-    right = sum(a == b for a, b in zip(*texts, strict=True))
+    expected, texts = ([answer["choices"][0]["text"] for answer in answers] for answers in (alone, together))
+    right = sum(text == expected[i % len(different)] for i, text in enumerate(texts))
     found = {
         "requests": len(requests),
         "answered": len(together),
         "equal_to_alone": right,
-        "different_answers": len(set(texts[0])),
+        "different_requests": len(different),
+        "different_answers": len(set(expected)),
         "seconds": seconds,
     }
     measure.print_table(f"{len(requests)} requests at once", list(found), [[str(v) for v in found.values()]])
@@ -180,17 +182,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=1000, help="of the crowd, all at once")
+    parser.add_argument("--different", type=int, default=125, help="of them, as many different ones")
+    parser.add_argument("--only", choices=("throughput", "crowd"), default=None, help="one of the two parts")
     options = parser.parse_args(argv)
     measure.prepare(options)
     folder = Path(tempfile.mkdtemp())
     try:
         (folder / "tiny").mkdir()
-        results = {
-            "environment": measure.environment(options),
-            "throughput": throughput(options, folder),
-            "crowd": crowd(options, folder / "tiny"),
-        }
+        results: dict[str, Any] = {"environment": measure.environment(options)}
+        results["environment"]["settings"]["model"] = Path(options.model).name
+        if options.only != "crowd":
+            results["throughput"] = throughput(options, folder)
+        if options.only != "throughput":
+            results["crowd"] = crowd(options, folder / "tiny")
     finally:
         shutil.rmtree(folder)
     measure.write(options.json, results)

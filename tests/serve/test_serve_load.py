@@ -11,7 +11,20 @@ from .servers import save_base
 
 def test_serve_load(tmp_path, monkeypatch):
     base = save_base(tmp_path / "base")
-    few = ["--rounds", "1", "--requests", "24", "--new-tokens", "3", "--adapters", "3", "--prompt-tokens", "5"]
+    few = [
+        "--rounds",
+        "1",
+        "--requests",
+        "24",
+        "--new-tokens",
+        "3",
+        "--adapters",
+        "3",
+        "--prompt-tokens",
+        "5",
+        "--different",
+        "12",
+    ]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     json_file = tmp_path / "r.json"
     serve_load.main(["--model", str(base), *few, "--json", str(json_file)])
@@ -20,4 +33,4 @@ def test_serve_load(tmp_path, monkeypatch):
     assert set(found["throughput"]["seconds"]) == {"mixed", "one adapter", "sequential"}
     crowd = found["crowd"]
     assert crowd["requests"] == crowd["answered"] == crowd["equal_to_alone"] == 24
-    assert crowd["different_answers"] > 12
+    assert crowd["different_answers"] > 6
