@@ -116,6 +116,14 @@ def test_the_command_line_chooses_by_label_or_method(path, capsys):
             (methods("[lora, {method: hydralora, match: lora_alpha}]"),),
             ["compare.methods[1].match", "no field 'lora_alpha'"],
         ),
+        (
+            (
+                methods(
+                    "[lora, {label: a, method: lora, align: {kind: kl}, training: {per_device_train_batch_size: 2}}]"
+                ),
+            ),
+            ["per_device_train_batch_size", "alignment loss compares tasks", "at least 4 rows"],
+        ),
         (("compare.seeds=[0, 1, 0]",), ["compare.seeds", "0 is given more than once"]),
         (("compare.seeds=[0.5]",), ["compare.seeds", "valid integer"]),
         (("compare.seeds=[]",), ["compare.seeds"]),

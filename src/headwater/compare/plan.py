@@ -13,6 +13,7 @@ from headwater.compare.budget import field_to_solve, solve, trainable_parameters
 from headwater.compare.spec import CompareSpec, Variant
 from headwater.errors import HeadwaterError, Problem
 from headwater.methods.base import methods
+from headwater.training.run import mixture_of, training_arguments
 
 if TYPE_CHECKING:
     from headwater.config import RunConfig
@@ -154,6 +155,10 @@ def _config_of(config: RunConfig, index: int, variant: Variant) -> RunConfig:
     ]
     if problems:
         raise HeadwaterError(*problems)
+    try:
+        mixture_of(run, training_arguments(run).per_device_train_batch_size)  # or hours of other runs would come first
+    except HeadwaterError as error:
+        raise run.placed(error) from error
     return run
 
 
