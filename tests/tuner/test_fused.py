@@ -166,3 +166,14 @@ def test_two_matmuls_of_the_models_width_and_six_thin_ones():
     reads, trained, writes = r + N + r, r + N, N * r + r  # the start's A0 and B0 included
     thin = 2 * T * ((reads + reads + trained) * d_in + (writes + writes + N * r) * d_out)
     assert counter.get_total_flops() == wide + thin
+
+
+def test_backward_shows_and_counts_nothing_a_second_time(tiny_llama):
+    """A layer run by itself, without a model's forward round it that would tell the two runs of `mix` apart."""
+    model, seen = adapt(BY_ID["smora"], tiny_llama()).train(), []
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    with headwater.observe(model, lambda name, gate: seen.append(name)):
+        layer(torch.randn(40, 32)).sum().backward()
+    assert len(seen) == 1
+    branch = layer.branches["default"]
+    assert branch.counts.sum() == 40 * branch.k

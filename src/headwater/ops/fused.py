@@ -237,11 +237,13 @@ def adapted_linear(adapter: Adapter, base: Tensor | nn.Linear, x: Tensor) -> Ten
 
 def is_plain(layer: nn.Module) -> bool:
     """True for a frozen `nn.Linear` that nobody watches or replaces, whose forward may be computed elsewhere."""
+    if type(layer) is not nn.Linear:
+        return False
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and not layer.weight.requires_grad
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         and "forward" not in layer.__dict__
-        and (layer.bias is None or not layer.bias.requires_grad)
     )

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import implementation
 from .dropout import drop, keep_mask
-from .lowrank import FEW, spread_heads
+from .lowrank import FEW, cast, spread_heads, widened
 
 
 @functools.cache
@@ -66,10 +66,10 @@ def gated_heads(z: Tensor, gate: Tensor, *, seed: Tensor | None = None, dropout:
 
 def reference(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     """The equation, through plain autograd."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    gate = torch.softmax(gate.to(wide), dim=-1) if gate.dim() == 2 else gate.detach().to(wide)
-    h = spread_heads(z.to(wide), gate)
-    return (h if seed is None else drop(h, seed, dropout)).to(z.dtype)
+    wide = widened(z)
+    gate = cast(gate, wide.dtype)
+    h = spread_heads(wide, torch.softmax(gate, dim=-1) if gate.dim() == 2 else gate.detach())
+    return cast(h if seed is None else drop(h, seed, dropout), z.dtype)
 
 
 def forward(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Tensor:

@@ -29,16 +29,24 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         are small. The matmul itself runs in x's dtype, because casting x would copy the widest tensor there is.
     """
     if x.shape[0] <= FEW:
-        parts = [F.linear(x, w.to(x.dtype)) for w in weights]
-        return tuple([u.to(torch.promote_types(u.dtype, torch.float32)) for u in parts])
-    u = F.linear(x, stack(weights, x))
-    u = u.to(torch.promote_types(u.dtype, torch.float32))
+        return tuple([widened(F.linear(x, cast(w, x.dtype))) for w in weights])
+    u = widened(F.linear(x, stack(weights, x)))
     return (u,) if len(weights) == 1 else torch.split(u, [w.shape[0] for w in weights], dim=-1)
 
 
 def stack(weights: Sequence[Tensor], like: Tensor) -> Tensor:
     """Matrices one below the other, in another tensor's dtype."""
-    return weights[0].to(like.dtype) if len(weights) == 1 else torch.cat([w.to(like.dtype) for w in weights])
+    return cast(weights[0], like.dtype) if len(weights) == 1 else torch.cat([cast(w, like.dtype) for w in weights])
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without PyTorch's own way to find that there is nothing to do: decoding asks often."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def spread_heads(z: Tensor, gate: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ def add_update(
         in_place: add into y's own memory. Allowed only where nobody else reads y, such as the fresh output of a plain
             linear layer; saves one tensor of width `d_out`.
     """
-    h, parts = h.to(y.dtype), (up,) if isinstance(up, Tensor) else up
+    h, parts = cast(h, y.dtype), (up,) if isinstance(up, Tensor) else up
     if len(parts) > 1 and y.shape[0] <= FEW:
         for columns, part in zip(torch.split(h, [w.shape[0] for w in parts], dim=-1), parts, strict=True):
             y = add_update(y, columns, part, scale=scale, in_place=in_place)
