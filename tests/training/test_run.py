@@ -200,6 +200,7 @@ def test_scoring_during_training_does_not_change_it(finished, folder, tmp_path):
 def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it(finished, folder, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     append = History.append
+    handler = signal.getsignal(signal.SIGINT)
 
     def interrupt(self, entry):
         append(self, entry)
@@ -210,7 +211,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it(finished, folder,
     with pytest.raises(KeyboardInterrupt):
         run(folder, out)
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert (out / "checkpoint-9").is_dir()
     assert not (out / "adapter").exists()
     with pytest.raises(HeadwaterError, match="holds a run already"):
