@@ -12,9 +12,6 @@ from headwater.cli.console import out_console, quiet_libraries, table
 from headwater.cli.train import resumable
 from headwater.errors import HeadwaterError
 
-DEMO = "demo"
-"""As `model_name_or_path`: the demo's base model, made ready in the cache where it is not there yet."""
-
 
 def run(file: str, overrides: Sequence[str]) -> None:
     """Train what a file with a `preference` section describes and print the strategies' scores.
@@ -30,8 +27,6 @@ def run(file: str, overrides: Sequence[str]) -> None:
     quiet_libraries()
     console = out_console()
     with resumable(config.output_dir, ["headwater", "prefer", file], overrides):
-        if config.model_name_or_path == DEMO:
-            config.model_name_or_path = _demo_model(console)
         from headwater.preference.run import prefer
 
         try:
@@ -41,17 +36,6 @@ def run(file: str, overrides: Sequence[str]) -> None:
     _show(results, console)
     report = Path(config.output_dir) / "report.html"
     console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _demo_model(console: Console) -> str:
-    from headwater.base_model import cache_dir
-    from headwater.demo.assets import model_folder, prepare
-
-    cache = cache_dir() / "demo"
-    folder = model_folder(cache)
-    if not (folder / "config.json").is_file():
-        prepare(cache, progress=lambda text: console.print(text, style="dim", soft_wrap=True), with_tasks=False)
-    return str(folder)
 
 
 def _show(results: dict[str, Any], console: Console) -> None:

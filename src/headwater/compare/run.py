@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from headwater.training.files import write_json
 from headwater.training.folder import last_checkpoint
 from headwater.training.history import History
 from headwater.training.progress import ProgressDisplay, duration
-from headwater.training.run import train, training_arguments
+from headwater.training.run import require_one_process, train, training_arguments
 from headwater.training.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -73,9 +72,7 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
         HeadwaterError: if a run that is kept was made with other settings; and all that `training.train` raises.
         KeyboardInterrupt: on Ctrl-C; the run under way has then saved a checkpoint.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        fix = "start it without torchrun; it trains one run after the other, each on one device"
-        raise HeadwaterError(Problem("a comparison runs in one process", "headwater compare", fix))
+    require_one_process("headwater compare")
     console = console or Console()
     output = Path(plan.config.output_dir)
     if (output / "results.json").exists():

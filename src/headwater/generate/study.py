@@ -17,6 +17,7 @@ from ..data.tasks import Task, load_tasks
 from ..evaluation.scores import TaskScore
 from ..evaluation.scoring import score_tasks
 from ..training.files import write_json, write_text
+from ..training.run import require_one_process
 from .collect import collect, collected, mean_of, with_adapter
 from .fit import fit, new_generator
 from .generator import AdapterGenerator
@@ -35,6 +36,7 @@ class MetaRun:
     """One `headwater meta` file on its way: the base model, the tasks, and what each step leaves in `output_dir`."""
 
     def __init__(self, config: MetaConfig, console: Console):
+        require_one_process("headwater meta")
         self.config, self.console = config, console
         self.folder = Path(config.output_dir)
         self.tasks = load_tasks(config.tasks, config.base_dir)

@@ -33,7 +33,7 @@ from headwater.training.files import replace_folder, write_json, write_text
 from headwater.training.folder import STATE
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.progress import duration
-from headwater.training.run import add_adapter
+from headwater.training.run import add_adapter, require_one_process
 
 RESULT = "result.json"
 FILE = "prefer.yaml"
@@ -79,6 +79,7 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
             trained on; a run whose sources have all failed, or whose loss is not finite; TRL is not installed.
         KeyboardInterrupt: on Ctrl-C; a checkpoint is saved first.
     """
+    require_one_process("headwater prefer")
     _check_trl()
     console = console or Console()
     output = Path(config.output_dir)

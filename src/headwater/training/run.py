@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -147,6 +148,13 @@ def train(
 
         write_report(output)
     return RunResult(output, results, before, after)
+
+
+def require_one_process(command: str) -> None:
+    """Raises HeadwaterError under torchrun, for commands that train one run after the other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fix = "start it without torchrun; it trains one run after the other, each on one device"
+        raise HeadwaterError(Problem("runs in one process", command, fix))
 
 
 def training_arguments(config: RunConfig) -> HeadwaterArguments:
