@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headwater import make_config
 from headwater.methods import methods
-from headwater.methods.base import method as registered
+from headwater.methods.registry import method as registered
 
 FLOOR = "floor"
 LOOP = "R-LoRA, public loop"

@@ -78,7 +78,7 @@ def _training_keys() -> Any:
 def _method_configs() -> dict[str, type]:
     from peft import LoraConfig
 
-    from headwater.methods.base import methods
+    from headwater.methods.registry import methods
 
     return {**{m.name: m.config for m in methods()}, "lora": LoraConfig}
 
@@ -161,7 +161,7 @@ class RunConfig(BaseModel):
     @field_validator("method", mode="after")
     @classmethod
     def _method_is_sound(cls, method: dict[str, Any]) -> dict[str, Any]:
-        from headwater.methods.base import make_config
+        from headwater.methods.registry import make_config
 
         name = method.get("name", DEFAULT_METHOD)
         fields = {key: value for key, value in method.items() if key != "name"}
@@ -180,7 +180,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _method_knows_the_number_of_tasks(self) -> Self:
-        from headwater.methods.base import MethodConfig, make_config
+        from headwater.methods.base import MethodConfig
+        from headwater.methods.registry import make_config
 
         if "num_tasks" in (field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])):
             self.method.setdefault("num_tasks", len(self.tasks))

@@ -6,13 +6,11 @@ from typing import Annotated, Optional
 
 import typer
 
+from headwater.cli.arguments import Overrides
+
 meta_app = typer.Typer(help="ICM-LoRA: train a generator that writes adapters.", no_args_is_help=True)
 
 MetaFile = Annotated[str, typer.Argument(metavar="FILE", help="A run's YAML file with a `meta:` section.")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. meta.steps=100. May be repeated."),
-]
 
 
 @meta_app.command()

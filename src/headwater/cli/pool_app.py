@@ -6,11 +6,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from headwater.cli.arguments import AsJson, Overrides
+
 pool_app = typer.Typer(help="Keep many LoRA adapters of one base model, and combine them.", no_args_is_help=True)
 
 Pool = Annotated[str, typer.Argument(metavar="POOL", help="The pool's folder.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Adapters of the pool.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Tasks = Annotated[str, typer.Option("--tasks", metavar="FILE", help="YAML file with the tasks.")]
 SomeNames = Annotated[
@@ -27,10 +28,6 @@ MaxRows = Annotated[
 Scores = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--scores", metavar="FILE", help="Write the scores as JSON, too."),
-]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the tasks file. May be repeated."),
 ]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder for the result.")]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headwater.compare.budget import field_to_solve, solve, trainable_parameters
 from headwater.compare.spec import CompareSpec, Variant
 from headwater.errors import HeadwaterError, Problem
-from headwater.methods.base import methods
+from headwater.methods.registry import methods
 from headwater.training.run import mixture_of, training_arguments
 
 if TYPE_CHECKING:

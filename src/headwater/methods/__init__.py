@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from .base import Heads, Method, MethodConfig, NotMergeable, make_config, method, methods, register
+from .base import Heads, MethodConfig, NotMergeable
+from .registry import Method, make_config, method, methods, register
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name not in ("base", "call", "files"):

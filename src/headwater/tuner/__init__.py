@@ -1,6 +1,6 @@
 """The PEFT side, written once for all methods."""
 
-from ..methods.base import on_register
+from ..methods.registry import on_register
 from .align import AlignLoss, AlignSpec, align
 from .context import Context
 from .layer import MethodLayer

@@ -14,8 +14,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..methods.base import LayerShape, Method, MethodConfig
-from ..methods.base import method as registered
+from ..methods.base import LayerShape, MethodConfig
+from ..methods.registry import Method
+from ..methods.registry import method as registered
 from .context import KEYWORD, Context, Observer
 from .layer import MethodLayer, floating_weight, linear_sizes
 from .mlp import fuse_mlps, unfuse_mlps

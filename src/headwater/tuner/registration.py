@@ -6,7 +6,7 @@ from typing import Any
 
 from peft.utils.peft_types import PeftType, register_peft_method
 
-from ..methods.base import Method
+from ..methods.registry import Method
 from .model import MethodModel
 
 
