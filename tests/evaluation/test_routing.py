@@ -22,7 +22,7 @@ def adapted(tiny_llama, method: str = "rlora", **fields):
         fields["num_heads"] = 3
     model = get_peft_model(
         tiny_llama(),
-        headwater.make_config(method, r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", **fields),
+        headwater.make_config(method, r=4, lora_alpha=8, target_modules=["up_proj"], task_type="CAUSAL_LM", **fields),
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
