@@ -138,6 +138,8 @@ def environment(options: argparse.Namespace, device: str = "cpu") -> dict[str, A
     packages = ("headwater", "torch", "transformers", "peft", "trl")
     clocked = "CPU time of the process" if device == "cpu" else "wall time, device synchronised"
     settings = {key: value for key, value in vars(options).items() if key != "json" and not isinstance(value, Path)}
+    if "model" in settings:  # a folder's name says which model; where it lies is nobody's business
+        settings["model"] = Path(settings["model"]).name
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),

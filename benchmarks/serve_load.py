@@ -191,7 +191,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         (folder / "tiny").mkdir()
         results: dict[str, Any] = {"environment": measure.environment(options)}
-        results["environment"]["settings"]["model"] = Path(options.model).name
         if options.only != "crowd":
             results["throughput"] = throughput(options, folder)
         if options.only != "throughput":
