@@ -14,10 +14,10 @@ def row(request) -> Row:
 @pytest.fixture(scope="package", autouse=True)
 def task_probe():
     """The test-only method is registered while this folder's tests run, and not seen by other folders' tests."""
-    from headwater.methods import base
+    from headwater.methods import registry
 
     from . import task_probe
 
-    base._METHODS["taskprobe"] = task_probe.METHOD  # a worker may enter this folder twice, but imports it once
+    registry._METHODS["taskprobe"] = task_probe.METHOD  # a worker may enter this folder twice, but imports it once
     yield task_probe
-    del base._METHODS["taskprobe"]
+    del registry._METHODS["taskprobe"]
