@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..report import write_page
 from ..report.figures import Bar, BarGroup, grouped_bars
 from ..report.html import Cell, FigureBlock, Note, Page, Section, Table, Text, render
 from ..report.theme import colour
-from ..training.files import write_text
 
 KINDS = {
     "base": "base model",
@@ -23,15 +23,7 @@ _FILLS = {"source": "task-1", "mean_checkpoint": "task-2", "generated": "task-3"
 
 def write_meta_report(folder: Path, results: dict[str, Any]) -> Path:
     """Writes `report.html` and its figure's files into the folder, from `results.json`'s content."""
-    html, files = render(_page(results))
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    for name, data in files.items():
-        temporary = figures / f".{name}"
-        temporary.write_bytes(data)
-        temporary.replace(figures / name)
-    write_text(folder / "report.html", html)
-    return folder / "report.html"
+    return write_page(*render(_page(results)), folder)
 
 
 def _page(results: dict[str, Any]) -> Page:

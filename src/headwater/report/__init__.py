@@ -22,7 +22,7 @@ def write_report(run_dir: Path) -> Path:
     from headwater.report.sections import build_page
 
     run_dir = Path(run_dir)
-    return _write_page(*render(build_page(read_run(run_dir))), run_dir)
+    return write_page(*render(build_page(read_run(run_dir))), run_dir)
 
 
 def write_comparison_report(folder: Path) -> Path:
@@ -38,10 +38,11 @@ def write_comparison_report(folder: Path) -> Path:
     from headwater.report.html import render
 
     folder = Path(folder)
-    return _write_page(*render(build_comparison_page(read_comparison(folder))), folder)
+    return write_page(*render(build_comparison_page(read_comparison(folder))), folder)
 
 
-def _write_page(html: str, files: dict[str, bytes], folder: Path) -> Path:
+def write_page(html: str, files: dict[str, bytes], folder: Path) -> Path:
+    """Writes what `html.render` gave into a folder, as `report.html` and `figures/*`, and returns the page's path."""
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     for name, data in files.items():
@@ -57,4 +58,4 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-__all__ = ["write_comparison_report", "write_report"]
+__all__ = ["write_comparison_report", "write_page", "write_report"]
