@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,14 +81,9 @@ def adapter_fields(adapter: Path) -> dict[str, Any]:
     Raises:
         HeadwaterError: it is not JSON.
     """
-    file = adapter / ADAPTER_FILE
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadwaterError(Problem(f"not readable as JSON: {error}", str(file))) from None
-    if not isinstance(fields, dict):
-        raise HeadwaterError(Problem("should be a JSON object", str(file)))
-    return fields
+    from headwater.compose.adapter import read_config  # with torch, which a mistyped command need not wait for
+
+    return read_config(adapter)
 
 
 def load(source: Source, spec: ModelSpec | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from headwater.report import figures
+from headwater.report import figures, write_page
 from headwater.report.html import Block, Cell, Code, FigureBlock, Note, Page, Section, Table, Text, render
 from headwater.report.layout import Canvas, draw_key, fit, key_rows
 from headwater.report.text import (
@@ -45,22 +44,12 @@ def write_preference_report(folder: Path) -> Path:
         }
         for strategy in results["scores"]
     }
-    html, files = render(_page(results, runs, (folder / "prefer.yaml").read_text(encoding="utf-8")))
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, data in files.items():
-        _write(folder / "figures" / name, data)
-    _write(folder / "report.html", html.encode("utf-8"))
-    return folder / "report.html"
+    page = _page(results, runs, (folder / "prefer.yaml").read_text(encoding="utf-8"))
+    return write_page(*render(page), folder)
 
 
 def _run_folder(folder: Path, strategy: str, seed: int) -> Path:
     return folder / strategy.replace(":", "-") / f"seed-{seed}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _page(results: Mapping[str, Any], runs: Runs, config: str) -> Page:
