@@ -238,14 +238,23 @@ def section_text(section: Callable[[], str]) -> str:
         return "Not measured yet."
 
 
+def filled(page: str, sections: Mapping[str, str]) -> str:
+    """The page with the text of every section, by name, between its marks; what stands outside of them is kept.
+
+    Raises:
+        ValueError: if the page has no place for a section, or more than one.
+    """
+    for name, text in sections.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n?<!-- end -->)"
+        page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}{t}\n<!-- end -->", page, flags=re.DOTALL)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"the page has {count} places for <!-- {name} --> ... <!-- end -->, and needs one")
+    return page
+
+
 def written(page: str) -> str:
     """The page with every table made anew."""
-    for section in SECTIONS:
-        pattern = rf"(<!-- {section.__name__} -->\n).*?(\n?<!-- end -->)"
-        text = section_text(section)
-        page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}{t}\n<!-- end -->", page, flags=re.DOTALL)  # type: ignore[misc]
-        assert count == 1, f"{PAGE.name} has {count} places for {section.__name__}"
-    return page
+    return filled(page, {section.__name__: section_text(section) for section in SECTIONS})
 
 
 def main() -> None:

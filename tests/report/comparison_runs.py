@@ -19,8 +19,16 @@ METHODS = {  # label: (method, rank, heads, shift of the scores, cosine between 
 }
 
 
-def write_comparison(folder: Path, *, methods: dict = METHODS, seeds: tuple[int, ...] = (0, 1, 2), **fields) -> Path:
-    """Writes run folders and `comparison.json` into `folder`; `fields` go to `report_runs.write_run`."""
+def write_comparison(
+    folder: Path,
+    *,
+    methods: dict = METHODS,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    train_on: dict[str, list[str]] | None = None,
+    **fields,
+) -> Path:
+    """Writes run folders and `comparison.json` into `folder`; `fields` go to `report_runs.write_run`, `train_on` says
+    of some methods which tasks alone they drew rows of."""
     rng = np.random.default_rng(5)
     runs: dict[str, list[dict]] = {}
     for place, (label, (method, _, heads, shift, alike)) in enumerate(methods.items()):
@@ -34,6 +42,9 @@ def write_comparison(folder: Path, *, methods: dict = METHODS, seeds: tuple[int,
             scored = [task["after"] for task in results["tasks"].values() if task["metric"] != "loss"]
             results["mean"]["after"] = sum(scored) / len(scored) if scored else None
             results["seed"] = seed
+            for task, share in results["extra"]["realised_shares"].items():
+                if train_on and task not in train_on.get(label, results["tasks"]):
+                    share.update(rows=0, row_share=0.0, tokens=0, token_share=0.0)
             results["trainable_parameters"] += round(1e5 * shift)
             results["extra"] = {"label": label, "folder": inner, **results["extra"]}
             (folder / inner / "results.json").write_text(json.dumps(results))

@@ -163,16 +163,19 @@ def parameters_against_score(sizes: Sequence[Size], width: float) -> Figure:
     return canvas.figure
 
 
-def differences(table: Mapping[str, Mapping[str, float | None]], first: str, width: float) -> Figure:
-    """Method by task: the mean difference to the first method, on a scale that ends at the largest one.
+def differences(
+    table: Mapping[str, Mapping[str, float | None]], first: str, width: float, *, turn: bool = True
+) -> Figure:
+    """Method by task: the mean difference to what `first` names, on a scale that ends at the largest one.
 
     Args:
-        table: method -> task -> difference.
+        table: row -> column -> difference; all rows have the same columns.
+        turn: where room is short, let rows and columns change places if that helps.
     """
     tasks = list(next(iter(table.values())))
     known = [abs(v) for row in table.values() for v in row.values() if v is not None]
     most = max([0.01, *known])
-    across = width >= 600 or len(table) > len(tasks)
+    across = not turn or width >= 600 or len(table) > len(tasks)
     rows, columns = (list(table), tasks) if across else (tasks, list(table))
     left = min(max(text_width(name, 11) for name in rows) + 12, 190 if width >= 600 else 128)
     step, high = min((width - left) / len(columns), 110), 26

@@ -8,11 +8,19 @@ from headwater.report import head_figures
 from headwater.report.comparison import Comparison
 from headwater.report.html import FigureBlock, Section, Text
 from headwater.report.modules import Array, layers_of, mean_off_diagonal, mean_over, routing_arrays, similarity_table
+from headwater.report.run import Run
 from headwater.report.text import names_text
 from headwater.report.theme import task_fills
 
 MOST_HEADS = 16
 """Routers with more heads than this (a rank each, say) are left out: their shares would not be readable."""
+
+
+def mean_similarity(run: Run | None) -> float | None:
+    """Mean cosine between different heads over a trained adapter's layers; None without heads or without the folder."""
+    matrices = run.analysis.head_similarity if run and run.analysis else {}
+    known = [value for matrix in matrices.values() if (value := mean_off_diagonal(matrix)) is not None]
+    return float(np.mean(known)) if known else None
 
 
 def heads_sections(comparison: Comparison) -> list[Section]:

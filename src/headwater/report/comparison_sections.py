@@ -8,6 +8,7 @@ from functools import partial
 from headwater.report import comparison_figures as figures
 from headwater.report.comparison import Comparison, Summary
 from headwater.report.comparison_heads import heads_sections
+from headwater.report.comparison_interference import interference_sections
 from headwater.report.figures import Bar, BarGroup, grouped_bars, running_mean, smoothing_window
 from headwater.report.html import Block, Cell, Facts, FigureBlock, Note, Page, Section, Table, Text
 from headwater.report.run import Run, finite
@@ -31,6 +32,7 @@ def build_comparison_page(comparison: Comparison) -> Page:
         _scores(comparison),
         _sizes(comparison),
         _tasks(comparison),
+        *interference_sections(comparison),
         _curves(comparison),
         *heads_sections(comparison),
         _choices(comparison),
