@@ -41,7 +41,7 @@ def test_pool_quality(model_folder, tmp_path, monkeypatch, capsys):
                 for n in range(9)
             ]
             (tmp_path / "tasks" / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = ["--steps", "2", "--rows", "4", "--flow-examples", "4", "--new-task", "law", "--start", "news"]
+    sizes = ["--steps", "2", "--rows", "4", "--flow-examples", "4"]
     sizes += ["--layers", "0", "1", "--only", "news", "film", "law"]
     folders = ["--work", str(tmp_path / "work"), "--tasks", str(tmp_path / "tasks"), "--model", model_folder]
     file = tmp_path / "r.json"
@@ -49,7 +49,18 @@ def test_pool_quality(model_folder, tmp_path, monkeypatch, capsys):
     found = json.loads(file.read_text())
     assert found["retrieval"]["prompts, encoder as it comes"]["n"] == 27
     assert found["ways"]["mixture"]["n"] == 12
-    assert found["new task"]["ways"].keys() >= {"base", "own", "news", "uniform", "hub", "flow"}
+    assert found["new tasks"].keys() == {"news", "film", "law"}
+    for task, part in found["new tasks"].items():
+        assert part["ways"].keys() == {
+            *("base", "own", "nearest", "selection", "mixture", "fusion", "uniform", "arrow", "hub", "flow")
+        }
+        assert part["nearest"] != task
+        assert task not in part["hub"]["weights"]
+        for way in ("base", "own"):
+            assert part["ways"][way]["tasks"][task] == found["ways"][way]["tasks"][task]
+    for way, whole in found["new tasks together"].items():
+        means = [part["ways"][way]["mean"] for part in found["new tasks"].values()]
+        assert (whole["n"], whole["mean"]) == (12, pytest.approx(sum(means) / 3))
     assert str(tmp_path) not in file.read_text()
     del found["ways"]["fusion"]
     found["ways"]["mixture"]["n"] = -1

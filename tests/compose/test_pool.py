@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from pool_support import PLANS, make_pool, save_base
 from safetensors.torch import load_file, save_file
@@ -267,6 +271,61 @@ def test_a_damaged_index_is_refused(pool, index, message):
     (pool.path / "pool.json").write_text(index)
     with pytest.raises(HeadwaterError, match=message):
         AdapterPool(pool.path)
+
+
+ADD = """
+import sys, time
+from pathlib import Path
+from headwater.compose import AdapterPool
+pool, source, me, go = AdapterPool(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
+Path(f"{go}-{me}").touch()
+while not go.exists():
+    time.sleep(0.001)
+for i in range(15):
+    pool.add(source, f"{me}-{i}", same_base=True)
+    if i % 3 == 0:
+        pool.remove(f"{me}-{i}")
+"""
+
+
+def test_two_processes_that_change_a_pool_at_once_lose_nothing(pool, lora, tmp_path):
+    go = tmp_path / "go"
+    command = [sys.executable, "-c", ADD, str(pool.path), str(lora)]
+    both = [subprocess.Popen([*command, me, str(go)], stderr=subprocess.PIPE, text=True) for me in ("a", "b")]
+    while not all((tmp_path / f"go-{me}").exists() for me in ("a", "b")):
+        assert all(process.poll() is None for process in both), [process.stderr.read() for process in both]
+        time.sleep(0.01)
+    go.touch()
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    added = {f"{me}-{i}" for me in ("a", "b") for i in range(15) if i % 3}
+    assert set(AdapterPool(pool.path).names) == {*PLANS, *added}
+    assert AdapterPool(pool.path).check() == []
+    pool.add(lora, "mine")  # opened before all that
+    assert set(AdapterPool(pool.path).names) == {*PLANS, *added, "mine"}
+    with pytest.raises(HeadwaterError, match="has an adapter 'a-1' already"):
+        AdapterPool(pool.path).add(lora, "a-1")
+
+
+def test_names_are_checked_against_what_is_there_now(pool, lora):
+    other = AdapterPool(pool.path)
+    other.add(lora, "new")
+    before = (pool.folder("plain").parent / "new" / CONFIG).stat().st_mtime_ns
+    with pytest.raises(HeadwaterError, match="has an adapter 'new' already"):
+        pool.add(lora, "new")
+    assert (pool.folder("plain").parent / "new" / CONFIG).stat().st_mtime_ns == before
+    other.remove("new")
+    with pytest.raises(HeadwaterError, match="no adapter 'new'"):
+        pool.remove("new")
+
+
+def test_a_pool_that_somebody_else_holds_is_waited_for_and_then_given_up(pool, lora, monkeypatch):
+    monkeypatch.setattr("headwater.compose.pool._PATIENCE", 0.05)
+    with FileLock(pool.path / ".lock"):
+        with pytest.raises(HeadwaterError, match="another process has been changing this pool"):
+            pool.add(lora, "new")
+        assert sorted(p.name for p in (pool.path / "adapters").iterdir()) == sorted(PLANS)
+    pool.add(lora, "new")
 
 
 def test_a_failed_write_leaves_the_index_as_it_was(pool, lora, monkeypatch):

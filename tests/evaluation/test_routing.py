@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 import headwater
 from headwater.analysis import heads
-from headwater.analysis.routing import head_similarity, mean_gates, routing_by_task
+from headwater.analysis.routing import Texts, head_similarity, mean_gates, routing_by_task
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
@@ -55,7 +55,7 @@ def gates_by_hand(model, sequences) -> dict[str, np.ndarray]:
 def test_mean_gates_leave_padding_out(tiny_llama):
     model = adapted(tiny_llama)
     sequences = [list(range(5, 5 + length)) for length in (1, 30, 4, 12, 2, 2, 9, 17, 3, 8)]
-    found = mean_gates(model, sequences, fill=258)
+    found = mean_gates(model, Texts(sequences), fill=258)
     wanted = gates_by_hand(model, sequences)
     assert list(found) == MODULES
     for name in MODULES:

@@ -252,6 +252,22 @@ def test_one_pairing_merges_for_all_rows():
     torch.testing.assert_close(merge_with_gates(model, {"layer": pairing})(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grad", ["straight_through", "scored"])
+def test_observers_of_merging_see_each_row_s_pairing(grad):
+    model, x, seen = model_of(router_grad=grad), noise(3, 4, d_in), []
+    with observe(model, lambda name, gate: seen.append(gate), merging=True):
+        expected = model(x)
+    assert seen[0].shape == (3, 4, E, E)
+    for n, row in enumerate(x):
+        I_A, w_A, I_B, w_B = plain_choice(list(row), parameters(model))
+        pairing = torch.zeros(E, E, dtype=torch.float64)
+        for i, w_i, j, w_j in zip(I_A, w_A, I_B, w_B, strict=True):
+            pairing[i, j] += w_i.item() * w_j.item() if grad == "scored" else 1.0
+        torch.testing.assert_close(seen[0][n].double(), pairing.expand(4, E, E), rtol=1e-5, atol=1e-6)
+    alone = merge_with_gates(model, {"layer": seen[0][0, 0]})
+    torch.testing.assert_close(alone(x[:1]), expected[:1], rtol=1e-5, atol=1e-5)
+
+
 def test_starts_and_counts_as_released():
     model = adapt("cond_mixlora", 2048, 8, num_factors=16, r=4, dtype=torch.float32)
     p = parameters(model)

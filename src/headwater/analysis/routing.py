@@ -22,7 +22,7 @@ from headwater.evaluation.forward import (
     task_keywords,
 )
 from headwater.evaluation.scoring import sample
-from headwater.tuner import is_adapted
+from headwater.tuner import context_of, is_adapted, observe
 from headwater.tuner.context import LABELS
 
 if TYPE_CHECKING:
@@ -113,10 +113,16 @@ def gate_statistics(
     Raises:
         HeadwaterError: if the model has no such adapter, or its method goes by task and the texts name none.
     """
-    texts = texts if isinstance(texts, Texts) else Texts(texts)
+    with GateRecorder(model) as recorder:
+        _read(model, texts if isinstance(texts, Texts) else Texts(texts), fill)
+    return recorder.statistics()
+
+
+def _read(model: nn.Module, texts: Texts, fill: int) -> None:
+    """Runs the model over the texts, a few at a time."""
     lengths = texts.prompt_lengths or [0] * len(texts.sequences)
     rows = sorted(zip(texts.sequences, lengths, strict=True), key=lambda row: len(row[0]), reverse=True)
-    with evaluating(model), GateRecorder(model) as recorder:
+    with evaluating(model):
         for start in range(0, len(rows), _BATCH):
             sequences, prompts = zip(*rows[start : start + _BATCH], strict=True)
             padded = pad(sequences, fill).to(input_device(model))
@@ -129,7 +135,6 @@ def gate_statistics(
                 **{LABELS: padded.input_ids.masked_fill(in_prompt.to(padded.input_ids.device), -100)},
                 **task_keywords(model, texts.task_index, len(prompts)),
             )
-    return recorder.statistics()
 
 
 def encode_whole(row: Row, tokenizer: PreTrainedTokenizerBase, data_spec: DataSpec, limit: int | None) -> list[int]:
@@ -141,12 +146,27 @@ def encode_whole(row: Row, tokenizer: PreTrainedTokenizerBase, data_spec: DataSp
     return ids[:limit]
 
 
-def mean_gates(
-    model: nn.Module, sequences: Sequence[Sequence[int]], *, fill: int, task_index: int | None = None
-) -> dict[str, Tensor]:
-    """Mean gate `(N,)` of each adapted layer that has a router, over the tokens of `sequences`, padding left out."""
-    found = gate_statistics(model, Texts(sequences, task_index=task_index), fill=fill)
-    return {name: gates.mean_gate for name, gates in found.items()}
+def mean_gates(model: nn.Module, texts: Texts, *, fill: int = 0) -> dict[str, Tensor]:
+    """What `merge_with_gates` takes: each routed layer's mean gate over all tokens of the texts, padding left out.
+
+    Returns:
+        Layer name -> `(N,)`, float64; for Conditional MixLoRA the mean pairing of its factors, `(E, E)`.
+    """
+    context = context_of(model)
+    sums: dict[str, tuple[Tensor, float]] = {}
+
+    def see(name: str, gate: Tensor) -> None:
+        state = context.state
+        in_order = state is not None and gate.dim() > 2 and gate.shape[:2] == (state.batch, state.length)
+        flat = (gate.flatten(0, 1) if in_order else gate).double()  # else it is behind a token dispatch
+        if in_order and state is not None and state.valid is not None:
+            flat = flat[state.valid.flatten().to(flat.device)]
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = (flat.sum(0).cpu() + total, len(flat) + count)
+
+    with observe(model, see, merging=True):
+        _read(model, texts, fill)
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def head_similarity(model: nn.Module, adapter_name: str = "default") -> dict[str, list[list[float]]]:

@@ -7,6 +7,7 @@ POOL/adapters/<name>/             adapter_config.json and adapter_model.safetens
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..base_model import load_base_model, sha256_of
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 RESERVED = ("auto", "base")
-_INDEX, _BASE, _ADAPTERS = "pool.json", "base.json", "adapters"
+_INDEX, _BASE, _ADAPTERS, _LOCK = "pool.json", "base.json", "adapters", ".lock"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
-
+_PATIENCE = 60.0  # seconds to wait for another process that changes the pool
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -204,11 +206,14 @@ class AdapterPool:
                 samples=list(samples),
             )
             read_adapter(work, name, self.fingerprint.layers)  # what was copied is what was checked
-            shutil.rmtree(target, ignore_errors=True)  # left over from an addition that was cut short
-            work.rename(target)
+            with self._alone():
+                if problems := _name_problems(name, self.names):
+                    raise HeadwaterError(*problems)
+                shutil.rmtree(target, ignore_errors=True)  # left over from an addition that was cut short
+                work.rename(target)
+                self._write({**self.entries, name: entry})
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        self._write({**self.entries, name: entry})
         return entry
 
     def remove(self, name: str) -> None:
@@ -217,12 +222,13 @@ class AdapterPool:
         Raises:
             HeadwaterError: there is none of that name.
         """
-        folder = self.folder(name)
-        self._write({known: entry for known, entry in self.entries.items() if known != name})
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        with self._alone():
+            folder = self.folder(name)
+            self._write({known: entry for known, entry in self.entries.items() if known != name})
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def check(self) -> list[Problem]:
         """Read everything and return all that is wrong: files missing, changed, broken, linked or unknown."""
@@ -272,6 +278,17 @@ class AdapterPool:
         what = f"the adapter names {trained_on!r} as its base model, and the pool's is {self.base_model!r}"
         fix = "if both are the same model, add it with --same-base (in Python: same_base=True)"
         return [Problem(what, where, fix)]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the pool meanwhile, and `entries` are those that are there now."""
+        try:
+            with FileLock(self.path / _LOCK, timeout=_PATIENCE):
+                self.entries = _read(self.path / _INDEX, _Index).adapters
+                yield
+        except Timeout:
+            what = f"another process has been changing this pool for {_PATIENCE:g} seconds"
+            raise HeadwaterError(Problem(what, str(self.path), "try again when it has finished")) from None
 
     def _write(self, entries: dict[str, Entry]) -> None:
         from ..training.files import write_json

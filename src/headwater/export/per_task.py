@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
-from ..analysis.routing import encode_whole, mean_gates
+from ..analysis.routing import Texts, encode_whole, mean_gates
+from ..data.encode import encode_prompt
 from ..errors import HeadwaterError, Problem
 from ..evaluation import EvaluationSpec, TaskScore, interval, score_task
 from ..evaluation.forward import max_positions, pad_id
@@ -126,7 +127,8 @@ def by_mean_gates(
             what = "the task has neither training nor validation rows to average gates over"
             raise HeadwaterError(Problem(what, task.name, "add some to the run's file"))
         sequences = [encode_whole(row, tokenizer, data_spec, max_positions(model)) for row in chosen]
-        gates = mean_gates(model, sequences, fill=pad_id(tokenizer))
+        prompts = [len(encode_prompt(row, tokenizer, data_spec)) for row in chosen]
+        gates = mean_gates(model, Texts(sequences, prompts), fill=pad_id(tokenizer))
         ranks[task.name] = write_plain_lora(model, adapter, folder / task.name, gates=gates)
         counts[task.name] = len(chosen)
     progress("averaging gates", len(tasks), len(tasks))

@@ -61,6 +61,7 @@ class Call:
         shape: x's leading dimensions, usually `(batch, length)`.
         state: the forward's state; None for a layer run on its own.
         observers: called with the layer's name and each gate.
+        merging: likewise, with what `Branch.factors` takes in the gate's place.
         align: an alignment loss; given A x, `(tokens, r)`, and how to compute it from a detached x, returns A x with
             the loss attached.
         seed: of the dropout in rank space (`headwater.ops.dropout`), drawn for each run of each branch in training.
@@ -72,6 +73,7 @@ class Call:
     shape: tuple[int, ...]
     state: State | None = None
     observers: list[Observer] = field(default_factory=list)
+    merging: list[Observer] = field(default_factory=list)
     align: Align | None = None
     losses: list[Tensor] = field(default_factory=list)
     seed: Tensor | None = None
@@ -84,6 +86,11 @@ class Call:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def observed(self) -> bool:
+        """Whether anybody wants to see the gates."""
+        return bool(self.observers or self.merging)
 
     @property
     def first_time(self) -> bool:
@@ -161,10 +168,19 @@ class Call:
         weight = valid.to(values).unsqueeze(-1)
         return (values * weight).sum(0) / weight.sum().clamp_min(1)
 
-    def saw_gate(self, gate: Tensor) -> None:
-        """Shows a gate `(tokens, N)` to the observers, in x's leading shape."""
-        for observer in self.observers if self.first_time else ():
-            observer(self.name, gate.detach().float().reshape(*self.shape, gate.shape[-1]))
+    def saw_gate(self, gate: Tensor, merging: Callable[[], Tensor] | None = None) -> None:
+        """Shows a gate `(tokens, N)` to the observers, in x's leading shape.
+
+        Args:
+            merging: makes what `Branch.factors` takes for each token, `(tokens, ...)`, where that is not the gate.
+        """
+        if not self.first_time:
+            return
+        for observers, shown in ((self.observers, lambda: gate), (self.merging, merging or (lambda: gate))):
+            if observers:
+                seen = shown().detach().float()
+                for observer in observers:
+                    observer(self.name, seen.reshape(*self.shape, *seen.shape[1:]))
 
     def add_loss(self, name: str, loss: Tensor, weight: float) -> None:
         """Adds `weight * loss` to the training loss, whoever computes that, and logs `loss` under `name`."""

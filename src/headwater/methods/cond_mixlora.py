@@ -102,9 +102,13 @@ class CondMixLoraBranch(Branch):
         length, E = rows.shape[1], rows.shape[2]
         u = rows.gather(-1, index_a.unsqueeze(1).expand(-1, length, -1)) * (weight_a * weight_b).unsqueeze(1)
         h = torch.zeros_like(rows).scatter_add(-1, index_b.unsqueeze(1).expand(-1, length, -1), u)
-        if call.observers:
+        if call.observed:
             used = z.new_zeros(rows.shape[0], 2 * E).scatter(-1, torch.cat([index_a, index_b + E], 1), 0.5 / self.r)
-            call.saw_gate(used.repeat_interleave(length, dim=0))  # both pools: what A's router chose, then what B's did
+            pairs = z.new_zeros(rows.shape[0], E * E)
+            pairs = pairs.scatter_add(-1, index_a * E + index_b, (weight_a * weight_b).to(pairs)).unflatten(-1, (E, E))
+            call.saw_gate(  # both pools: what A's router chose, then what B's did
+                used.repeat_interleave(length, dim=0), lambda: pairs.repeat_interleave(length, dim=0)
+            )
         return h.flatten(0, 1)
 
     def pooled(self, logits: Tensor, call: Call) -> Tensor:

@@ -68,7 +68,7 @@ class HydraLoraBranch(Branch):
     def mix(self, z: Tensor, logits: Tensor, *, call: Call) -> Tensor:
         balancing = self.training and self.balance_loss_weight > 0
         per_head = z.shape[-1] == self.num_heads * self.A.shape[0]
-        if balancing or call.observers or per_head:
+        if balancing or call.observed or per_head:
             gate = torch.softmax(logits, dim=-1)
             call.saw_gate(gate)
         if balancing:

@@ -226,7 +226,7 @@ class RLoraBranch(MultiHeadBranch):
         return (self.A,), (self.router,) if self.A0 is None else (self.router, self.A0)
 
     def mix(self, z: Tensor, logits: Tensor, *start: Tensor, call: Call) -> Tensor:
-        if call.observers:
+        if call.observed:
             call.saw_gate(torch.softmax(logits, dim=-1))
         return self.gated(z, logits, start, call)
 

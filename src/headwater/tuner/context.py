@@ -28,6 +28,7 @@ class Context:
     def __init__(self) -> None:
         self._local = threading.local()
         self.observers: list[Observer] = []
+        self.merging: list[Observer] = []  # those that are shown what a merge takes
         self.align: Align | None = None
         self.loss_scale = 1.0
         self.needs_state = False  # some branch reads the state, so checkpointed layers must carry it
@@ -97,7 +98,7 @@ class Context:
             prompt = torch.arange(length, device=inputs.device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(prompt.device)
         self._local.state = state
-        if (self.needs_state or self.observers) and module.training:
+        if (self.needs_state or self.observers or self.merging) and module.training:
             self.carry_through_checkpoints(module)
         return args, kwargs
 
@@ -124,7 +125,7 @@ class Context:
 
     def call(self, name: str, shape: tuple[int, ...]) -> Call:
         """One layer's view of the running forward; `shape` is its input's leading dimensions."""
-        return Call(name, shape, self.state, self.observers, self.align)
+        return Call(name, shape, self.state, self.observers, self.merging, self.align)
 
     def carry_through_checkpoints(self, model: nn.Module) -> None:
         """Makes transformers' checkpointed layers remember the state of the forward they belong to."""

@@ -230,12 +230,17 @@ def task_ids(model: nn.Module, ids: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observe(model: nn.Module, observer: Observer) -> Iterator[None]:
+def observe(model: nn.Module, observer: Observer, *, merging: bool = False) -> Iterator[None]:
     """Calls `observer(layer name, gate)` for every adapted layer of every forward inside.
 
     The gate is detached float32, in the layer's leading shape plus the number of heads, e.g. `(batch, length, N)`.
+
+    Args:
+        merging: show what `merge_with_gates` takes, averaged over tokens, instead. That is the gate itself but for
+            Conditional MixLoRA, where it is the pairing of factors, `(batch, length, E, E)`.
     """
-    observers = context_of(model).observers
+    context = context_of(model)
+    observers = context.merging if merging else context.observers
     observers.append(observer)
     try:
         yield
