@@ -25,6 +25,9 @@ class Letters:
     def __init__(self):
         self.prompts = {}
 
+    def state_dict(self):
+        return {}
+
     def encode(self, texts, **_options):
         return torch.tensor([[float(text.count(c)) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
 

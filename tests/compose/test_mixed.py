@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from pool_support import PLANS, make_pool, merged
 from tiny_models import make_tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tuner.test_merge import tiny_gpt2
 
 from headwater.compose import Adapter, PooledModel
+from headwater.compose.adapter import read_adapter, write_adapter
+from headwater.compose.base import BaseFingerprint
 from headwater.compose.merge import concat, fuse, linear
 from headwater.errors import HeadwaterError
 
@@ -295,3 +300,63 @@ def test_peft_merges_to_the_same(pool, how):
     for layer, factors in ours.layers.items():
         theirs = model.get_submodule(f"base_model.model.{layer}").get_delta_weight("both")
         close(factors.delta(), theirs, 1e-5)
+
+
+# --- bases whose layers are no plain linear layers --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8", "Conv1D"])
+def base(request, tmp_path_factory):
+    """The kind, the model as it is stored, a factory of it as it runs, and layers of it to adapt."""
+    if request.param == "Conv1D":
+        return request.param, tiny_gpt2(), tiny_gpt2, ["c_attn", "c_fc", "c_proj"]
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("base")
+    stored = make_tiny_llama(hidden_size=64, intermediate_size=128)  # whole blocks of 64, as four bits want them
+    stored.save_pretrained(folder)
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    settings = BitsAndBytesConfig(**(four if request.param == "nf4" else {"load_in_8bit": True}))
+
+    def make():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
+        )
+        for module in model.modules():  # its second CPU kernel multiplies in bfloat16
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+    return request.param, stored, make, ["q_proj", "up_proj", "down_proj"]
+
+
+def test_rows_on_quantised_and_transposed_layers_are_what_stock_peft_makes_of_them(base, tmp_path):
+    kind, stored, make, targets = base
+    fingerprint = BaseFingerprint.of(stored)
+    adapters = {}
+    for seed, name in enumerate(("a", "b")):
+        config = LoraConfig(r=3 + seed, lora_alpha=5, target_modules=targets, fan_in_fan_out=kind == "Conv1D")
+        model = get_peft_model(copy.deepcopy(stored), config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        model.save_pretrained(tmp_path / name)
+        adapters[name] = read_adapter(tmp_path / name, name, fingerprint.layers)
+    write_adapter(concat(list(adapters.values()), [0.7, -0.4]), tmp_path / "both", "base")
+    pooled = PooledModel(make(), adapters.__getitem__)
+    fingerprint.require(pooled.model)
+    if kind != "Conv1D":
+        assert not pooled.model.model.layers[0].mlp.up_proj.weight.is_floating_point(), "the base is not quantised"
+    inputs = ids(4)
+    with torch.no_grad():
+        alone = make()(inputs).logits
+        wanted = {n: PeftModel.from_pretrained(make(), tmp_path / n)(inputs).logits for n in ("a", "b", "both")}
+    found = logits(pooled, [{"a": 1.0}, {"b": 1.0}, {"a": 0.7, "b": -0.4}, {}], inputs)
+    for row, name in enumerate(("a", "b", "both")):
+        assert (wanted[name][row] - alone[row]).abs().max() > 0.1
+        close(found[row], wanted[name][row], 2e-4)
+    close(found[3], alone[3], 2e-4)
+    fused = logits(pooled, [{"a": 1.0}], inputs[:1], fused=True)
+    close(fused[0], wanted["a"][0], 2e-4)
+    with torch.no_grad():
+        close(pooled.model(inputs).logits, alone, 2e-4)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import random
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save
 from tiny_encoder import save_tiny_encoder
 
 from headwater.compose import encoder as encoders
 from headwater.compose.contrastive import ContrastiveSpec, batches, fine_tune
 from headwater.compose.encoder import INSTRUCTION, PROMPT, load_encoder
-from headwater.compose.retriever import Retriever, mixtures
+from headwater.compose.retriever import KEYS, Retriever, mixtures
 from headwater.errors import HeadwaterError
 
 KINDS = ("news", "tweet", "film")
@@ -94,6 +96,56 @@ def test_adapters_without_samples_are_left_out():
     assert Retriever(Fixed(VECTORS), {**SAMPLES, "d": []}).names == ["a", "b", "c"]
     with pytest.raises(HeadwaterError, match="no adapter has sample texts"):
         Retriever(Fixed(VECTORS), {"d": []})
+
+
+def test_keys_are_kept_in_the_pool_and_made_again_when_samples_or_encoder_change(tiny, tmp_path, monkeypatch):
+    pool = SimpleNamespace(path=tmp_path, entries={n: SimpleNamespace(samples=t) for n, t in samples().items()})
+    pool.entries["bare"] = SimpleNamespace(samples=[])
+    encoded, encode = [], type(tiny).encode
+
+    def counting(self, texts, **options):
+        encoded.extend(texts)
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(type(tiny), "encode", counting)
+
+    def keys(encoder=tiny):
+        encoded.clear()
+        found = Retriever.of(pool, encoder)
+        return dict(zip(found.names, found.keys, strict=True))
+
+    first = keys()
+    assert sorted(encoded) == sorted(text for texts in samples().values() for text in texts)
+    again = keys()
+    assert encoded == []
+    assert list(again) == list(KINDS)
+    assert all(torch.equal(first[name], again[name]) for name in KINDS)
+    pool.entries["law"] = SimpleNamespace(samples=["law1", "law2"])
+    pool.entries["tweet"] = SimpleNamespace(samples=["tweet5"])
+    changed = keys()
+    assert sorted(encoded) == ["law1", "law2", "tweet5"]
+    assert torch.equal(changed["news"], first["news"])
+    assert not torch.allclose(changed["tweet"], first["tweet"])
+    everything = {name: entry.samples for name, entry in pool.entries.items()}
+    torch.testing.assert_close(torch.stack(list(changed.values())), Retriever(tiny, everything).keys)
+    fine_tune(tiny, samples(), ContrastiveSpec(epochs=1, learning_rate=1e-2))
+    tuned = keys()
+    assert len(encoded) == 8 + 8 + 2 + 1
+    assert not torch.allclose(tuned["news"], first["news"])
+    tiny.prompts[PROMPT] = "film0 "
+    assert not torch.allclose(keys()["news"], tuned["news"])
+    for damage in (b"x", save({"a": torch.ones(2), "b": torch.ones(3)}), save({"a": torch.tensor([torch.nan])})):
+        (tmp_path / KEYS).write_bytes(damage)
+        assert len(keys()) == 4
+        assert len(encoded) == 19
+    assert keys().keys() == {*KINDS, "law"}
+    assert encoded == []
+    assert [file.name for file in tmp_path.iterdir() if KEYS in file.name] == [KEYS]
+
+
+def test_a_pool_that_cannot_be_written_to_is_searched_all_the_same(tiny, tmp_path):
+    pool = SimpleNamespace(path=tmp_path / "gone", entries={"a": SimpleNamespace(samples=["news1"])})
+    assert Retriever.of(pool, tiny).names == ["a"]
 
 
 def test_no_batch_holds_an_adapter_twice():

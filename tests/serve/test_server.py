@@ -15,6 +15,7 @@ from tiny_models import make_tiny_tokenizer
 from tuner.helpers import adapt
 from tuner.rows import BY_ID
 
+from headwater.base_model import cache_dir
 from headwater.compose import AdapterPool
 from headwater.data.encode import DataSpec, encode_prompt
 from headwater.data.rows import Row
@@ -237,3 +238,38 @@ def test_a_pool_serves_each_of_its_adapters(tmp_path):
             texts[name] = answer.choices[0].text
             assert texts[name] == expected(model.eval(), ids, 8)
         assert len(set(texts.values())) == 3
+
+
+MINILM = cache_dir() / "encoders" / "all-MiniLM-L6-v2" / "modules.json"
+
+
+@pytest.mark.skipif(not MINILM.is_file(), reason="the packaged encoder was not fetched yet")
+def test_auto_finds_adapters_with_the_packaged_encoder(tmp_path):
+    texts = {
+        "news": ["The central bank raised interest rates on Monday.", "Oil prices fell after the talks failed."],
+        "cooking": ["Simmer the onions in butter until soft.", "Bake the bread for forty minutes."],
+        "sport": ["The striker scored twice in the second half.", "She won the final in three sets."],
+    }
+    base = save_base(tmp_path / "base")
+    pool = AdapterPool.create(tmp_path / "pool", str(base))
+    for seed, (name, samples) in enumerate(texts.items()):
+        pool.add(save_lora(tmp_path / name, base, seed, size=0.6), name, samples=samples)
+    prompts = {
+        "news": "Shares and oil prices rose as the bank cut its rates.",
+        "cooking": "Fry the garlic gently in olive oil, then add butter.",
+        "sport": "Their goalkeeper saved a penalty in the final.",
+    }
+    with process(tmp_path, tmp_path / "pool", "--top", "1") as server:
+
+        async def ask_all():
+            async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", timeout=120) as client:
+                asked = [(model, p) for name, p in prompts.items() for model in ("auto", name)]
+                fields = {"max_tokens": 6, "temperature": 0}
+                return await asyncio.gather(*(client.completions.create(model=m, prompt=p, **fields) for m, p in asked))
+
+        answers = asyncio.run(ask_all())  # all in one batch
+    for name, auto, named in zip(prompts, answers[::2], answers[1::2], strict=True):
+        assert auto.choices[0].model_extra["headwater"]["adapters"] == {name: 1.0}
+        assert auto.choices[0].text == named.choices[0].text
+    assert len({answer.choices[0].text for answer in answers}) == 3
+    assert (tmp_path / "pool" / "keys.safetensors").is_file()

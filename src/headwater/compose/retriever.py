@@ -10,8 +10,13 @@ fusion (the factors' mean; `fused=True`).
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 
     from .pool import AdapterPool
 
+KEYS = "keys.safetensors"
+"""A pool's keys as the encoder that was used last made them, by the digest of what they were made of."""
+
 Found = list[tuple[str, float]]
 """Adapters and their scores for one text, best first."""
 
@@ -36,6 +44,7 @@ class Retriever:
     Args:
         encoder: a sentence encoder, from `load_encoder`; its prompt "retrieval" is put before every text.
         samples: adapter name -> texts of the kind that it was trained on. One without texts cannot be found.
+        known: keys that need not be made again.
 
     Attributes:
         names: the adapters that can be found.
@@ -45,21 +54,40 @@ class Retriever:
         HeadwaterError: no adapter has sample texts.
     """
 
-    def __init__(self, encoder: SentenceTransformer, samples: Mapping[str, Sequence[str]]):
+    def __init__(
+        self,
+        encoder: SentenceTransformer,
+        samples: Mapping[str, Sequence[str]],
+        known: Mapping[str, Tensor] | None = None,
+    ):
         self.encoder = encoder
         found = {name: texts for name, texts in samples.items() if texts}
         if not found:
             fix = "add adapters with sample texts: headwater pool add --samples FILE"
             raise HeadwaterError(Problem("no adapter has sample texts, by which retrieval could find it", fix=fix))
         self.names = list(found)
-        embedded = self.encode([text for texts in found.values() for text in texts])
-        parts = embedded.split([len(texts) for texts in found.values()])
-        self.keys = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
+        keys = dict(known or {})
+        new = {name: texts for name, texts in found.items() if name not in keys}
+        if new:
+            embedded = self.encode([text for texts in new.values() for text in texts])
+            for name, part in zip(new, embedded.split([len(texts) for texts in new.values()]), strict=True):
+                keys[name] = F.normalize(part.mean(0), dim=-1)
+        self.keys = torch.stack([keys[name] for name in self.names])
 
     @classmethod
     def of(cls, pool: AdapterPool, encoder: SentenceTransformer) -> Retriever:
-        """A retriever of a pool's adapters."""
-        return cls(encoder, {name: entry.samples for name, entry in pool.entries.items()})
+        """A retriever of a pool's adapters. Their keys are kept in the pool, for the next time."""
+        samples = {name: entry.samples for name, entry in pool.entries.items()}
+        made_by = _identity(encoder)
+        digests = {
+            name: hashlib.sha256(json.dumps([made_by, texts]).encode()).hexdigest() for name, texts in samples.items()
+        }
+        kept = _read_keys(pool.path / KEYS)
+        found = cls(encoder, samples, {name: kept[d] for name, d in digests.items() if d in kept})
+        now = {digests[name]: key for name, key in zip(found.names, found.keys, strict=True)}
+        if now.keys() != kept.keys():
+            _write_keys(pool.path / KEYS, now)
+        return found
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """`(texts, d)` float32, of norm 1."""
@@ -94,6 +122,37 @@ class Retriever:
             ranked = sorted(zip(self.names, values, strict=True), key=lambda pair: -pair[1])
             found.append([pair for pair in ranked if pair[0] not in barred][:k])
         return found
+
+
+def _identity(encoder: SentenceTransformer) -> str:
+    """Tells encoders apart, a fine-tuned one from what it was made of, too: modules, instruction and some weights."""
+    digest = hashlib.sha256(repr((str(encoder), encoder.prompts.get(PROMPT))).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(repr((name, tuple(tensor.shape), tensor.flatten()[::997].tolist())).encode())
+    return digest.hexdigest()
+
+
+def _read_keys(file: Path) -> dict[str, Tensor]:
+    """The keys in a file; none where it is missing or damaged, since they can be made again."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        keys = load_file(file)
+    except (OSError, SafetensorError):
+        return {}
+    sound = len({key.shape for key in keys.values()}) <= 1
+    return keys if sound and all(key.dim() == 1 and key.isfinite().all() for key in keys.values()) else {}
+
+
+def _write_keys(file: Path, keys: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError, SafetensorError):  # a pool that cannot be written to can be read
+        save_file({digest: key.clone() for digest, key in keys.items()}, temporary)
+        temporary.replace(file)
 
 
 def mixtures(found: Sequence[Found], temperature: float | None = None) -> list[dict[str, float]]:
