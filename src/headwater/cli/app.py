@@ -268,6 +268,14 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
     encoder: Annotated[str, typer.Option(help="A pool's sentence encoder for `auto`: folder or hub name.")] = "",
     top: Annotated[int, typer.Option(min=1, help="Adapters of a pool that `auto` mixes.")] = 3,
+    way: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="WAY",
+            help="Answer everything with a pool's adapters combined one way: arrow, or a folder that `headwater pool "
+            "flow`, `hub` or `arrow` wrote.",
+        ),
+    ] = None,
 ) -> None:
     """Answer requests of OpenAI's clients with a run's adapter or a pool's, many at once."""
     from headwater.cli.serve import run
@@ -285,6 +293,7 @@ def serve(
         timeout=timeout,
         encoder=encoder,
         top=top,
+        way=way,
     )
 
 

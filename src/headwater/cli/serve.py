@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ def run(
     timeout: float,
     encoder: str,
     top: int,
+    way: str | None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -52,9 +54,10 @@ def run(
     loopback = host in LOOPBACK
     quiet_libraries()
     listening = bind(host, port)  # before the model is loaded, which takes longer than to learn that a port is taken
-    try:
+    with contextlib.ExitStack() as held:
+        held.callback(listening.close)
         with err_console().status(f"loading {source}"):
-            routes, tokenizer, data_spec = _routes(source, max_batch, encoder, top)
+            routes, tokenizer, data_spec = _routes(source, max_batch, encoder, top, way, held)
 
         from headwater.serve import Engine
         from headwater.serve.app import Limits, Service, make_app
@@ -84,16 +87,19 @@ def run(
             out_console().print(f"models: {', '.join(routes.names)}", soft_wrap=True, highlight=False, markup=False)
 
         serve(app, listening, grace=timeout, on_ready=ready)
-    finally:
-        listening.close()
 
 
-def _routes(source: str, max_batch: int, encoder: str, top: int) -> tuple[Routes, Any, DataSpec]:
+def _routes(
+    source: str, max_batch: int, encoder: str, top: int, way: str | None, held: contextlib.ExitStack
+) -> tuple[Routes, Any, DataSpec]:
+    """What is served, its tokenizer, and how prompts become tokens; `held` keeps what has to last as long as it."""
     from headwater.data.encode import DataSpec
     from headwater.serve import RunRoutes
 
     if (Path(source) / "pool.json").is_file():
-        return _pool_routes(source, max_batch, encoder, top)
+        return _pool_routes(source, max_batch, encoder, top, way, held)
+    if way is not None:
+        raise HeadwaterError(Problem("a way to combine adapters needs a pool of them", "--way", "give the pool"))
     found = locate(source)
     model, tokenizer = load(found)
     tasks = [task.name for task in found.config.tasks] if found.config else []
@@ -101,16 +107,23 @@ def _routes(source: str, max_batch: int, encoder: str, top: int) -> tuple[Routes
     return RunRoutes(model, name, tasks), tokenizer, found.config.data if found.config else DataSpec()
 
 
-def _pool_routes(source: str, max_batch: int, encoder: str, top: int) -> tuple[Routes, Any, DataSpec]:
+def _pool_routes(
+    source: str, max_batch: int, encoder: str, top: int, way: str | None, held: contextlib.ExitStack
+) -> tuple[Routes, Any, DataSpec]:
     from headwater.base_model import load_base_model
     from headwater.compose import AdapterPool, PooledModel
     from headwater.data.encode import DataSpec
-    from headwater.serve import PoolRoutes
+    from headwater.serve import PoolRoutes, RunRoutes
 
     pool = AdapterPool(source)
     model, tokenizer = load_base_model(pool.base_model)
     pool.fingerprint.require(model)
     pooled = PooledModel(model, pool.load, keep=max(32, top * max_batch))
+    if way is not None:
+        from headwater.compose.scoring import on_model
+
+        held.enter_context(on_model(way, pool, pooled))
+        return RunRoutes(model, Path(way).resolve().name), tokenizer, DataSpec()
     return PoolRoutes(pool, pooled, _retrieve(pool, encoder, top)), tokenizer, DataSpec()
 
 
