@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from headwater.training.memory import SavedBytes
 
 RESULTS = Path(__file__).parent / "results"
 # glibc then never gives large blocks back, so a fresh tensor costs no page faults
@@ -96,21 +98,10 @@ def show_ratio(ratio: Mapping[str, float]) -> str:
 
 def saved_bytes(run: Callable[[], Any], *, without: nn.Module) -> int:
     """Bytes that one forward keeps for its backward; each storage once, `without` a module's parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*without.parameters(), *without.buffers())}
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive, so that no address is used twice
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(t.detach())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with SavedBytes(without) as saved:
         output = run()
     del output
-    return sum(storages.values())
+    return saved.total
 
 
 def _addmm_in_place(self_shape: Any, a_shape: Any, b_shape: Any, **kwargs: Any) -> int:

@@ -28,7 +28,7 @@ from headwater.report.comparison_interference import seesaw, trained_on, transfe
 from .measure import RESULTS, device_name, write
 from .study_page import PAGES, written
 
-FIGURES = ("comparison", "task_differences", "seesaw", "head_similarity")
+FIGURES = ("comparison", "task_differences", "seesaw", "head_similarity", "head_diversity")
 LARGEST = 200_000  # bytes of a picture that is kept
 _SETTINGS = ("model", "mixture", "data", "training", "evaluation")
 _NOT_SETTINGS = ("report_to", "overwrite_output_dir", "resume_from_checkpoint", "learning_rate", "logging_steps",
@@ -103,6 +103,7 @@ def _methods(comparison: Comparison) -> list[dict[str, Any]]:
                 "tasks": {task: _compared(of_task) for task, of_task in entry.extra.tasks.items()},
                 "seconds_per_step": entry.extra.seconds_per_step,
                 "peak_memory_bytes": entry.extra.peak_memory_bytes,
+                "activation_bytes": entry.extra.activation_bytes,
                 "runs": _runs(comparison, entry.method),
             }
         )
@@ -132,6 +133,7 @@ def _runs(comparison: Comparison, label: str) -> list[dict[str, Any]]:
                 "seconds_per_step": run["train_seconds"] / max(run["steps"], 1),
                 "tokens_per_second": run["tokens_per_second"],
                 "peak_memory_bytes": run["extra"].get("peak_memory_bytes"),
+                "activation_bytes": run["extra"].get("activation_bytes"),
                 "head_similarity": similarity,
             }
         )

@@ -30,7 +30,9 @@ ALT = {
     "task_differences": "Differences to the first method, task by task",
     "seesaw": "Shared minus single-task adapter, task by task",
     "head_similarity": "Mean cosine between heads after training, by method and layer",
+    "head_diversity": "Mean cosine between heads over training",
 }
+MEMORY = {"peak memory, MiB": "peak_memory_bytes", "activations, MiB": "activation_bytes"}
 Found = Mapping[str, Any]
 
 
@@ -75,7 +77,7 @@ def results(part: Found) -> str:
 def scores(part: Found) -> str:
     methods = [m for m in part["methods"] if m["trained_on"] == part["methods"][0]["trained_on"]]
     first, n = methods[0]["label"], len(part["seeds"])
-    memory = any(m["peak_memory_bytes"] for m in methods)
+    sizes = {name: key for name, key in MEMORY.items() if any(m[key] for m in methods)}
     heads = {m["label"]: [r["head_similarity"] for r in m["runs"]] for m in methods}
     alike = any(v is not None for values in heads.values() for v in values)
     head = [
@@ -100,18 +102,19 @@ def scores(part: Found) -> str:
             _p(m["p_holm"]),
             f"{m['seconds_per_step']:.2f}",
         ]
-        if memory:
-            row.append("" if not m["peak_memory_bytes"] else f"{m['peak_memory_bytes'] / 2**20:,.0f}")
+        row += ["" if not m[key] else f"{m[key] / 2**20:,.0f}" for key in sizes.values()]
         if alike:
             known = [v for v in heads[m["label"]] if v is not None]
             row.append(f"{sum(known) / len(known):.2f}".replace("-", "−") if known else "")
         rows.append(row)
-    head += [*(["peak memory, MiB"] if memory else []), *(["heads' cosine"] if alike else [])]
+    head += [*sizes, *(["heads' cosine"] if alike else [])]
     note = (
         f"Mean over tasks and {n} seeds; intervals by Student's t over seeds, of differences seed by seed; p of the "
         "paired t test, and by Holm's correction over the rows. The test rows are the same in all runs, so their own "
         "chance is not in the intervals. A step's time is its mean, as the machine was."
     )
+    if "activations, MiB" in sizes:
+        note += " Activations: what the forward of the first batch keeps for its backward."
     return "\n\n".join(["## Scores", *_pictures(part, "comparison"), table(head, rows), note])
 
 
@@ -167,7 +170,7 @@ def interference(part: Found) -> str:
 
 
 def heads(part: Found) -> str:
-    pictures = _pictures(part, "head_similarity")
+    pictures = _pictures(part, "head_similarity", "head_diversity")
     return "\n\n".join(["## How alike the heads are", *pictures]) if pictures else ""
 
 

@@ -86,6 +86,8 @@ def write_run(
         mean = float(np.mean(list(losses.values())))
         lines.append({"kind": "train", "step": step, "epoch": step / 100, "loss": mean, "task_losses": losses,
                       "learning_rate": 1e-3, "tokens_per_second": 230.0, "grad_norm": 1.0})  # fmt: skip
+        if heads > 1:
+            lines[-1] |= {"head_similarity": alike, "head_update_similarity": alike + (0.9 - alike) * step / steps}
         if step % max(1, steps // 8) == 0:
             n = 100
             scores = {}

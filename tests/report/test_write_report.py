@@ -16,8 +16,8 @@ from headwater.report import write_report
 
 VOID = {"meta", "link", "br"}
 ALL_FIGURES = {
-    "scores", "training_loss", "evaluation", "head_similarity", "head_matrices", "router_use", "router_by_layer",
-    "router_distance", "mixture",
+    "scores", "training_loss", "evaluation", "head_similarity", "head_diversity", "head_matrices", "router_use",
+    "router_by_layer", "router_distance", "mixture",
 }  # fmt: skip
 
 

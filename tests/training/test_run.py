@@ -19,6 +19,7 @@ from headwater.config import load_config
 from headwater.errors import HeadwaterError
 from headwater.training import train
 from headwater.training.gate_monitor import METRICS
+from headwater.training.head_monitor import HEAD_METRICS
 from headwater.training.history import History
 
 RUN = """
@@ -143,6 +144,7 @@ def test_history_has_every_log_and_evaluation(finished):
             "tokens_per_second",
             "grad_norm",
             *METRICS,
+            *HEAD_METRICS,
         }
     evals = [line for line in lines if line["kind"] == "eval"]
     assert [(line["step"], line["tasks"]["colour"]["n"]) for line in evals] == [(0, 16), (4, 4), (8, 4), (12, 16)]

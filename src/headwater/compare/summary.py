@@ -36,6 +36,7 @@ def summarise(runs: Mapping[str, Sequence[Results]]) -> list[dict[str, Any]]:
                 "train_seconds": _mean([r["train_seconds"] for r in results]),
                 "seconds_per_step": _mean([r["train_seconds"] / max(r["steps"], 1) for r in results]),
                 "peak_memory_bytes": _mean([r["extra"].get("peak_memory_bytes") for r in results]),
+                "activation_bytes": _mean([r["extra"].get("activation_bytes") for r in results]),
             },
         }
         for label, results in runs.items()

@@ -28,6 +28,7 @@ class SummaryExtra(BaseModel):
     train_seconds: float | None = None
     seconds_per_step: float | None = None
     peak_memory_bytes: float | None = None
+    activation_bytes: float | None = None
 
 
 class Summary(BaseModel):

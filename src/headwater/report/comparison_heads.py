@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from headwater.report import head_figures
+from headwater.report import comparison_figures, head_figures
 from headwater.report.comparison import Comparison
+from headwater.report.comparison_curves import panel
 from headwater.report.html import FigureBlock, Section, Text
 from headwater.report.modules import Array, layers_of, mean_off_diagonal, mean_over, routing_arrays, similarity_table
 from headwater.report.run import Run
@@ -56,7 +57,27 @@ def _similarity(comparison: Comparison) -> Section | None:
         f"Heat map of the mean cosine between heads: {means}.",
         lambda w: head_figures.head_similarity(table, layers, w),
     )
-    return Section("similarity", "How alike the heads are", [Text(text), figure])
+    return Section("similarity", "How alike the heads are", [Text(text), figure, *_over_training(comparison)])
+
+
+def _over_training(comparison: Comparison) -> list[FigureBlock]:
+    """How alike heads are over steps, where the histories say it."""
+    panels = [
+        panel(comparison, "heads", lambda run: {r.step: r.head_similarity for r in run.train}, smooth=False),
+        panel(comparison, "what they learnt", lambda run: {r.step: r.head_update_similarity for r in run.train},
+              smooth=False),
+    ]  # fmt: skip
+    panels = [p for p in panels if p.lines]
+    if not panels:
+        return []
+    fills = task_fills(comparison.labels)
+    caption = (
+        "Mean cosine between different heads over training steps, mean over seeds. Left: of the up-projections as they "
+        "are. Right: of what training has added to each; heads that start at random are unlike before they have learnt "
+        "anything, so only this one says whether they learn different things."
+    )
+    alt = f"Mean cosine between heads over steps, of {names_text([line.label for line in panels[0].lines])}."
+    return [FigureBlock("head_diversity", caption, alt, lambda w: comparison_figures.method_curves(panels, fills, w))]
 
 
 def _routing(comparison: Comparison) -> Section | None:

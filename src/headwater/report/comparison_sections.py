@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from headwater.report import comparison_figures as figures
 from headwater.report.comparison import Comparison, Summary
+from headwater.report.comparison_curves import curves_section
 from headwater.report.comparison_heads import heads_sections
 from headwater.report.comparison_interference import interference_sections
-from headwater.report.figures import Bar, BarGroup, grouped_bars, running_mean, smoothing_window
+from headwater.report.figures import Bar, BarGroup, grouped_bars
 from headwater.report.html import Block, Cell, Facts, FigureBlock, Note, Page, Section, Table, Text
-from headwater.report.run import Run, finite
+from headwater.report.run import finite
 from headwater.report.text import (
     change_text,
     count_text,
@@ -33,7 +33,7 @@ def build_comparison_page(comparison: Comparison) -> Page:
         _sizes(comparison),
         _tasks(comparison),
         *interference_sections(comparison),
-        _curves(comparison),
+        curves_section(comparison),
         *heads_sections(comparison),
         _choices(comparison),
         _settings(comparison),
@@ -94,18 +94,28 @@ def _scores(comparison: Comparison) -> Section:
     summary = comparison.content.summary
     first, n = summary[0].method, summary[0].n
     colours, fills = task_colour_names(comparison.labels), task_fills(comparison.labels)
-    memory = any(e.extra.peak_memory_bytes for e in summary)
     columns = ["Method", "Parameters", "Mean score", f"Minus {first}", "Learning rate", "Step time"]
-    rows = [_row(comparison, entry, colours[entry.method], memory) for entry in summary]
+    rows = [_row(comparison, entry, colours[entry.method]) for entry in summary]
+    memory: list[tuple[str, list[float | None]]] = [
+        ("Memory", [e.extra.peak_memory_bytes for e in summary]),
+        ("Activations", [e.extra.activation_bytes for e in summary]),
+    ]
+    for name, sizes in memory:
+        if any(sizes):
+            columns.append(name)
+            for row, size in zip(rows, sizes, strict=True):
+                row.append(Cell("" if size is None else f"{size / 2**20:,.0f} MiB", sort=size))
     caption = (
         f"Mean over tasks of the scores on test rows, and over {plural(n, 'seed', 'seeds')}. Under each number its "
         "95 % interval, by Student's t over seeds; of a difference, by t over the differences seed by seed. The test "
         "rows are the same in all runs, so their own chance is not in the intervals."
     )
+    if "Activations" in columns:
+        caption += " Activations: what the forward of the first batch keeps for its backward."
     blocks: list[Block] = []
     if n < 2:
         blocks.append(Note("One seed: there is no interval over seeds, and differences of a few points may be chance."))
-    blocks.append(Table([*columns, "Memory"] if memory else columns, rows, caption, sortable=True))
+    blocks.append(Table(columns, rows, caption, sortable=True))
     values = {label: [finite(r.mean.after) for r in comparison.results[label]] for label in comparison.labels}
     means = [
         figures.Spread(e.method, fills[e.method], [v for v in values[e.method] if v is not None], e.mean, e.ci95)
@@ -134,14 +144,14 @@ def _scores(comparison: Comparison) -> Section:
     return Section("scores", "Scores", blocks)
 
 
-def _row(comparison: Comparison, entry: Summary, colour_name: str, memory: bool) -> list[Cell]:
+def _row(comparison: Comparison, entry: Summary, colour_name: str) -> list[Cell]:
     about, extra = comparison.about(entry.method), entry.extra
     size = "" if about.solved is None else f"{about.solved} {about.method.get(about.solved)}"
     off = f"{about.deviation:+.1%} off".replace("-", "−") if about.deviation else ""
     named = str(about.method.get("name", ""))
     difference = "" if entry.paired_difference is None else change_text(entry.paired_difference)
     step = "" if extra.seconds_per_step is None else f"{extra.seconds_per_step:.3g} s"
-    cells = [
+    return [
         Cell(entry.method, named if named != entry.method else "", colour_name),
         Cell(
             count_text(entry.trainable_parameters),
@@ -153,10 +163,6 @@ def _row(comparison: Comparison, entry: Summary, colour_name: str, memory: bool)
         Cell("" if about.learning_rate is None else f"{about.learning_rate:g}", sort=about.learning_rate),
         Cell(step, sort=extra.seconds_per_step),
     ]
-    if memory:
-        peak = extra.peak_memory_bytes
-        cells.append(Cell("" if peak is None else f"{peak / 2**30:.2f} GiB", sort=peak))
-    return cells
 
 
 def _sizes(comparison: Comparison) -> Section | None:
@@ -225,59 +231,6 @@ def _bar_groups(summary: list[Summary], tasks: list[str], fills: dict[str, str])
 def _inside(interval: tuple[float, float] | None) -> tuple[float, float] | None:
     """With two seeds an interval may reach far below 0 or above 1, where no score is."""
     return None if interval is None else (max(interval[0], 0.0), min(interval[1], max(1.0, interval[0])))
-
-
-def _curves(comparison: Comparison) -> Section:
-    fills = task_fills(comparison.labels)
-    blocks: list[Block] = []
-    losses = [_panel(comparison, "all tasks", _loss, bottom=0.0)]
-    if len(comparison.tasks) > 1:
-        losses += [_panel(comparison, t, partial(_task_loss, task=t), bottom=0.0) for t in comparison.tasks]
-    losses = [panel for panel in losses if panel.lines]
-    scores = [_panel(comparison, task, partial(_held_out, task=task)) for task in comparison.tasks]
-    scores = [panel for panel in scores if any(len(line.steps) > 2 for line in panel.lines)]
-    if losses:
-        window = max(smoothing_window(len(line.steps)) for panel in losses for line in panel.lines)
-        smooth = f" and up to {window} neighbouring points" if window > 1 else ""
-        caption = f"Training loss on completions, in nats per token, mean over seeds{smooth}."
-        alt = f"Training loss over steps of {names_text(comparison.labels)}."
-        blocks.append(FigureBlock("training_loss", caption, alt, lambda w: figures.method_curves(losses, fills, w)))
-    if scores:
-        caption = (
-            "Held-out scores during training, mean over seeds. The ends are on all test rows, points between them on "
-            "fewer, so a step up or down at an end may be the rows."
-        )
-        alt = f"Held-out scores over steps of {names_text(comparison.labels)}."
-        blocks.append(FigureBlock("evaluation", caption, alt, lambda w: figures.method_curves(scores, fills, w)))
-    if not blocks:
-        blocks.append(Note("The folders of the runs are not here or hold no history."))
-    return Section("curves", "Learning curves", blocks)
-
-
-def _panel(
-    comparison: Comparison, title: str, read: Callable[[Run], dict[int, float | None]], bottom: float | None = None
-) -> figures.Panel:
-    """A line per method: the mean over its runs at every step that all of them have."""
-    lines = []
-    for label, runs in comparison.runs.items():
-        series = [{step: v for step, value in read(run).items() if (v := finite(value)) is not None} for run in runs]
-        steps = sorted(set.intersection(*map(set, series))) if series else []
-        if len(steps) > 1:
-            means = [sum(s[step] for s in series) / len(series) for step in steps]
-            lines.append(figures.Line(label, steps, running_mean(means, smoothing_window(len(means)))))
-    return figures.Panel(title, lines, bottom=bottom)
-
-
-def _loss(run: Run) -> dict[int, float | None]:
-    return {r.step: r.loss for r in run.train}
-
-
-def _task_loss(run: Run, task: str) -> dict[int, float | None]:
-    return {r.step: r.task_losses.get(task) for r in run.train}
-
-
-def _held_out(run: Run, task: str) -> dict[int, float | None]:
-    return {e.step: e.tasks[task].value for e in run.evals if task in e.tasks}
 
 
 def _choices(comparison: Comparison) -> Section | None:

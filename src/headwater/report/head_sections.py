@@ -8,6 +8,7 @@ import numpy as np
 
 from headwater.analysis import DEAD_BELOW
 from headwater.report import head_figures
+from headwater.report.comparison_figures import Line, Panel, method_curves
 from headwater.report.html import Block, FigureBlock, Note, Section, Text
 from headwater.report.modules import arrange, layers_of, routing_arrays, similarity_table, square
 from headwater.report.run import Gates, Run, finite
@@ -55,8 +56,27 @@ def similarity_section(run: Run) -> Section:
             f"Matrices of the cosine of every pair of heads in layers {places}.",
             lambda w: head_figures.head_matrices(arrays, picked, w),
         ),
+        *_over_training(run),
     ]
     return Section(anchor, title, blocks)
+
+
+def _over_training(run: Run) -> list[Block]:
+    read = {"heads": lambda r: r.head_similarity, "what they learnt": lambda r: r.head_update_similarity}
+    lines = []
+    for label, value in read.items():
+        series = {r.step: v for r in run.train if (v := finite(value(r))) is not None}
+        if len(series) > 1:
+            lines.append(Line(label, list(series), list(series.values())))
+    if not lines:
+        return []
+    caption = (
+        "Mean cosine between different heads over training steps: of the up-projections as they are, and of what "
+        "training has added to each. Heads that start at random are unlike before they have learnt anything."
+    )
+    fills = task_fills(list(read))
+    draw = lambda w: method_curves([Panel("", lines)], fills, w)  # noqa: E731
+    return [FigureBlock("head_diversity", caption, "Mean cosine between heads over steps.", draw)]
 
 
 def routing_section(run: Run) -> Section:

@@ -72,6 +72,8 @@ class TrainRecord(BaseModel):
     step: int
     loss: float | None = None
     task_losses: dict[str, float | None] = {}
+    head_similarity: float | None = None
+    head_update_similarity: float | None = None
 
 
 class EvalValue(BaseModel):

@@ -91,6 +91,7 @@ class Accounts(TrainerCallback):
             self._check_mixture(saved["mixture"])
             self.tokens, self.slots = saved["tokens"], saved["slots"]
             self._earlier_seconds = saved["train_seconds"]
+            self.trainer.activation_bytes = saved.get("activation_bytes")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = None
@@ -135,6 +136,7 @@ class Accounts(TrainerCallback):
             "tokens": self.tokens,
             "slots": self.slots,
             "train_seconds": self.seconds,
+            "activation_bytes": self.trainer.activation_bytes,
         }
 
     def _gradient_norm(self) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..evaluation.scores import TaskScore
 from .files import finite, write_text
 from .gate_monitor import METRICS
+from .head_monitor import HEAD_METRICS
 
 TASK_LOSS = "task_loss/"
 AUXILIARY_LOSS = "auxiliary_loss/"
@@ -92,7 +93,7 @@ class HistoryCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
-        keys = ("epoch", "loss", "learning_rate", "tokens_per_second", "grad_norm", *METRICS)
+        keys = ("epoch", "loss", "learning_rate", "tokens_per_second", "grad_norm", *METRICS, *HEAD_METRICS)
         self.history.append(
             {
                 "kind": "train",

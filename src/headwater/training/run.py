@@ -220,6 +220,10 @@ def _say_what_is_trained(
             console.print(f"task {task.name}: {note}", highlight=False, soft_wrap=True, style="dim")
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _results(
     config: RunConfig,
     trainer: HeadwaterTrainer,
@@ -249,7 +253,9 @@ def _results(
         "mean": {"before": mean_score(before.values()), "after": mean_score(after.values())},
         "extra": {
             "tokens": accounts.tokens,
+            "device": _device_name(trainer.args.device),
             "peak_memory_bytes": peak_memory,  # of training, on a GPU; a CPU process does not tell
+            "activation_bytes": trainer.activation_bytes,  # of the first batch; the same rows for every method
             "padding_share": 1 - accounts.tokens / max(accounts.slots, 1),
             "realised_shares": trainer.realised_shares(steps),
             "intervals": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,7 +25,9 @@ from ..tuner.context import KEYWORD, LABELS
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments
+from .head_monitor import HeadMonitor
 from .loss import CompletionCollator, CompletionHead, completion_losses, count_items
+from .memory import SavedBytes
 from .method_callback import MethodCallback
 
 if TYPE_CHECKING:
@@ -101,9 +104,11 @@ class HeadwaterTrainer(Trainer):
         self.add_callback(self.accounts)
         self.method_callback = MethodCallback()
         self.add_callback(self.method_callback)
+        self.head_monitor = HeadMonitor(model)
         self._context = context_of(model) if is_adapted(model) else None
         self._head: CompletionHead | None = None
         self._parameters: int | None = None
+        self.activation_bytes: int | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the mixture, split over ranks by accelerate."""
@@ -211,7 +216,7 @@ class HeadwaterTrainer(Trainer):
             inputs |= {KEYWORD: tasks, LABELS: labels}
             self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
         head = self._head or CompletionHead(self.model)
-        with head.at(index):
+        with head.at(index), self._count_activations(model):
             outputs = model(**inputs)
         if head is not self._head:
             head.remove()
@@ -230,6 +235,20 @@ class HeadwaterTrainer(Trainer):
         # Every rank's gradient is averaged over ranks afterwards, hence times their number.
         loss = losses.sum() * ranks / total
         return (loss, outputs) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _count_activations(self, model: nn.Module) -> Iterator[None]:
+        """In the first batch of training, `activation_bytes`: what its forward keeps for backward, parameters left out.
+
+        Not under `torch_compile` or gradient checkpointing, which decide by themselves what is kept.
+        """
+        args = self.args
+        if self.activation_bytes is not None or not model.training or args.torch_compile or args.gradient_checkpointing:
+            yield
+            return
+        with SavedBytes(model) as saved:
+            yield
+        self.activation_bytes = saved.total
 
     def evaluate(
         self,
@@ -257,9 +276,11 @@ class HeadwaterTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each task's loss since the last log, tokens per second and what gates did to the training log."""
+        """Adds to the training log each task's loss since the last one, tokens per second, how alike heads are and what
+        gates did."""
         if "loss" in logs:
             logs.update(self.accounts.close_window())
+            logs.update(self.head_monitor.measure())
             if self.method_callback.gates is not None:
                 logs.update(self.method_callback.gates.close_window())
         super().log(logs, start_time)
