@@ -81,7 +81,15 @@ def load_base_model(
         raise _explained(error, source) from error
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
     return model, tokenizer
+
+
+def _contiguous(_head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """transformers gives the vocabulary head a strided view of each prompt's last position, which torch on the CPU
+    multiplies row by row: 2 to 5 times slower in float32, over 100 times in bfloat16."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -27,6 +27,8 @@ def test_an_interval_is_the_mean_and_t_standard_errors():
     half = 4.302652729749464 * 0.2 / math.sqrt(3)  # the standard deviation of these three is 0.2
     assert t_interval(values) == pytest.approx((0.7 - half, 0.7 + half), rel=1e-12)
     assert t_interval([0.5]) is None
+    assert t_interval(values, (0, 1)) == pytest.approx((0.7 - half, 1), rel=1e-12)
+    assert t_interval([0.1, 0.3, 0.2], (0, 1))[0] == 0
 
 
 def run(seed, before, after, losses=()):
@@ -69,4 +71,11 @@ def test_losses_have_no_mean_but_are_compared_task_by_task():
     first, second = summarise({"a": [run(0, 0, [], [2.0]), run(1, 0, [], [3.0])],
                                "b": [run(0, 0, [], [1.5]), run(1, 0, [], [2.5])]})  # fmt: skip
     assert first["mean"] is second["mean"] is second["paired_difference"] is None
-    assert second["extra"]["tasks"]["l0"]["paired_difference"] == pytest.approx(-0.5)
+    loss = second["extra"]["tasks"]["l0"]
+    assert loss["paired_difference"] == pytest.approx(-0.5)
+    assert (loss["ci95"][0], loss["ci95"][1] > 8) == (0, True)
+
+
+def test_intervals_of_scores_end_at_zero_and_one():
+    (entry,) = summarise({"a": [run(0, 0, [0.2]), run(1, 0, [0.9])]})
+    assert entry["ci95"] == entry["extra"]["tasks"]["t0"]["ci95"] == (0, 1)

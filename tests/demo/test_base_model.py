@@ -159,6 +159,18 @@ def test_folder_round_trip_and_pad_token(tmp_path, tiny_llama, tiny_tokenizer):
         load_base_model(str(tmp_path), dtype="fp8")
 
 
+def test_the_head_gets_its_input_in_one_piece(tmp_path, tiny_llama, tiny_tokenizer):
+    """A strided one is multiplied row by row on the CPU."""
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, _ = load_base_model(str(tmp_path))
+    seen = []
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda states: seen.append(states.is_contiguous()) or forward(states)
+    model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), logits_to_keep=1)
+    assert seen == [True]
+
+
 def test_cache_dir(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("HEADWATER_CACHE")

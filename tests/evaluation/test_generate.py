@@ -104,6 +104,23 @@ def test_sampling_follows_its_seed_and_leaves_the_random_state(tiny_llama, tiny_
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_several_samples_are_what_repeated_prompts_give_and_run_the_prompt_once(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    prompts = [[5, 6, 7, 8], [9], [1, 2, 3, 4, 5, 6]]
+    seen: list[tuple[int, ...]] = []
+    options = {"max_new_tokens": 3, "temperature": 1.0}
+    with evaluating(model):
+        torch.manual_seed(0)
+        expected = generate_from_ids(model, tiny_tokenizer, [p for p in prompts for _ in range(4)], **options)
+        handle = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+        torch.manual_seed(0)
+        found = generate_from_ids(model, tiny_tokenizer, prompts, samples=4, **options)
+        handle.remove()
+    assert found == expected
+    assert len({answer.text for answer in found[:4]}) > 1
+    assert seen == [(3, 5), (12, 1), (12, 1), (12, 1)]  # all but the last token of three prompts, then their samples
+
+
 def test_top_p_near_zero_is_greedy(ending, tiny_tokenizer):
     model, *_ = ending
     greedy = generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6)

@@ -15,7 +15,8 @@ from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from typer.testing import CliRunner
 
 from headwater.cli import app, main
-from headwater.preference.results import good_pick_rate, late, mean_and_interval
+from headwater.evaluation.intervals import t_interval
+from headwater.preference.results import good_pick_rate, late
 
 RUN = """\
 model_name_or_path: {folder}/model
@@ -94,8 +95,11 @@ def test_the_folder_holds_what_it_should(done):
     assert set(results["scores"]) == {"linucb", "random"}
     for score in results["scores"].values():
         assert len(score["seeds"]) == 2
-        assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
-        assert 0 <= score["mean"] <= 1
+        assert score["mean"] == pytest.approx(sum(score["seeds"]) / 2)
+        assert score["ci95"] == list(t_interval(score["seeds"], (0, 1)))
+    differences = [a - b for a, b in zip(*(s["seeds"] for s in results["scores"].values()), strict=True)]
+    expected = {"mean": pytest.approx(sum(differences) / 2), "ci95": list(t_interval(differences, (-1, 1)))}
+    assert results["extra"]["differences"] == {"random": expected}
     assert 0 <= results["late_good_pick_rate"] <= 1
     assert results["extra"]["queries_per_round"] == {"linucb": 1.0, "random": 1.0}
     for strategy in ("linucb", "random"):
@@ -246,10 +250,6 @@ def test_rlora_starts_without_its_dropout_unless_told(tmp_path):
 
 
 def test_numbers_of_the_summary():
-    mean, interval = mean_and_interval([0.5, 0.7, 0.9])
-    assert mean == pytest.approx(0.7)
-    assert interval == pytest.approx([0.7 - 4.303 * 0.2 / 3**0.5, 0.7 + 4.303 * 0.2 / 3**0.5])
-    assert mean_and_interval([0.4]) == (0.4, None)
     rounds = [{"task": "a", "queried": [q]} for q in "xxyzzyy"]
     assert [r["queried"] for r in late(rounds)] == [["z"], ["y"], ["y"]]
     assert good_pick_rate(late(rounds), {"a": "y"}) == pytest.approx(2 / 3)

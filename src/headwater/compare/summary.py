@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def summarise(runs: Mapping[str, Sequence[Results]]) -> list[dict[str, Any]]:
             "method": label,
             "n": len(results),
             "trainable_parameters": results[0]["trainable_parameters"],
-            **_against([r["mean"]["after"] for r in results], [r["mean"]["after"] for r in first], results is first),
+            **_against([r["mean"]["after"] for r in results], [r["mean"]["after"] for r in first], results is first, 1.0),
             "extra": {
                 "tasks": {
                     task: {"metric": results[0]["tasks"][task]["metric"], **_of_task(task, results, first)}
@@ -46,20 +47,27 @@ def summarise(runs: Mapping[str, Sequence[Results]]) -> list[dict[str, Any]]:
 def _of_task(task: str, results: Sequence[Results], first: Sequence[Results]) -> dict[str, Any]:
     values, others = ([r["tasks"][task]["after"] for r in runs] for runs in (results, first))
     before = _mean([r["tasks"][task]["before"] for r in results])
-    return {**_against(values, others, results is first), "before": before}
+    most = math.inf if results[0]["tasks"][task]["metric"] == "loss" else 1.0
+    return {**_against(values, others, results is first, most), "before": before}
 
 
-def _against(values: Sequence[float | None], first: Sequence[float | None], is_first: bool) -> dict[str, Any]:
-    """Mean, interval, and the same of the differences to the first method's values; all None where a value is."""
+def _against(
+    values: Sequence[float | None], first: Sequence[float | None], is_first: bool, most: float
+) -> dict[str, Any]:
+    """Mean, interval, and the same of the differences to the first method's values; all None where a value is.
+
+    Args:
+        most: values lie from 0 to this, and the intervals end there.
+    """
     known = [v for v in values if v is not None]
     differences = [v - w for v, w in zip(values, first, strict=True) if v is not None and w is not None]
     whole = len(known) == len(values)
     paired = not is_first and len(differences) == len(values)
     return {
         "mean": _mean(known) if whole else None,
-        "ci95": t_interval(known) if whole else None,
+        "ci95": t_interval(known, (0.0, most)) if whole else None,
         "paired_difference": _mean(differences) if paired else None,
-        "paired_ci95": t_interval(differences) if paired else None,
+        "paired_ci95": t_interval(differences, (-most, most)) if paired else None,
     }
 
 

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from headwater.data.encode import DataSpec, encode_prompt
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.forward import (
+    Padded,
+    accepts,
     base_of,
     evaluating,
     input_device,
+    logits_at,
     max_positions,
     pad,
     pad_id,
     task_keywords,
 )
+from headwater.evaluation.likelihood import can_be_copied, copied
 from headwater.tuner import needs_task_ids
 
 if TYPE_CHECKING:
@@ -73,6 +77,7 @@ def generate_from_ids(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    samples: int = 1,
     batch_size: int = 16,
     settled: Callable[[int, str], bool] | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -84,6 +89,8 @@ def generate_from_ids(
     Args:
         prompts: token ids, at least one per prompt.
         temperature: 0 takes the likeliest token each time; else tokens are sampled.
+        samples: continuations of each prompt, which come next to each other in the result. The prompt is run once.
+        batch_size: prompts in a batch.
         settled: ends prompt `i` early once `settled(i, its text so far)` holds.
         on_batch: called with the number of prompts done after each batch.
     """
@@ -103,27 +110,50 @@ def generate_from_ids(
         pad_token_id=pad_id(tokenizer),
         return_dict_in_generate=False,
     )
-    results = [Generated("", False)] * len(prompts)
+    results = [Generated("", False)] * (len(prompts) * samples)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        padded = pad([prompts[i] for i in batch], pad_id(tokenizer), left=True).to(input_device(model))
+        chosen = order[start : start + batch_size]
+        padded = pad([prompts[i] for i in chosen], pad_id(tokenizer), left=True).to(input_device(model))
         width = padded.input_ids.shape[1]
+        cache = None
+        if samples > 1 and width > 1 and accepts(model, "past_key_values", "use_cache", "position_ids"):
+            cache = _run_prompts(model, padded, samples, task_index)
+        batch = [i for i in chosen for _ in range(samples)]
         stop = _Settled(tokenizer, settled or (lambda _i, _text: False), batch, width)
         output = cast(Any, model).generate(
-            input_ids=padded.input_ids,
-            attention_mask=padded.attention_mask,
+            input_ids=padded.input_ids.repeat_interleave(samples, 0),
+            attention_mask=padded.attention_mask.repeat_interleave(samples, 0),
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([stop] if settled else []),
+            **({} if cache is None else {"past_key_values": cache}),
             **task_keywords(model, task_index, len(batch)),
         )
         for row, tokens in enumerate(output[:, width:].tolist()):
             end = next((at for at, token in enumerate(tokens) if token in ends), None)
             finished = end is not None or row in stop.rows
-            results[batch[row]] = Generated(decode(tokenizer, tokens[:end]), finished)
+            results[batch[row] * samples + row % samples] = Generated(decode(tokenizer, tokens[:end]), finished)
         if on_batch is not None:
-            on_batch(len(batch))
+            on_batch(len(chosen))
     return results
+
+
+def _run_prompts(model: nn.Module, padded: Padded, samples: int, task_index: int | None) -> DynamicCache | None:
+    """Keys and values of all tokens of the prompts but the last, `samples` times each; None if the model keeps others."""
+    rows = len(padded.input_ids)
+    _, output = logits_at(
+        model,
+        torch.zeros((rows, 1), dtype=torch.long),
+        input_ids=padded.input_ids[:, :-1],
+        attention_mask=padded.attention_mask[:, :-1],
+        position_ids=padded.position_ids[:, :-1],
+        use_cache=True,
+        **task_keywords(model, task_index, rows),
+    )
+    cache = getattr(output, "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or not can_be_copied(cache):
+        return None
+    return copied(cache, torch.arange(rows, device=padded.input_ids.device).repeat_interleave(samples))
 
 
 def generate_text(

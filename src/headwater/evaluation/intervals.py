@@ -44,15 +44,21 @@ def interval(values: Sequence[float], weights: Sequence[float] | None = None) ->
     return float(low), float(high)
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean of a few values, by Student's t; None for fewer than two, which tell no spread."""
+def t_interval(values: Sequence[float], within: tuple[float, float] | None = None) -> tuple[float, float] | None:
+    """95 % interval of the mean of a few values, by Student's t; None for fewer than two, which tell no spread.
+
+    Args:
+        within: bounds that no value can leave, such as (0, 1) for scores. The interval is cut there: the mean lies
+            inside anyway, so nothing that it could be is lost.
+    """
     n = len(values)
     if n < 2:
         return None
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
     half = t_quantile(n - 1) * error
-    return mean - half, mean + half
+    low, high = within or (-math.inf, math.inf)
+    return max(low, mean - half), min(high, mean + half)
 
 
 def t_quantile(df: int) -> float:

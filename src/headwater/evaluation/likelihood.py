@@ -155,7 +155,7 @@ def _score_with_cache(
         **task_keywords(model, task_index, len(batch)),
     )
     cache = getattr(output, "past_key_values", None)
-    if not isinstance(cache, DynamicCache) or not _can_be_copied(cache):
+    if not isinstance(cache, DynamicCache) or not can_be_copied(cache):
         return False
     row_of = {i: row for row, i in enumerate(batch)}
     firsts = [(row_of[i], 0, choice[0], i, c) for i in batch for c, choice in enumerate(scores.choices[i])]
@@ -174,7 +174,7 @@ def _score_with_cache(
             input_ids=tail.input_ids,
             attention_mask=torch.cat([padded.attention_mask[rows], tail.attention_mask], dim=1),
             position_ids=lengths[rows] + tail.position_ids,
-            past_key_values=_copied(cache, rows),
+            past_key_values=copied(cache, rows),
             use_cache=True,
             **task_keywords(model, task_index, len(group)),
         )
@@ -192,12 +192,12 @@ def _reads(
                 yield row, position, token, run.prompt, c
 
 
-def _can_be_copied(cache: DynamicCache) -> bool:
+def can_be_copied(cache: DynamicCache) -> bool:
     """Whether every layer of the cache replaces its tensors when it grows, so that shallow copies stay apart."""
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def _copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+def copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache that holds rows `rows` (int64 `[b]`, repeats allowed) of `cache`, which stays as it is."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]

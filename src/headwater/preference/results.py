@@ -8,26 +8,11 @@ from importlib.metadata import version
 from typing import Any
 
 from headwater import __version__
+from headwater.evaluation.intervals import t_interval
 from headwater.preference.spec import PreferConfig
 
 LATE = 1 / 3
 """The share of a run's rounds, at its end, that counts as late."""
-# Student's t, 97.5 % point, by degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
-    """The mean over seeds and its 95 % interval by Student's t; None for a single value.
-
-    The interval covers how runs with other seeds differ, not how other test rows would."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    freedom = len(values) - 1
-    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.5 / freedom
-    half = t * deviation / math.sqrt(len(values))
-    return mean, [mean - half, mean + half]
 
 
 def late(rounds: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -57,14 +42,13 @@ def summary(
     first = spec.strategies[0]
     for strategy in spec.strategies:
         mine = [runs[strategy, seed] for seed in seeds]
-        mean, interval = mean_and_interval([run["mean"] for run in mine])
-        scores[strategy] = {"mean": mean, "ci95": interval, "seeds": [run["mean"] for run in mine]}
+        values = [run["mean"] for run in mine]
+        scores[strategy] = {"mean": sum(values) / len(values), "ci95": t_interval(values, (0, 1)), "seeds": values}
         found = [rate for run in mine if (rate := good_pick_rate(late(run["rounds"]), spec.good)) is not None]
         rates[strategy] = sum(found) / len(found) if found else None
         if strategy != first:
             pairs = [runs[first, seed]["mean"] - runs[strategy, seed]["mean"] for seed in seeds]
-            mean, interval = mean_and_interval(pairs)
-            differences[strategy] = {"mean": mean, "ci95": interval}
+            differences[strategy] = {"mean": sum(pairs) / len(pairs), "ci95": t_interval(pairs, (-1, 1))}
     learning = next((s for s in spec.strategies if s in ("linucb", "exp3")), None)
     some = runs[first, seeds[0]]
     return {

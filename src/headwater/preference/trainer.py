@@ -293,11 +293,12 @@ class PreferenceTrainer(DPOTrainer):
             answers = generate_from_ids(
                 self.model,
                 self.tokenizer,
-                [prompt for prompt in prompts for _ in range(n)],
+                prompts,
                 task_index=task.index,
                 max_new_tokens=self.spec.max_new_tokens,
                 temperature=self.spec.temperature,
-                batch_size=n * len(prompts),
+                samples=n,
+                batch_size=len(prompts),
             )
         responses = Responses()
         for start in range(0, len(answers), n):

@@ -123,7 +123,7 @@ def _scores(results: Mapping[str, Any]) -> Section:
     )
     columns = ["Strategy", "Score", "Seeds", f"{first} minus it", "Time"]
     bars = [
-        figures.Bar(strategy, score["mean"], colour(names[strategy]), score["ci95"] and _in_range(score["ci95"]))
+        figures.Bar(strategy, score["mean"], colour(names[strategy]), score["ci95"])
         for strategy, score in scores.items()
     ]
     group = figures.BarGroup(
@@ -154,10 +154,6 @@ def _scores(results: Mapping[str, Any]) -> Section:
         for run, dropped in extra["dropped"].items()
     ]
     return Section("scores", "Scores", blocks)
-
-
-def _in_range(interval: Sequence[float]) -> tuple[float, float]:
-    return max(0.0, interval[0]), min(1.0, interval[1])
 
 
 def _picks(results: Mapping[str, Any], runs: Runs) -> Section:
