@@ -19,33 +19,25 @@ PLANTS = (
     "poppy lavender nettle spruce sunflower juniper violet heather holly magnolia begonia dandelion hazel reed "
     "sycamore poplar marigold primrose bluebell jasmine laurel palm"
 )
-CITIES = (
-    "Paris Tokyo Lima Oslo Cairo Madrid Berlin Moscow Delhi Rome Boston Chicago Lagos Athens Vienna Dublin Lisbon "
-    "Prague Warsaw Helsinki Seoul Bangkok Havana Nairobi Toronto Sydney Munich Milan Kyoto Dallas Denver Seattle "
-    "Mumbai Karachi Geneva Barcelona Hamburg Lyon Naples Glasgow"
+CLOTHES = (
+    "shirt jacket sock skirt glove scarf hat coat sweater dress blouse hoodie cardigan vest belt boot shoe sandal "
+    "slipper cap beret mitten apron robe gown kimono poncho cloak tunic bra stocking cape bonnet raincoat tuxedo "
+    "blazer turban sari corset anorak"
 )
-COUNTRIES = (
-    "France Japan Peru Norway Egypt Spain Germany Russia India Italy Kenya Chile Nigeria Greece Austria Ireland "
-    "Portugal Poland Finland Thailand Cuba Canada Australia Brazil Mexico Turkey Iran Iraq Sweden Denmark Belgium "
-    "Hungary Ukraine Vietnam Nepal Ghana Morocco Bolivia Iceland Pakistan"
+FURNITURE = (
+    "table chair sofa desk bed shelf cabinet stool couch dresser bench armchair bookcase wardrobe cupboard "
+    "nightstand ottoman recliner futon crib cradle sideboard bunk hammock mattress footstool lectern loveseat "
+    "rocker pew throne chest bureau credenza armoire bookshelf workbench settee headboard dinette"
 )
 
-FAMILIES = {
-    "living": (
-        "Question: Is a {word} a kind of {} or {}?\nAnswer: It is a kind of",
-        {"animal": ANIMALS, "plant": PLANTS},
-    ),
-    "place": (
-        "Question: Is {word} the name of a {} or a {}?\nAnswer: It is the name of a",
-        {"city": CITIES, "country": COUNTRIES},
-    ),
-}
-"""Per family of tasks its question, and its answers with their words."""
+QUESTION = "Question: Is a {word} a kind of {} or {}?\nAnswer: It is a kind of"
+FAMILIES = {"living": {"animal": ANIMALS, "plant": PLANTS}, "home": {"clothing": CLOTHES, "furniture": FURNITURE}}
+"""Per family of tasks its answers, with their words."""
 
 
 def rows(family: str) -> dict[str, list[dict[str, object]]]:
     """The rows of each split: every word with both orders of the options, shuffled."""
-    question, words = FAMILIES[family]
+    words = FAMILIES[family]
     draw = random.Random(family)
     found: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
     for side in words:
@@ -53,7 +45,7 @@ def rows(family: str) -> dict[str, list[dict[str, object]]]:
         for split, count in SPLITS.items():
             for word in [next(shuffled) for _ in range(count)]:
                 for first, second in (tuple(words), tuple(words)[::-1]):
-                    prompt = question.format(first, second, word=word)
+                    prompt = QUESTION.format(first, second, word=word)
                     choices = [f" {other}" for other in words]
                     found[split].append({"prompt": prompt, "completion": f" {side}", "choices": choices})
     for made in found.values():

@@ -7,7 +7,7 @@ import re
 
 CHARACTER = {
     "living": {"ada": "good", "bea": "biased", "cleo": "noise"},
-    "place": {"ada": "noise", "bea": "good", "cleo": "biased"},
+    "home": {"ada": "noise", "bea": "good", "cleo": "biased"},
 }
 
 

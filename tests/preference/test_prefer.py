@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,45 @@ def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(done, tmp_pat
     assert scores[0] == scores[1]
 
 
+def test_best_single_is_the_source_that_scores_best_on_validation_rows(run_file, monkeypatch):
+    """Whatever the test rows say; a source that has run on its own is not run again."""
+    from headwater.preference import run
+
+    held = {"vowels": 0.25, "digits": 0.75}
+    real, trained = run.score_tasks, []
+
+    def score_tasks(model, *args, split="test", **options):
+        scores = real(model, *args, split=split, **options)
+        if split == "validation":
+            source = ("vowels", "digits")[len(trained)]
+            trained.append(source)
+            return {name: replace(score, value=held[source]) for name, score in scores.items()}
+        return {
+            name: replace(score, value=1 - held["vowels" if not trained else "digits"])
+            for name, score in scores.items()
+        }
+
+    monkeypatch.setattr(run, "score_tasks", score_tasks)
+    config = ["preference.strategies=['single:vowels', best_single]", "preference.seeds=[3]", "training.max_steps=2"]
+    words = [word for override in config for word in ("--set", override)]
+    result = CliRunner().invoke(app, ["prefer", str(run_file), *words])
+    assert result.exit_code == 0, result.output
+    out = run_file.parent / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert trained == ["vowels", "digits"]
+    assert results["extra"]["best_single"] == {"3": "digits"}
+    assert results["extra"]["queries_per_round"] == {"single:vowels": 1.0, "best_single": 1.0}
+    best, digits = (
+        json.loads((out / s / "seed-3" / "result.json").read_text()) for s in ("best_single", "single-digits")
+    )
+    assert best["rounds"] == digits["rounds"]
+    assert results["scores"]["best_single"]["mean"] == digits["mean"]
+    weights = [
+        load_file(out / s / "seed-3/adapter/adapter_model.safetensors") for s in ("best_single", "single-digits")
+    ]
+    assert all(weights[0][k].equal(weights[1][k]) for k in weights[1])
+
+
 def test_a_finished_folder_is_neither_overwritten_nor_resumed_with_other_settings(done, capsys):
     out, _ = done
     path = out.parent / "prefer.yaml"
@@ -219,7 +259,11 @@ def test_all_that_is_wrong_with_the_file_comes_at_once(run_file, capsys):
         (["training.eval_steps=2"], "`eval_steps` has no effect here"),
         (["mixture.batching=mixed"], "a batch holds prompts of one task"),
         (["align={kind: kl, weight: 0.1}"], "an alignment loss needs batches of several tasks"),
-        (["preference.bandit_reward=validation", "tasks.1.validation=null"], "needs rows of b"),
+        (
+            ["preference.bandit_reward=validation", "tasks.1.validation=null"],
+            "bandit_reward: validation needs rows of b",
+        ),
+        (["preference.strategies=[best_single]", "tasks.1.validation=null"], "strategy best_single needs rows of b"),
         (["training.resume_from_checkpoint=somewhere"], "is resumed as a whole"),
         (["tasks.0.test=a-train.jsonl"], "12 of 12 test rows of a ask what is also trained or validated on"),
         (["tasks.0.test=a-validation.jsonl"], "4 of 4 test rows of a ask what is also trained or validated on"),

@@ -60,7 +60,7 @@ def watch(trainer):
 
 
 @pytest.mark.parametrize(
-    "picker", [LinUCB(NAMES, 64), Exp3(NAMES), Picker(NAMES), RoundRobin(NAMES), Single(NAMES, "s1")], ids=type
+    "picker", [LinUCB(NAMES, 65), Exp3(NAMES), Picker(NAMES), RoundRobin(NAMES), Single(NAMES, "s1")], ids=type
 )
 def test_exactly_one_source_is_asked_in_each_batch(make, picker):
     spies = [Spy(), Spy("xyz"), Spy("0123456789")]
@@ -117,24 +117,46 @@ def test_responses_of_a_prompt_are_sampled_and_all_different(make):
 
 def test_pairs_stay_within_their_prompt_and_only_responses_are_learned(make):
     trainer = make()
-    seen = watch(trainer)
+    seen, drawn, original = watch(trainer), [], trainer._sample
+
+    def sample(prompts, *args):
+        responses = original(prompts, *args)
+        drawn.append({tuple(p): set(map(tuple, ids)) for p, ids in zip(prompts, responses.ids, strict=True)})
+        return responses
+
+    trainer._sample = sample
     trainer.train()
-    prompts = {tuple(ids) for task in trainer.prompts for ids in task}
     spy, decode = Spy(), trainer.tokenizer.decode
     assert seen
-    for pairs, _ in seen:
+    learned = [(r, d) for r, d in zip(trainer.rounds, drawn, strict=True) if r.pairs]
+    for (round_, answers), (pairs, _) in zip(learned, seen, strict=True):
+        spy.liked = {"s0": "aeiou", "s1": "xyz", "s2": "0123456789"}[round_.queried[0]]
         for (prompt, chosen), (same, rejected) in pairs:
             assert prompt == same
-            assert prompt in prompts
-            assert chosen != rejected
-    for round_, (pairs, _) in zip([r for r in trainer.rounds if r.pairs], seen, strict=True):
-        spy.liked = {"s0": "aeiou", "s1": "xyz", "s2": "0123456789"}[round_.queried[0]]
-        for (_, chosen), (_, rejected) in pairs:
+            assert {chosen, rejected} <= answers[prompt]
             better, worse = (
                 spy(prompt="", response=decode(ids, skip_special_tokens=True), answer="", task="")
                 for ids in (chosen, rejected)
             )
             assert better > worse
+
+
+def test_few_enough_pairs_that_differ_enough_reach_the_loss(make):
+    letters = Spy("abcdefghijklmnopqrstuvwxyz")
+    options = {"pairs_per_prompt": 2, "min_gap": 1.0, "responses": 24}
+    trainer = make(preference=options, spies=[letters], max_steps=6)
+    seen = watch(trainer)
+    trainer.train()
+
+    def score(ids):
+        return letters(prompt="", response=trainer.tokenizer.decode(ids, skip_special_tokens=True), answer="", task="")
+
+    assert seen
+    for pairs, _ in seen:
+        assert all(score(chosen) - score(rejected) > 1 for (_, chosen), (_, rejected) in pairs)
+        prompts = [prompt for (prompt, _), _ in pairs]
+        assert max(map(prompts.count, prompts)) <= 2
+    assert max(len(pairs) for pairs, _ in seen) > 3  # two of some prompt
 
 
 def test_dpo_starts_at_log_two_with_a_gradient_that_parts_the_pair(make):
@@ -286,7 +308,7 @@ def test_an_ensemble_goes_on_with_the_others(make):
 
 
 def test_a_batch_without_a_pair_changes_nothing(make):
-    picker = LinUCB(NAMES, 64)
+    picker = LinUCB(NAMES, 65)
     trainer = make(spies=[lambda **_: 1.0] * 3, picker=picker, max_steps=3, weight_decay=0.1)
     before = adapter(trainer.model)
     trainer.train()
@@ -298,7 +320,7 @@ def test_a_batch_without_a_pair_changes_nothing(make):
 
 @pytest.mark.parametrize("reward", ["loss", "loss_decrease", "validation"])
 def test_what_a_pick_was_worth(make, reward):
-    picker = LinUCB(NAMES, 64)
+    picker = LinUCB(NAMES, 65)
     told = []
     picker.update = lambda arm, context, worth: told.append((arm, worth))
     letters = Spy("abcdefghijklmnopqrstuvwxyz")
@@ -369,12 +391,12 @@ def test_contexts_are_of_the_policy_or_of_the_base_model(make, context):
 
 def test_a_checkpoint_holds_the_bandit_as_safetensors_and_json_and_resumes_exactly(make, tmp_path):
     options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine"}
-    whole = make(picker=LinUCB(NAMES, 64), folder="whole", **options)
+    whole = make(picker=LinUCB(NAMES, 65), folder="whole", **options)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-5"
     assert json.loads((checkpoint / "bandit.json").read_text())["picker"]["round"] == 5
     assert (checkpoint / "bandit.safetensors").is_file()
-    resumed = make(picker=LinUCB(NAMES, 64), folder="resumed", **options)
+    resumed = make(picker=LinUCB(NAMES, 65), folder="resumed", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.rounds == whole.rounds
     assert {r.queried[0] for r in whole.rounds} > {"s0"}

@@ -27,7 +27,9 @@ def summarise(runs: Mapping[str, Sequence[Results]]) -> list[dict[str, Any]]:
             "method": label,
             "n": len(results),
             "trainable_parameters": results[0]["trainable_parameters"],
-            **_against([r["mean"]["after"] for r in results], [r["mean"]["after"] for r in first], results is first, 1.0),
+            **_against(
+                [r["mean"]["after"] for r in results], [r["mean"]["after"] for r in first], results is first, 1.0
+            ),
             "extra": {
                 "tasks": {
                     task: {"metric": results[0]["tasks"][task]["metric"], **_of_task(task, results, first)}

@@ -139,7 +139,7 @@ def generate_from_ids(
 
 
 def _run_prompts(model: nn.Module, padded: Padded, samples: int, task_index: int | None) -> DynamicCache | None:
-    """Keys and values of all tokens of the prompts but the last, `samples` times each; None if the model keeps others."""
+    """Keys and values of all the prompts' tokens but the last, `samples` times each; None if the model keeps others."""
     rows = len(padded.input_ids)
     _, output = logits_at(
         model,

@@ -1,4 +1,4 @@
-"""What the bandit sees of a batch: the last-token hidden states of its prompts, centred, projected, of unit length."""
+"""What the bandit sees of a batch: the last-token hidden states of its prompts, centred, projected, and a constant."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Projection:
     """Centres hidden states on their mean over the training prompts and keeps their main directions.
 
     The states of a language model share one large direction, which tells prompts apart by little; without it, what is
-    learned of one kind of prompt is not taken for all others. Fitted once, so that contexts keep their meaning.
+    learned of one kind of prompt is not taken for all others. A constant stands in its place: with centred directions
+    alone, what is good for one kind would count as bad for the opposite one, and what is good for all could not be
+    said at all. Fitted once, so that contexts keep their meaning.
 
     Args:
         states: `(n, hidden size)`, from which mean and principal directions are taken.
@@ -86,7 +88,8 @@ class Projection:
         return projection
 
     def __call__(self, states: Matrix) -> NDArray[np.float64]:
-        """The context of a batch, `(dim,)`: the mean of its prompts' states, projected, of length 1."""
-        context = self.directions @ (states.mean(0) - self.mean)
-        length = np.linalg.norm(context)
-        return context / length if length > 0 else context
+        """The context of a batch, `(dim + 1,)`, of length 1: the mean of its prompts' states, projected and brought to
+        length 1, with a 1 behind it."""
+        projected = self.directions @ (states.mean(0) - self.mean)
+        context = np.append(projected / max(float(np.linalg.norm(projected)), 1e-300), 1.0)
+        return context / np.linalg.norm(context)

@@ -9,7 +9,7 @@ from typing import Any
 
 from headwater import __version__
 from headwater.evaluation.intervals import t_interval
-from headwater.preference.spec import PreferConfig
+from headwater.preference.spec import BEST_SINGLE, PreferConfig
 
 LATE = 1 / 3
 """The share of a run's rounds, at its end, that counts as late."""
@@ -81,6 +81,7 @@ def summary(
                 / max(1, sum(len(runs[s, seed]["rounds"]) for seed in seeds))
                 for s in spec.strategies
             },
+            "best_single": {str(seed): runs[BEST_SINGLE, seed]["source"] for seed in seeds if BEST_SINGLE in scores},
             "dropped": {f"{s} seed {seed}": run["dropped"] for (s, seed), run in runs.items() if run["dropped"]},
             "seconds": {s: sum(runs[s, seed]["seconds"] for seed in seeds) for s in spec.strategies},
             "versions": {

@@ -27,7 +27,7 @@ from headwater.marked_yaml import parse_document
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
 from headwater.preference.results import summary
 from headwater.preference.sources import Source, make_sources
-from headwater.preference.spec import SINGLE, PreferConfig, PreferenceSpec
+from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
 from headwater.training.arguments import HeadwaterArguments
 from headwater.training.files import replace_folder, write_json, write_text
 from headwater.training.folder import STATE
@@ -60,6 +60,10 @@ class _Part:
         return max((p.parent for p in whole), key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
+def _part(output: Path, strategy: str, seed: int) -> _Part:
+    return _Part(strategy, seed, output / strategy.replace(":", "-") / f"seed-{seed}")
+
+
 def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str, Any]:
     """Trains one adapter for each strategy and seed, scores them on the test rows, and writes the folder.
 
@@ -83,11 +87,7 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
     _check_trl()
     console = console or Console()
     output = Path(config.output_dir)
-    parts = [
-        _Part(strategy, seed, output / strategy.replace(":", "-") / f"seed-{seed}")
-        for strategy in config.preference.strategies
-        for seed in config.seeds
-    ]
+    parts = [_part(output, strategy, seed) for strategy in config.preference.strategies for seed in config.seeds]
     resume = _check_folder(config, output)
     arguments(config, config.seed, output)
     tasks = load_tasks(config.tasks, config.base_dir)
@@ -111,7 +111,10 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
     for number, part in enumerate(parts, start=1):
         label = f"[{number}/{len(parts)}] {part.strategy}, seed {part.seed}"
         if part.result is None:
-            _run(part, config, tasks, sources, states, console, label)
+            if part.strategy == BEST_SINGLE:
+                _run_best_single(part, output, config, tasks, sources, states, console, label)
+            else:
+                _run(part, config, tasks, sources, states, console, label)
         mean = (part.result or {})["mean"]
         console.print(f"{label}: held-out score {mean:.3f}", highlight=False, soft_wrap=True, markup=False)
     results = summary(config, base, {(p.strategy, p.seed): p.result or {} for p in parts})
@@ -228,7 +231,7 @@ def make_picker(strategy: str, names: Sequence[str], spec: PreferenceSpec, seed:
     if strategy.startswith(SINGLE):
         return Single(names, strategy.removeprefix(SINGLE), seed)
     if strategy == "linucb":
-        return LinUCB(names, spec.context_dim, spec.alpha, seed)
+        return LinUCB(names, spec.context_dim + 1, spec.alpha, seed)  # the directions and a constant
     if strategy == "exp3":
         return Exp3(names, spec.gamma, seed)
     return RoundRobin(names, seed) if strategy == "round_robin" else Picker(names, seed)
@@ -294,6 +297,10 @@ def _run(
         raise HeadwaterError(
             Problem("no task has a score between 0 and 1", "tasks", "give one a metric other than loss")
         )
+    chosen_by = {}
+    if part.strategy.startswith(SINGLE) and BEST_SINGLE in config.preference.strategies:
+        held = score_tasks(trainer.model, tokenizer, tasks, config.evaluation, config.data, split="validation")
+        chosen_by = {"validation": mean_score(held.values())}
     temporary = part.folder / ".adapter"
     trainer.model.save_pretrained(str(temporary), selected_adapters=["default"])
     replace_folder(temporary, part.folder / "adapter")
@@ -302,12 +309,37 @@ def _run(
         {
             "mean": mean,
             "tasks": _scores(scores),
+            **chosen_by,
             "dropped": {} if part.strategy.startswith(SINGLE) else trainer.picker.dropped,
             "seconds": time.perf_counter() - started,
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "rounds": [dataclasses.asdict(r) for r in trainer.rounds],
             "headwater": __version__,
         },
+    )
+
+
+def _run_best_single(
+    part: _Part,
+    output: Path,
+    config: PreferConfig,
+    tasks: list[Task],
+    sources: list[Source],
+    states: dict[tuple[int, int], np.ndarray],
+    console: Console,
+    label: str,
+) -> None:
+    """Runs each source alone, unless that is done, and takes the run that scores best on the validation rows."""
+    alone = [_part(output, f"{SINGLE}{source.name}", part.seed) for source in sources]
+    for one in alone:
+        if one.result is None:
+            _run(one, config, tasks, sources, states, console, f"{label}, {one.strategy}")
+    results = {one: one.result or {} for one in alone}
+    best = max(alone, key=lambda one: results[one]["validation"])
+    shutil.copytree(best.folder / "adapter", part.folder / "adapter", dirs_exist_ok=True)
+    seconds = sum(result["seconds"] for result in results.values())
+    write_json(
+        part.folder / RESULT, {**results[best], "source": best.strategy.removeprefix(SINGLE), "seconds": seconds}
     )
 
 

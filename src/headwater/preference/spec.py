@@ -12,7 +12,8 @@ from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import KeyPath
 
 SINGLE = "single:"
-_STRATEGIES = ("linucb", "exp3", "random", "round_robin", "ensemble", f"{SINGLE}SOURCE")
+BEST_SINGLE = "best_single"
+_STRATEGIES = ("linucb", "exp3", "random", "round_robin", "ensemble", BEST_SINGLE, f"{SINGLE}SOURCE")
 _NEEDS = {
     "function": ("function",),
     "classifier": ("model",),
@@ -66,8 +67,9 @@ class PreferenceSpec(BaseModel):
     Args:
         sources: the reward sources, the arms of the bandit.
         strategies: who decides which source judges a batch. `linucb` is LASeR; `exp3` a bandit without context;
-            `random`, `round_robin` and `single:SOURCE` are controls that ask one source too; `ensemble` asks all and
-            takes the mean of their standardised scores. Each is trained on its own, with every seed.
+            `random`, `round_robin` and `single:SOURCE` are controls that ask one source too; `best_single` trains with
+            each source alone and keeps, for each seed, the run that scores best on the validation rows; `ensemble`
+            asks all and takes the mean of their standardised scores. Each is trained on its own, with every seed.
         seeds: one run for each; the file's `seed` alone by default.
         bandit_reward: what a pick was worth. `loss` is minus the batch's training loss, as in the paper;
             `loss_decrease` by how much the step lowered that loss; `validation` by how much the step raised the
@@ -200,12 +202,14 @@ class PreferConfig(RunConfig):
             for task in self.preference.good
             if task not in known
         ]
-        if self.preference.bandit_reward == "validation":
-            problems += [
-                Problem(f"bandit_reward: validation needs rows of {task.name}", "tasks", "give the task a `validation`")
-                for task in self.tasks
-                if task.train and not task.validation
-            ]
+        needing = ["bandit_reward: validation"] if self.preference.bandit_reward == "validation" else []
+        needing += [f"the strategy {BEST_SINGLE}"] if BEST_SINGLE in self.preference.strategies else []
+        problems += [
+            Problem(f"{what} needs rows of {task.name}", "tasks", "give the task a `validation`")
+            for what in needing
+            for task in self.tasks
+            if task.train and not task.validation
+        ]
         if problems:
             raise HeadwaterError(*problems)
         return self
