@@ -273,6 +273,18 @@ def test_a_damaged_index_is_refused(pool, index, message):
         AdapterPool(pool.path)
 
 
+def test_an_adapter_that_changes_while_it_is_copied_is_refused(pool, lora, monkeypatch):
+    copy = shutil.copyfile
+
+    def copy_half(source, target):
+        copy(source, target)
+        if target.name == WEIGHTS:
+            target.write_bytes(target.read_bytes()[:100])
+
+    monkeypatch.setattr(shutil, "copyfile", copy_half)
+    assert "not a readable safetensors file" in refused(pool, lora)
+
+
 ADD = """
 import sys, time
 from pathlib import Path

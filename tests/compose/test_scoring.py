@@ -1,0 +1,119 @@
+"""Scores of composed adapters: which mixture each row gets, and that rows of many mixtures are scored as each alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pool_support import make_pool
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
+
+from headwater.compose import PooledModel
+from headwater.compose.scoring import Composition, plan_rows, ranks_of_own, score_mixtures, score_way
+from headwater.data.encode import DataSpec
+from headwater.data.rows import Row
+from headwater.data.tasks import Task
+from headwater.errors import HeadwaterError
+from headwater.evaluation import EvaluationSpec, score_task
+
+SPECS = EvaluationSpec(), DataSpec()
+
+
+class Ranking:
+    """Finds the adapters in one order for every text."""
+
+    names = ("rs", "plain", "twin", "patterns")
+
+    def retrieve(self, texts, k, *, exclude=None):
+        barred = exclude or [()] * len(texts)
+        return [[(n, 0.5) for n in self.names if n not in out][:k] for out in barred]
+
+
+def rows(count=6, text="row"):
+    return [Row(f"{text} {i} " * (1 + i % 3), [" yes", " no, not at all"][i % 2]) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    pool = make_pool(tmp_path_factory.mktemp("pool"))
+    model = make_tiny_llama()
+    model.lm_head.weight.data *= 40
+    return Composition(pool, PooledModel(model, pool.load), make_tiny_tokenizer(), Ranking(), top=2)
+
+
+def changed(found, **fields):
+    return Composition(**{**vars(found), **fields})
+
+
+def test_each_way_s_mixtures(found):
+    def plan(way, **fields):
+        first, second = plan_rows(way, changed(found, **fields), "rs", rows(2))
+        assert first == second
+        return first
+
+    assert plan("base") == {}
+    assert plan("uniform") == {"plain": 0.25, "rs": 0.25, "patterns": 0.25, "twin": 0.25}
+    assert plan("own") == {"rs": 1.0}
+    assert plan("twin") == {"twin": 1.0}
+    assert plan("selection") == {"rs": 1.0}
+    assert plan("mixture") == plan("fusion") == {"rs": 0.5, "plain": 0.5}
+    assert len(plan("mixture", top=3)) == 3
+    assert plan("selection", exclude_own=True) == {"plain": 1.0}
+    assert plan("mixture", exclude_own=True) == {"plain": 0.5, "twin": 0.5}
+    with pytest.raises(HeadwaterError, match="unknown way 'nothing'"):
+        plan("nothing")
+    with pytest.raises(HeadwaterError, match="no adapter 'other'"):
+        plan_rows("own", found, "other", rows(1))
+    with pytest.raises(HeadwaterError, match="needs a retriever"):
+        plan("mixture", retriever=None)
+
+
+@pytest.mark.parametrize("metric", ["loss", "choice_accuracy"])
+def test_rows_of_many_mixtures_are_scored_as_each_alone(found, metric):
+    made = rows()
+    if metric != "loss":
+        made = [Row(row.prompt, row.completion, choices=(" yes", " no, not at all")) for row in made]
+    task = Task("mine", 0, metric, test=made)
+    plan = [{"plain": 1.0}, {"rs": 0.7, "twin": -0.4}, {}, {"plain": 1.0}, {"twin": -0.4, "rs": 0.7}, {"patterns": 1.0}]
+    said = []
+    score = score_mixtures(found, task, made, plan, *SPECS, progress=lambda *args: said.append(args))
+    alone = []
+    for row, mixture in zip(made, plan, strict=True):
+        with found.pooled.rows([mixture]):
+            alone.append(score_task(found.pooled.model, found.tokenizer, task, [row], *SPECS))
+    assert score.correct == pytest.approx([part.correct[0] for part in alone], rel=1e-4)
+    assert len({round(value, 3) for value in score.correct}) > 1
+    tokens = [part.detail.get("tokens", 1) for part in alone]
+    assert score.value == pytest.approx(np.average([part.value for part in alone], weights=tokens), rel=1e-4)
+    if metric == "loss":
+        assert len(set(tokens)) > 1
+    low, high = score.detail["interval"]
+    assert low < score.value < high
+    assert (score.n, said[-1]) == (6, ("mine", 6, 6))
+
+
+def test_fusion_is_not_the_mixture(found):
+    task = Task("mine", 0, "loss", test=rows(3))
+
+    def loss(way):
+        return score_way(way, changed(found, top=2, retriever=Twins()), [task], *SPECS)["mine"].value
+
+    class Twins(Ranking):
+        names = ("plain", "twin")
+
+    fused = loss("fusion")
+    with found.pooled.rows([{"plain": 0.5, "twin": 0.5}], fused=True):
+        want = score_task(found.pooled.model, found.tokenizer, task, task.test, *SPECS).value
+    assert fused == pytest.approx(want, rel=1e-4)
+    assert loss("mixture") != pytest.approx(want, rel=1e-3)
+
+
+def test_the_split_and_the_rows_that_were_asked_for(found):
+    task = Task("rs", 0, "loss", train=rows(4, "train"), test=rows(5), validation=[])
+    assert score_way("own", found, [task], *SPECS)["rs"].n == 5
+    assert score_way("own", found, [task], *SPECS, split="train", max_rows=3)["rs"].n == 3
+    assert score_way("own", found, [task], *SPECS, split="validation") == {}
+
+
+def test_places_of_the_own_adapter(found):
+    tasks = [Task(name, i, "loss", test=rows(2)) for i, name in enumerate(("twin", "rs", "stranger"))]
+    assert ranks_of_own(Ranking(), tasks, "test", None) == {"twin": [3, 3], "rs": [1, 1]}
