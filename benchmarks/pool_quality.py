@@ -138,14 +138,14 @@ def summary(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
 def new_task(found: Composition, task: Task, options: Any) -> dict[str, Any]:
     """A task whose own adapter is out of the pool: what the others make of it, fitted on its training rows or not.
 
-    LoRA-Flow starts at the adapter that retrieval puts nearest to the task's sample texts.
+    LoRA-Flow starts at the adapter that retrieval puts nearest to the task's sample texts, if none is named.
     """
     evaluation, data = EvaluationSpec(), DataSpec()
     assert found.retriever is not None
     texts = sample_texts(task.train, SAMPLES, options.seed)
     scores = dict(zip(found.retriever.names, found.retriever.scores(texts).mean(0).tolist(), strict=True))
     names = [name for name in found.pool.names if name != task.name]
-    start = max(names, key=lambda name: scores[name])
+    start = options.start or max(names, key=lambda name: scores[name])
     rows = encode_rows(task.train, found.tokenizer, data, 0)[0]
     fill, model = pad_id(found.tokenizer), found.pooled.model
 
@@ -157,7 +157,7 @@ def new_task(found: Composition, task: Task, options: Any) -> dict[str, Any]:
     outside = Composition(found.pool, found.pooled, found.tokenizer, found.retriever, exclude_own=True)
     ways = {
         name: summary(score_way(way, outside, [task], evaluation, data, max_rows=options.rows))
-        for name, way in {"nearest": start, **{way: way for way in ("base", "own", *RETRIEVED)}}.items()
+        for name, way in {"start": start, **{way: way for way in ("base", "own", *RETRIEVED)}}.items()
     }
     ways["uniform"] = score(found.pooled.rows([dict.fromkeys(names, 1 / len(names))]))
     ways["arrow"] = score(Arrow(found.pooled, found.pool, names).on())
@@ -168,7 +168,7 @@ def new_task(found: Composition, task: Task, options: Any) -> dict[str, Any]:
     losses = train_gates(gate, rows, fill, spec)
     ways["flow"] = score(gate.on())
     return {
-        "nearest": start,
+        "start": start,
         "hub": {"weights": hub.weights, "optimiser": hub.optimiser, "objective": hub.objective},
         "flow": {"examples": spec.examples, "epochs": spec.epochs, "first": losses[0], "last": losses[-1]},
         "ways": ways,
@@ -197,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--layers", type=int, nargs="*", default=LAYERS, help="layers to adapt")
     parser.add_argument("--only", nargs="*", default=None, help="leave out all other tasks")
     parser.add_argument("--rows", type=int, default=60, help="test rows of each task to score")
+    parser.add_argument("--new-tasks", nargs="*", default=None, help="those to treat as new; all by default")
+    parser.add_argument("--start", default=None, help="the adapter at which LoRA-Flow starts; the nearest by default")
     parser.add_argument("--flow-examples", type=int, default=200)
     parser.add_argument("--flow-epochs", type=int, default=1, help="the paper takes 5")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to measure")
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         once(way, functools.partial(score, way), results.setdefault("ways", {}))
     if "new" in options.parts:
         fresh = results.setdefault("new tasks", {})
-        for task in tasks:
+        for task in (task for task in tasks if not options.new_tasks or task.name in options.new_tasks):
             once(task.name, functools.partial(new_task, found, task, options), fresh)
             results["new tasks together"] = together(fresh)
             measure.write(options.json, results)

@@ -52,9 +52,9 @@ def test_pool_quality(model_folder, tmp_path, monkeypatch, capsys):
     assert found["new tasks"].keys() == {"news", "film", "law"}
     for task, part in found["new tasks"].items():
         assert part["ways"].keys() == {
-            *("base", "own", "nearest", "selection", "mixture", "fusion", "uniform", "arrow", "hub", "flow")
+            *("base", "own", "start", "selection", "mixture", "fusion", "uniform", "arrow", "hub", "flow")
         }
-        assert part["nearest"] != task
+        assert part["start"] != task
         assert task not in part["hub"]["weights"]
         for way in ("base", "own"):
             assert part["ways"][way]["tasks"][task] == found["ways"][way]["tasks"][task]

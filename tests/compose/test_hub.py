@@ -97,9 +97,17 @@ def test_adapters_of_another_shape_are_refused(pool, pooled):
 
 @pytest.mark.parametrize("penalty", ["paper", "official"])
 def test_every_evaluation_is_the_objective(pool, pooled, penalty):
-    made, calls = rows(pool, 5), []
+    given, calls, modes = rows(pool, 7), [], set()
     spec = HubSpec(budget=6, penalty=penalty)
-    found = search(pooled, NAMES, made, 258, spec, progress=lambda *call: calls.append(call))
+    made = [given[i] for i in torch.randperm(7, generator=torch.Generator().manual_seed(0))[:5].tolist()]
+
+    def see(*call):
+        calls.append(call)
+        modes.add(pooled.model.training)
+
+    pooled.model.train()
+    found = search(pooled, NAMES, given, 258, spec, progress=see)
+    assert (modes, pooled.model.training) == ({False}, True)
     assert [call[:2] for call in calls] == [(i, 6) for i in range(1, 7)]
     best = [call[2] for call in calls]
     assert best == sorted(best, reverse=True)
@@ -137,6 +145,21 @@ def test_a_planted_task_is_found(pool, pooled):
     assert abs(abs(found.weights["b"]) - 1) < 0.3  # w and -w are the same adapter
     assert max(abs(found.weights["a"]), abs(found.weights["c"])) < 0.3
     assert search(pooled, NAMES, rows(pool), 258, HubSpec()).evaluations == found.evaluations
+
+
+def test_weights_without_a_finite_loss_are_passed_over(pooled):
+    def explode(name):
+        layers = pooled.adapter(name).layers
+        return Adapter(name, {k: dataclasses.replace(f, B=f.B * 1e38) for k, f in layers.items()})
+
+    wild = PooledModel(sharp(), explode)
+    made = [Encoded([1, 2, 3, 4], [-100, -100, 3, 4], 0)]
+    found = search(wild, NAMES, made, 258, HubSpec(budget=8))
+    assert [e["loss"] == e["loss"] for e in found.evaluations] == [True] + [False] * 7  # the search starts at 0
+    assert found.objective == pytest.approx(loss_of(sharp(), made), rel=1e-4)
+    assert set(found.weights.values()) == {0.0}
+    with pytest.raises(HeadwaterError, match="no weights that were tried gave a finite loss"):
+        search(wild, NAMES, made, 258, HubSpec(budget=4, optimiser="CMA"))  # starts beside 0
 
 
 def test_another_optimiser(pool, pooled):

@@ -166,12 +166,18 @@ def test_no_batch_holds_an_adapter_twice():
         batches({"a": ["x", "y"], "b": ["z"]}, ContrastiveSpec())
 
 
-def test_the_loss_is_the_paper_s(tiny):
+@pytest.mark.parametrize("instruction", ["", "law3 law4 "])
+def test_the_loss_is_the_paper_s(tiny, instruction):
     """With learning rate 0 the mean loss can be worked out by hand."""
+    tiny.prompts[PROMPT] = instruction
     spec = ContrastiveSpec(epochs=1, learning_rate=0.0, temperature=0.2)
     terms = []
     for batch in batches(samples(), spec):
-        embedded = {text: tiny.encode(text).tolist() for _, anchor, positive in batch for text in (anchor, positive)}
+        embedded = {
+            text: tiny.encode(instruction + text).tolist()
+            for _, anchor, positive in batch
+            for text in (anchor, positive)
+        }
 
         def cosine(a, b, embedded=embedded):
             u, v = embedded[a], embedded[b]

@@ -63,7 +63,8 @@ class HubResult:
         adapter: the adapters with these weights, as one.
         objective: that J.
         optimiser: the one that really ran.
-        evaluations: weights, loss (mean -log p, in nats) and J of every evaluation, in order.
+        evaluations: weights, loss (mean -log p, in nats) and J of every evaluation, in order; J is 1e9 where the loss
+            is not finite.
     """
 
     weights: dict[str, float]
@@ -117,8 +118,8 @@ def search(
         progress: called after each evaluation with its number, the budget and the best J so far.
 
     Raises:
-        HeadwaterError: nevergrad is missing or does not know the optimiser, there are no rows, or the adapters differ
-            in layers, ranks or scalings.
+        HeadwaterError: nevergrad is missing or does not know the optimiser, there are no rows, the adapters differ in
+            layers, ranks or scalings, or no loss is finite.
     """
     from ..evaluation.forward import evaluating
     from ..evaluation.likelihood import completion_losses
@@ -145,10 +146,14 @@ def search(
                 )
             loss = sum(total for total, _ in found) / max(1, sum(count for _, count in found))
             objective = _objective(loss, weights, len(chosen), spec.penalty)
-            optimiser.tell(asked, objective if np.isfinite(objective) else 1e9)
+            if not np.isfinite(objective):
+                objective = 1e9
+            optimiser.tell(asked, objective)
             evaluations.append({"weights": weights, "loss": loss, "objective": objective})
             best = min(evaluations, key=lambda e: e["objective"])
             progress(done, spec.budget, best["objective"])
+    if not np.isfinite(best["loss"]):
+        raise HeadwaterError(Problem("no weights that were tried gave a finite loss", fix="check the adapters"))
     resolved = getattr(optimiser, "optim", optimiser)
     result = compose(adapters, best["weights"])
     found_weights = dict(zip(names, best["weights"], strict=True))
