@@ -112,6 +112,11 @@ def test_every_evaluation_is_the_objective(pool, pooled, penalty):
     best = [call[2] for call in calls]
     assert best == sorted(best, reverse=True)
     assert best[-1] == found.objective == min(e["objective"] for e in found.evaluations)
+    best_weights = min(found.evaluations, key=lambda e: e["objective"])["weights"]
+    assert best_weights != found.evaluations[-1]["weights"]
+    assert list(found.weights.values()) == best_weights
+    again = compose([pool.load(name) for name in NAMES], best_weights).layers[DOWN]
+    assert torch.equal(found.adapter.layers[DOWN].delta(), again.delta())
     assert found.evaluations[0]["weights"] == [0.0, 0.0, 0.0]
     at_zero = loss_of(sharp(), made) / (5 if penalty == "official" else 1)
     assert found.evaluations[0]["objective"] == pytest.approx(at_zero, rel=1e-4)
