@@ -22,13 +22,13 @@ from typing import Any
 from scipy import stats
 
 from headwater.report.comparison import Comparison, read_comparison
-from headwater.report.comparison_heads import mean_similarity
+from headwater.report.comparison_heads import diversity_and_score, mean_similarity, rank_correlation
 from headwater.report.comparison_interference import seesaw, trained_on, transfer
 
 from .measure import RESULTS, device_name, write
 from .study_page import PAGES, written
 
-FIGURES = ("comparison", "task_differences", "seesaw", "head_similarity", "head_diversity")
+FIGURES = ("comparison", "task_differences", "seesaw", "head_similarity", "head_diversity", "diversity_score")
 LARGEST = 200_000  # bytes of a picture that is kept
 _SETTINGS = ("model", "mixture", "data", "training", "evaluation")
 _NOT_SETTINGS = ("report_to", "overwrite_output_dir", "resume_from_checkpoint", "learning_rate", "logging_steps",
@@ -65,6 +65,17 @@ def found(folder: Path, *, command: str = "", model: str = "", device: str = "")
         "budget": extra.budget,
         "methods": _methods(comparison),
     }
+    points = diversity_and_score(comparison)
+    pairs = [pair for group in points.values() for pair in group]
+    about["diversity"] = {
+        "runs": len(pairs),
+        "methods": len(points),
+        "spearman": rank_correlation(pairs),
+        "spearman_of_means": rank_correlation(
+            [(sum(x) / len(x), sum(y) / len(y)) for x, y in (zip(*g, strict=True) for g in points.values())]
+        ),
+    }
+    about["conflict"] = _conflict(comparison)
     if gaps := seesaw(comparison):
         about["seesaw"] = {
             label: {
@@ -75,6 +86,21 @@ def found(folder: Path, *, command: str = "", model: str = "", device: str = "")
         }
         about["transfer"] = transfer(comparison)
     return _rounded(_without_paths(about))
+
+
+def _conflict(comparison: Comparison) -> dict[str, Any]:
+    """What `headwater conflict` measured, run by run: label -> seed -> parameters -> mean cosine, share below 0."""
+    return {
+        label: {
+            str(run.results.seed): {
+                part: {"mean": c.mean, "negative": c.negative} for part, c in run.conflicts.parts.items()
+            }
+            for run in runs
+            if run.conflicts is not None and run.results is not None
+        }
+        for label, runs in comparison.runs.items()
+        if any(run.conflicts is not None for run in runs)
+    }
 
 
 def _methods(comparison: Comparison) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ ALT = {
     "seesaw": "Shared minus single-task adapter, task by task",
     "head_similarity": "Mean cosine between heads after training, by method and layer",
     "head_diversity": "Mean cosine between heads over training",
+    "diversity_score": "Mean score of each run against the mean cosine between its heads",
 }
 MEMORY = {"peak memory, MiB": "peak_memory_bytes", "activations, MiB": "activation_bytes"}
 Found = Mapping[str, Any]
@@ -70,7 +71,7 @@ def setting(part: Found) -> str:
 
 def results(part: Found) -> str:
     """Every table and picture."""
-    parts = [scores(part), seeds(part), tasks(part), rates(part), interference(part), heads(part)]
+    parts = [scores(part), seeds(part), tasks(part), rates(part), interference(part), conflict(part), heads(part)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -170,8 +171,38 @@ def interference(part: Found) -> str:
 
 
 def heads(part: Found) -> str:
-    pictures = _pictures(part, "head_similarity", "head_diversity")
-    return "\n\n".join(["## How alike the heads are", *pictures]) if pictures else ""
+    pictures = _pictures(part, "head_similarity", "head_diversity", "diversity_score")
+    if not pictures:
+        return ""
+    found = part["diversity"]
+    texts = ["## How alike the heads are", *pictures]
+    if found["spearman"] is not None:
+        middle = found["spearman_of_means"]
+        means = "" if middle is None else f", over the means of {found['methods']} methods {_signed(middle)}"
+        texts.append(
+            "Spearman's rank correlation between the mean cosine of a run's heads and its mean score: "
+            f"{_signed(found['spearman'])} over {found['runs']} runs{means}. "
+            "Below 0, heads that differ more go with higher scores."
+        )
+    return "\n\n".join(texts)
+
+
+def conflict(part: Found) -> str:
+    """Cosines between the tasks' gradients, where they were measured."""
+    if not part["conflict"]:
+        return ""
+    rows = []
+    for label, runs in part["conflict"].items():
+        cells = [label, str(len(runs))]
+        for name in ("all", "A", "B"):
+            known = [run[name] for run in runs.values() if name in run and run[name]["mean"] is not None]
+            for key in ("mean", "negative"):
+                mean = sum(k[key] for k in known) / len(known) if known else None
+                cells.append("" if mean is None else f"{mean:.0%}" if key == "negative" else _signed(mean))
+        rows.append(cells)
+    head = ["method", "runs", *(f"{what} ({name})" for name in ("all", "A", "B") for what in ("cosine", "below 0"))]
+    note = "Mean cosine between the gradients of two tasks on the trained adapter, and the share of pairs below 0."
+    return f"## Do the tasks' gradients conflict\n\n{table(head, rows)}\n\n{note}"
 
 
 def _pictures(part: Found, *names: str) -> list[str]:

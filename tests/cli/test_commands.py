@@ -220,6 +220,18 @@ def test_inspect_shows_what_the_gates_do_on_the_runs_rows(headwater, trained):
     assert f"{100 * mean:.1f}" in next(line for line in shown.splitlines() if line.strip().startswith("colours"))
 
 
+def test_conflict_is_measured_and_shown_by_the_report_made_anew(headwater, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    found = json.loads(headwater("conflict", tmp_path / "run", "--rows", 3, "--json").out)
+    assert (found["rows_per_task"], found["tasks"]) == (3, ["animals", "colours"])
+    assert {"all", "A", "B", "router", "head 1", "head 2"} <= set(found["parts"])
+    assert -1 <= found["parts"]["all"]["mean"] <= 1
+    assert json.loads((tmp_path / "run" / "conflict.json").read_text()) == found
+    assert "Do the tasks' gradients conflict" not in (tmp_path / "run" / "report.html").read_text()
+    assert "report.html" in headwater("report", tmp_path / "run").out
+    assert 'id="figure-conflict"' in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_inspect_reads_no_text_unless_there_is_some(headwater, trained, tmp_path):
     shutil.copytree(trained / "adapter", tmp_path / "bare")
     for source, rows, fix in ((tmp_path / "bare", 4, "or --text FILE"), (trained, 0, "give --rows 4")):

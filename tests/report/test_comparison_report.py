@@ -22,7 +22,7 @@ from headwater.report.html import FigureBlock, Table
 
 FIGURES = {
     "comparison", "parameters_score", "task_differences", "task_scores", "training_loss", "evaluation",
-    "head_similarity", "head_diversity", "router_use",
+    "head_similarity", "head_diversity", "diversity_score", "router_use",
 }  # fmt: skip
 FEW = {label: METHODS[label] for label in ("lora", "rlora")}
 TWO_TASKS = {name: TASKS[name] for name in list(TASKS)[:2]}

@@ -28,6 +28,11 @@ class Source:
     config: RunConfig | None
 
     @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that the adapter is from, resolved; None where it lies on its own."""
+        return self.run_file.resolve().parent if self.run_file is not None else None
+
+    @property
     def base_model(self) -> str:
         """The base model: the run's, else the one that the adapter names."""
         if self.config is not None:

@@ -212,6 +212,28 @@ def inspect(
 
 
 @app.command()
+def conflict(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
+    rows: Annotated[int, typer.Option(min=1, help="Training rows of each task, the same ones every time.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Measure whether the tasks' gradients pull an adapter in opposite directions."""
+    from headwater.cli.conflict import run
+
+    run(source, rows, as_json=as_json)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run or of a comparison.")],
+) -> None:
+    """Write the report of a run or a comparison anew, from what its folder holds now."""
+    from headwater.cli.report import run
+
+    run(folder)
+
+
+@app.command()
 def export(
     source: Adapter,
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A folder that is not there yet.")],

@@ -166,10 +166,18 @@ def parameters_against_score(sizes: Sequence[Size], width: float) -> Figure:
 def differences(
     table: Mapping[str, Mapping[str, float | None]], first: str, width: float, *, turn: bool = True
 ) -> Figure:
-    """Method by task: the mean difference to what `first` names, on a scale that ends at the largest one.
+    """Method by task: the mean difference to what `first` names; see `signed_table`."""
+    return signed_table(table, f"minus {fit(first, 120, 10.5)}", width, turn=turn)
+
+
+def signed_table(
+    table: Mapping[str, Mapping[str, float | None]], title: str, width: float, *, turn: bool = True
+) -> Figure:
+    """Numbers around 0, coloured on a scale that ends at the largest of them.
 
     Args:
-        table: row -> column -> difference; all rows have the same columns.
+        table: row -> column -> number; all rows have the same columns.
+        title: of the scale.
         turn: where room is short, let rows and columns change places if that helps.
     """
     tasks = list(next(iter(table.values())))
@@ -185,7 +193,7 @@ def differences(
         step = min((width - left - lean) / (len(columns) - 0.5), 110)
     head = min(max(text_width(name, 10.5) for name in columns), 90) * 0.72 + 16 if turned else 22
     canvas = Canvas(width, 42 + head + high * len(rows) + 2)
-    scale_key(canvas, 0, (f"−{most:.3f}", "0", f"+{most:.3f}"), f"minus {fit(first, 120, 10.5)}")
+    scale_key(canvas, 0, (f"−{most:.3f}", "0", f"+{most:.3f}"), title)
     sheet = canvas.sheet(0, 42)
     for c, name in enumerate(columns):
         x = left + c * step + step / 2
@@ -251,4 +259,25 @@ def method_curves(plots: Sequence[Panel], fills: Mapping[str, str], width: float
         axes.set_ylim(low - room if plot.bottom is None else plot.bottom, high + room if plot.top is None else plot.top)
         axis_name(axes, "step")
         panel_title(canvas, axes, plot.title, plot.note, title=title)
+    return canvas.figure
+
+
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float]]], fills: Mapping[str, str], width: float, names: tuple[str, str]
+) -> Figure:
+    """Points of several methods, (across, up), with a key above; `names` are those of the two axes."""
+    key = key_rows(list(points), width)
+    left, foot, top, height = 48, 34, 18 * len(key) + 26, 210
+    canvas = Canvas(width, top + height + foot)
+    draw_key(canvas, 0, key, [fills[label] for label in points])
+    axes = canvas.axes(left, top, width - left - 8, height)
+    axes.grid(axis="both")
+    axes.margins(0.06)
+    axes.locator_params(axis="x", nbins=6 if width >= 600 else 4)
+    axes.locator_params(axis="y", nbins=5)
+    for label, pairs in points.items():
+        axes.plot(*zip(*pairs, strict=True), "o", ms=7, mew=1.2, mec=colour("paper"), color=fills[label], zorder=3)
+    sheet = canvas.sheet()
+    sheet.text(width - 8, top + height + 26, names[0], 10, align="right", ink="muted")
+    sheet.text(0, top - 12, names[1], 10, ink="muted")
     return canvas.figure

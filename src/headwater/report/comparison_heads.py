@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from headwater.report import comparison_figures, head_figures
 from headwater.report.comparison import Comparison
 from headwater.report.comparison_curves import panel
+from headwater.report.comparison_interference import trained_on
 from headwater.report.html import FigureBlock, Section, Text
 from headwater.report.modules import Array, layers_of, mean_off_diagonal, mean_over, routing_arrays, similarity_table
 from headwater.report.run import Run
@@ -26,7 +29,64 @@ def mean_similarity(run: Run | None) -> float | None:
 
 def heads_sections(comparison: Comparison) -> list[Section]:
     """How alike each method's heads are, and which task uses which head; those that no method has anything for, not."""
-    return [section for section in (_similarity(comparison), _routing(comparison)) if section is not None]
+    sections = (_similarity(comparison), _diversity_and_score(comparison), _routing(comparison))
+    return [section for section in sections if section is not None]
+
+
+def diversity_and_score(comparison: Comparison) -> dict[str, list[tuple[float, float]]]:
+    """Label -> for each of its runs (mean cosine between heads after training, mean score).
+
+    Only of methods with heads that were trained on the same tasks as the first one.
+    """
+    tasks = trained_on(comparison, comparison.labels[0])
+    points: dict[str, list[tuple[float, float]]] = {}
+    for label in comparison.labels:
+        if trained_on(comparison, label) != tasks:
+            continue
+        for run in comparison.runs[label]:
+            alike, score = mean_similarity(run), run.results.mean.after if run.results else None
+            if alike is not None and score is not None:
+                points.setdefault(label, []).append((alike, score))
+    return points
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation, equal values sharing their mean rank; None with fewer than three pairs or where one
+    side is constant."""
+    if len(pairs) < 3:
+        return None
+    ranks = []
+    for values in zip(*pairs, strict=True):
+        array = np.asarray(values)
+        below, equal = (array[:, None] > array).sum(1), (array[:, None] == array).sum(1)
+        ranks.append(below + (equal - 1) / 2)
+    x, y = (r - r.mean() for r in ranks)
+    length = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / length if length else None
+
+
+def _diversity_and_score(comparison: Comparison) -> Section | None:
+    points = diversity_and_score(comparison)
+    pairs = [pair for group in points.values() for pair in group]
+    rho = rank_correlation(pairs)
+    if rho is None:
+        return None
+    fills = task_fills(comparison.labels)
+    said = f"Spearman's rank correlation over all {len(pairs)} runs is {rho:+.2f}".replace("-", "−")
+    middle = rank_correlation([tuple(np.mean(group, axis=0)) for group in points.values()])
+    if middle is not None:
+        said += f", over the means of the {len(points)} methods {middle:+.2f}".replace("-", "−")
+    text = (
+        f"{said}. Below 0, heads that differ more go with higher scores. Methods differ in more than their heads, so "
+        "this is no proof that the one makes the other."
+    )
+    figure = FigureBlock(
+        "diversity_score",
+        "Mean score of each run against the mean cosine between its heads after training.",
+        f"Points of head similarity and score of {names_text(list(points))}.",
+        lambda w: comparison_figures.scatter(points, fills, w, ("mean cosine between heads", "mean score")),
+    )
+    return Section("diversity", "Does diversity go with the score", [Text(text), figure])
 
 
 def _similarity(comparison: Comparison) -> Section | None:

@@ -9,6 +9,7 @@ from headwater.report.comparison import Comparison, Summary
 from headwater.report.comparison_curves import curves_section
 from headwater.report.comparison_heads import heads_sections
 from headwater.report.comparison_interference import interference_sections
+from headwater.report.conflicts import comparison_conflict_sections
 from headwater.report.figures import Bar, BarGroup, grouped_bars
 from headwater.report.html import Block, Cell, Facts, FigureBlock, Note, Page, Section, Table, Text
 from headwater.report.run import finite
@@ -33,6 +34,7 @@ def build_comparison_page(comparison: Comparison) -> Page:
         _sizes(comparison),
         _tasks(comparison),
         *interference_sections(comparison),
+        *comparison_conflict_sections(comparison),
         curves_section(comparison),
         *heads_sections(comparison),
         _choices(comparison),

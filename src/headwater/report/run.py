@@ -101,6 +101,20 @@ class Analysis(BaseModel):
     gates: dict[str, Gates] = {}
 
 
+class ConflictPart(BaseModel):
+    cosine: list[list[float | None]] = []
+    mean: float | None = None
+    negative: float | None = None
+
+
+class Conflicts(BaseModel):
+    """What `headwater conflict` wrote; not every run has it."""
+
+    rows_per_task: int = 0
+    tasks: list[str] = []
+    parts: dict[str, ConflictPart] = {}
+
+
 @dataclass(frozen=True)
 class Score:
     """One task before and after training. A value that is missing or not finite is None.
@@ -148,6 +162,7 @@ class Run:
     config_text: str | None
     config: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
+    conflicts: Conflicts | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -280,4 +295,5 @@ def read_run(folder: Path) -> Run:
             config = loaded if isinstance(loaded, dict) else {}
         except (yaml.YAMLError, ValueError, RecursionError):
             notes["config.yaml"] = "config.yaml is not valid YAML; it is shown as it is."
-    return Run(folder, results, train, evals, analysis, config_text, config, notes)
+    conflicts = read_json(folder / "conflict.json", Conflicts, {})
+    return Run(folder, results, train, evals, analysis, config_text, config, notes, conflicts)

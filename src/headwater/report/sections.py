@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headwater.report import figures
+from headwater.report.conflicts import conflict_sections
 from headwater.report.head_sections import routing_section, similarity_section
 from headwater.report.html import Block, Cell, Code, Facts, FigureBlock, Note, Page, Section, Table, Text
 from headwater.report.run import Interval, RealisedShare, Run, Score, finite, score_interval
@@ -43,6 +44,7 @@ def build_page(run: Run) -> Page:
         _evaluation(run),
         similarity_section(run),
         routing_section(run),
+        *conflict_sections(run),
         _mixture(run),
         _settings(run),
     ]

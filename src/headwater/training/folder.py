@@ -11,7 +11,7 @@ from .arguments import HeadwaterArguments
 
 STATE = "trainer_state.json"
 WORTH_KEEPING = ("adapter", "results.json", "comparison.json")
-REPLACED = (*WORTH_KEEPING, "analysis.json", "report.html", "figures", "history.jsonl", "config.yaml")
+REPLACED = (*WORTH_KEEPING, "analysis.json", "conflict.json", "report.html", "figures", "history.jsonl", "config.yaml")
 
 
 def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:

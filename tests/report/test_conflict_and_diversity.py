@@ -1,0 +1,61 @@
+"""Gradient conflict and head diversity against score, in the report of a comparison."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from comparison_runs import METHODS, write_comparison
+from report_runs import TASKS
+from scipy import stats
+
+from headwater.report.comparison import read_comparison
+from headwater.report.comparison_heads import diversity_and_score, rank_correlation
+from headwater.report.comparison_sections import build_comparison_page
+from headwater.report.html import Table, render
+
+TWO = {name: TASKS[name] for name in list(TASKS)[:2]}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlation_is_spearmans_ties_included(seed):
+    rng = np.random.default_rng(seed)
+    pairs = [(float(a), float(b)) for a, b in rng.integers(0, 6, (9, 2))]
+    assert rank_correlation(pairs) == pytest.approx(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def test_rank_correlation_needs_three_runs_that_differ():
+    assert rank_correlation([(0.1, 0.5), (0.2, 0.6)]) is None
+    assert rank_correlation([(0.1, 0.5), (0.1, 0.6), (0.1, 0.7)]) is None
+    assert rank_correlation([(0.1, 0.9), (0.2, 0.6), (0.3, 0.1)]) == pytest.approx(-1)
+
+
+def test_points_are_of_methods_with_heads_that_were_trained_on_the_same_tasks(tmp_path):
+    methods = {label: METHODS[label] for label in ("lora", "hydralora", "rlora")} | {"alone": METHODS["rlora"]}
+    folder = write_comparison(tmp_path / "c", methods=methods, train_on={"alone": list(TWO)[:1]}, tasks=TWO)
+    found = diversity_and_score(read_comparison(folder))
+    runs = json.loads((folder / "comparison.json").read_text())["runs"]
+    assert list(found) == ["hydralora", "rlora"]
+    assert [score for _, score in found["rlora"]] == [
+        r["mean"]["after"] for r in runs if r["extra"]["label"] == "rlora"
+    ]
+    analysis = json.loads((folder / "rlora" / "seed-0" / "analysis.json").read_text())["head_similarity"]
+    pairs = [m[i][j] for m in analysis.values() for i in range(3) for j in range(3) if i != j]
+    assert found["rlora"][0][0] == pytest.approx(np.mean(pairs))
+
+
+def test_conflict_is_shown_where_it_was_measured(tmp_path):
+    folder = write_comparison(tmp_path / "c", methods={"rlora": METHODS["rlora"]}, seeds=(0, 1), tasks=TWO)
+    assert "conflict" not in {s.anchor for s in build_comparison_page(read_comparison(folder)).sections}
+    for seed, cosine in ((0, -0.2), (1, 0.1)):
+        part = {"cosine": [[1.0, cosine], [cosine, None]], "mean": cosine, "negative": float(cosine < 0)}
+        content = {"schema": 1, "rows_per_task": 16, "tasks": list(TWO), "parts": {"all": part, "A": part}}
+        (folder / "rlora" / f"seed-{seed}" / "conflict.json").write_text(json.dumps(content))
+    page = build_comparison_page(read_comparison(folder))
+    (section,) = [s for s in page.sections if s.anchor == "conflict"]
+    (table,) = [b for b in section.blocks if isinstance(b, Table)]
+    assert [cell.text for cell in table.rows[0]] == ["rlora", "−0.050", "50.0 %", "−0.050", "50.0 %"]
+    html, files = render(page)
+    assert "conflict_1.svg" in files
+    assert "16 training rows a task" in html
