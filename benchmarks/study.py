@@ -26,9 +26,8 @@ from headwater.report.comparison_heads import diversity_and_score, mean_similari
 from headwater.report.comparison_interference import seesaw, trained_on, transfer
 
 from .measure import RESULTS, device_name, write
-from .study_page import PAGES, written
+from .study_page import ALT, PAGES, written
 
-FIGURES = ("comparison", "task_differences", "seesaw", "head_similarity", "head_diversity", "diversity_score")
 LARGEST = 200_000  # bytes of a picture that is kept
 _SETTINGS = ("model", "mixture", "data", "training", "evaluation")
 _NOT_SETTINGS = ("report_to", "overwrite_output_dir", "resume_from_checkpoint", "learning_rate", "logging_steps",
@@ -232,7 +231,7 @@ def _rounded(value: Any) -> Any:
 def copy_figures(folder: Path, name: str) -> list[str]:
     """Copies the pictures of a comparison's report beside the page, and returns their names there."""
     copied = []
-    for figure in FIGURES:
+    for figure in ALT:
         sources = [folder / "figures" / f"{figure}.{ending}" for ending in ("svg", "png")]
         source = next((s for s in sources if s.is_file() and s.stat().st_size <= LARGEST), None)
         if source is not None:

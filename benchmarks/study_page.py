@@ -32,7 +32,9 @@ ALT = {
     "head_similarity": "Mean cosine between heads after training, by method and layer",
     "head_diversity": "Mean cosine between heads over training",
     "diversity_score": "Mean score of each run against the mean cosine between its heads",
+    **{f"head_map_{n}": "Map of one method's heads over training (t-SNE)" for n in range(1, 7)},
 }
+"""The pictures that a page has, by name, and what they show."""
 MEMORY = {"peak memory, MiB": "peak_memory_bytes", "activations, MiB": "activation_bytes"}
 Found = Mapping[str, Any]
 
@@ -171,7 +173,7 @@ def interference(part: Found) -> str:
 
 
 def heads(part: Found) -> str:
-    pictures = _pictures(part, "head_similarity", "head_diversity", "diversity_score")
+    pictures = _pictures(part, *(name for name in ALT if name.startswith(("head_", "diversity_"))))
     if not pictures:
         return ""
     found = part["diversity"]

@@ -10,7 +10,8 @@ from headwater.report import comparison_figures, head_figures
 from headwater.report.comparison import Comparison
 from headwater.report.comparison_curves import panel
 from headwater.report.comparison_interference import trained_on
-from headwater.report.html import FigureBlock, Section, Text
+from headwater.report.head_map import heads_over_steps, tsne
+from headwater.report.html import FigureBlock, Note, Section, Text
 from headwater.report.modules import Array, layers_of, mean_off_diagonal, mean_over, routing_arrays, similarity_table
 from headwater.report.run import Run
 from headwater.report.text import names_text
@@ -117,7 +118,33 @@ def _similarity(comparison: Comparison) -> Section | None:
         f"Heat map of the mean cosine between heads: {means}.",
         lambda w: head_figures.head_similarity(table, layers, w),
     )
-    return Section("similarity", "How alike the heads are", [Text(text), figure, *_over_training(comparison)])
+    return Section(
+        "similarity", "How alike the heads are", [Text(text), figure, *_over_training(comparison), *_maps(comparison)]
+    )
+
+
+def _maps(comparison: Comparison) -> list[FigureBlock | Note]:
+    """A map of each method's heads over the checkpoints that its first run kept."""
+    blocks: list[FigureBlock | Note] = []
+    for label, folders in comparison.folders.items():
+        name, heads = heads_over_steps(folders[0])
+        if not heads:
+            continue
+        try:
+            places = tsne(heads)
+        except ImportError:
+            return [Note("Maps of the heads need scikit-learn: pip install 'headwater[heads]'.")]
+        steps = list(heads)
+        fills = task_fills([f"head {n + 1}" for n in range(places.shape[2])])
+        caption = (
+            f"{label}: t-SNE, by cosine distance, of the heads of {name} in {len(places[0])} layers, at steps "
+            f"{', '.join(map(str, steps))} of the first seed's run; later steps are larger and darker, and a line "
+            "joins a layer's head over steps. Distances between far groups mean nothing."
+        )
+        alt = f"Map of the heads of {label} over training."
+        draw = lambda w, places=places, fills=fills: head_figures.head_map(places, fills, w)  # noqa: E731
+        blocks.append(FigureBlock(f"head_map_{len(blocks) + 1}", caption, alt, draw))
+    return blocks
 
 
 def _over_training(comparison: Comparison) -> list[FigureBlock]:

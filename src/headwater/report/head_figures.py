@@ -235,3 +235,24 @@ def _task_lines(
         axis_name(axes, "layer")
         panel_title(canvas, axes, name)
     return canvas.figure
+
+
+def head_map(places: Array, fills: Mapping[str, str], width: float) -> Figure:
+    """Places of heads `[steps, layers, heads, 2]`: a colour per head, larger and darker with every step; a line joins
+    one layer's head over steps. `fills`: a colour for each head, by its name."""
+    key = key_rows(list(fills), width)
+    top = 18 * len(key) + 10
+    side = min(width, 460.0)
+    canvas = Canvas(width, top + side)
+    draw_key(canvas, 0, key, list(fills.values()))
+    axes = canvas.axes((width - side) / 2, top, side, side)
+    axes.set_axis_off()
+    axes.margins(0.04)
+    steps = len(places)
+    for n, fill in enumerate(fills.values()):
+        for layer in range(places.shape[1]):
+            axes.plot(*places[:, layer, n].T, color=fill, lw=0.6, alpha=0.35, zorder=2)
+        for step in range(steps):
+            late = (step + 1) / steps
+            axes.plot(*places[step, :, n].T, "o", ms=2 + 4 * late, mew=0, color=fill, alpha=0.2 + 0.7 * late, zorder=3)
+    return canvas.figure
