@@ -15,22 +15,41 @@ from .helpers import assert_near, gradients
 from .penalised import PENALTY, batch, explicit_penalty, make
 from .rows import BY_ID
 from .two_ranks import sgd_step
+from .two_shards import backward
+
+SHARDED = ("rlora", "moe_lora-by-task", "mtl_lora")  # with the gate of another layer, and with tasks
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def run(module: str, folder: Path, *arguments: str) -> Path:
     if not torch.distributed.is_available():
         pytest.skip("this torch has no distributed package")
-    folder = tmp_path_factory.mktemp("ranks")
+    alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, "-m", "tuner.two_ranks", folder],
+        [sys.executable, "-m", f"tuner.{module}", folder, *arguments],
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, **alone, "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run("two_ranks", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return load_file(run("two_shards", tmp_path_factory.mktemp("shards"), *SHARDED) / "gradients.safetensors")
+
+
+@pytest.mark.parametrize("row_id", SHARDED)
+def test_layers_sharded_by_fsdp2_have_the_gradients_of_one_process(shards, tiny_llama, row_id):
+    expected = backward(BY_ID[row_id], tiny_llama(), None)
+    found = {name.removeprefix(f"{row_id}/"): g for name, g in shards.items() if name.startswith(f"{row_id}/")}
+    assert_near(found, expected, relative=1e-5)
 
 
 @pytest.mark.parametrize("row_id", BY_ID)

@@ -240,6 +240,22 @@ class ExpertsBranch(Branch):
         return localized_loss(call.by_row(counted).sum(1), types[tasks], self.delta)
 
 
+def whole(parameter: Any) -> Tensor:
+    """A parameter of another layer, gathered where FSDP2 has it in shards, as it has outside that layer's own forward
+    and backward. Gradients are averaged over the ranks, as FSDP2 does."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    if not torch.is_grad_enabled():  # in backward, where the gathered tensor is itself what gradients are taken of
+        return parameter.full_tensor().requires_grad_(parameter.requires_grad)
+    from torch.distributed.tensor import Partial
+
+    mesh = parameter.device_mesh
+    gathered = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda grad: grad / mesh.size())
+    return gathered
+
+
 class MoeLoraBranch(ExpertsBranch):
     def __init__(self, config: MoeLoraConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
@@ -271,14 +287,20 @@ class MoeLoraBranch(ExpertsBranch):
         return spread_heads(z.unflatten(-1, (self.num_experts, -1)), gate)
 
     def task_logits(self, task: Tensor) -> Tensor:
+        held = self.__dict__.pop("_whole", None)  # what `mixes` named, so that gradients are taken of the same tensors
+        embedding, gate = held or self._task_tensors()
+        return F.linear(embedding[task.to(gate.device)], gate)
+
+    def _task_tensors(self) -> tuple[Tensor, Tensor]:
         owner = self._gate_owner[0]
-        return F.linear(owner.task_embedding[task.to(owner.task_gate.device)], owner.task_gate)
+        return whole(owner.task_embedding), whole(owner.task_gate)
 
     def mixes(self) -> tuple[Tensor, ...]:
         own = super().mixes()
         if not self.by_task or self._gate_owner[0] is self:
             return own
-        return *own, self._gate_owner[0].task_embedding, self._gate_owner[0].task_gate
+        self.__dict__["_whole"] = self._task_tensors()
+        return *own, *self.__dict__["_whole"]
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
