@@ -213,6 +213,10 @@ def test_the_fingerprint_tells_models_apart():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert one.differences(BaseFingerprint.of(make_tiny_llama().to(dtype))) == []
     assert "other weights" in one.differences(BaseFingerprint.of(make_tiny_llama(seed=1)))[0]
+    tuned = make_tiny_llama()
+    for parameter in tuned.parameters():
+        parameter.data *= 1.02  # further trained, a little
+    assert "other weights" in one.differences(BaseFingerprint.of(tuned))[0]
     assert "no layer model.layers.1" in one.differences(BaseFingerprint.of(make_tiny_llama(num_hidden_layers=1)))[0]
     assert "other sizes" in one.differences(BaseFingerprint.of(make_tiny_llama(intermediate_size=64)))[0]
     with pytest.raises(HeadwaterError, match="not the pool's base model"):
