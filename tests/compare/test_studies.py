@@ -57,10 +57,11 @@ def test_templates_fill_rows_of_the_data_sets_form():
             assert not task.choices or row["completion"] in row["choices"]
 
 
-def test_the_readmes_overrides_replace_the_tasks(model, tmp_path):
-    text = (STUDIES / "README.md").read_text()
-    (block,) = re.findall(r"\n\n(    tasks=\$.*?)\n\n", text, re.DOTALL)
-    script = block.replace("headwater compare", r"printf '%s\0'")
+@pytest.mark.parametrize(("block", "metrics"), [(0, [None] * 5), (1, [None] * 7 + ["final_number"])])
+def test_the_readmes_overrides_replace_the_tasks(block, metrics, model, tmp_path):
+    blocks = re.findall(r"\n\n(    tasks=\$.*?)\n\n", (STUDIES / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    script = blocks[block].replace("headwater compare", r"printf '%s\0'")
     done = subprocess.run(
         ["bash", "-c", script], env={"DIR": str(tmp_path)}, capture_output=True, text=True, check=True
     )
@@ -72,6 +73,5 @@ def test_the_readmes_overrides_replace_the_tasks(model, tmp_path):
         for split in ("train", "test"):
             (tmp_path / task / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     config = load_config(STUDIES / "claim.yaml", [*overrides, f"model_name_or_path={model}", "compare.tolerance=0.2"])
-    assert len(config.tasks) == 8
-    assert [task.metric for task in config.tasks] == [None] * 7 + ["final_number"]
+    assert [task.metric for task in config.tasks] == metrics
     assert all(Path(task.train).is_file() for task in config.tasks)
