@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,19 +108,21 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
     del model
 
     states: dict[tuple[int, int], np.ndarray] = {}
+
+    def run(part: _Part, label: str) -> None:
+        _run(part, config, tasks, sources, states, console, label)
+
     for number, part in enumerate(parts, start=1):
         label = f"[{number}/{len(parts)}] {part.strategy}, seed {part.seed}"
         if part.result is None:
             if part.strategy == BEST_SINGLE:
-                _run_best_single(part, output, config, tasks, sources, states, console, label)
+                _run_best_single(part, output, sources, run, label)
             else:
-                _run(part, config, tasks, sources, states, console, label)
+                run(part, label)
         mean = (part.result or {})["mean"]
         console.print(f"{label}: held-out score {mean:.3f}", highlight=False, soft_wrap=True, markup=False)
     results = summary(config, base, {(p.strategy, p.seed): p.result or {} for p in parts})
-    temporary = output / ".adapter"
-    shutil.copytree(parts[0].folder / "adapter", temporary, dirs_exist_ok=True)
-    replace_folder(temporary, output / "adapter")
+    _copy_adapter(parts[0].folder, output)
     write_json(output / "results.json", results)
     from headwater.report.preference import write_preference_report
 
@@ -320,27 +322,27 @@ def _run(
 
 
 def _run_best_single(
-    part: _Part,
-    output: Path,
-    config: PreferConfig,
-    tasks: list[Task],
-    sources: list[Source],
-    states: dict[tuple[int, int], np.ndarray],
-    console: Console,
-    label: str,
+    part: _Part, output: Path, sources: list[Source], run: Callable[[_Part, str], None], label: str
 ) -> None:
     """Runs each source alone, unless that is done, and takes the run that scores best on the validation rows."""
     alone = [_part(output, f"{SINGLE}{source.name}", part.seed) for source in sources]
     for one in alone:
         if one.result is None:
-            _run(one, config, tasks, sources, states, console, f"{label}, {one.strategy}")
+            run(one, f"{label}, {one.strategy}")
     results = {one: one.result or {} for one in alone}
     best = max(alone, key=lambda one: results[one]["validation"])
-    shutil.copytree(best.folder / "adapter", part.folder / "adapter", dirs_exist_ok=True)
+    _copy_adapter(best.folder, part.folder)
     seconds = sum(result["seconds"] for result in results.values())
     write_json(
         part.folder / RESULT, {**results[best], "source": best.strategy.removeprefix(SINGLE), "seconds": seconds}
     )
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    """Copies a run's adapter into another folder, whole or not at all."""
+    temporary = target / ".adapter"
+    shutil.copytree(source / "adapter", temporary, dirs_exist_ok=True)
+    replace_folder(temporary, target / "adapter")
 
 
 def _is_complete(checkpoint: Path, trainer: Any) -> bool:
