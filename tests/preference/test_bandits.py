@@ -169,7 +169,11 @@ def test_controls():
     assert RoundRobin("abc").choose(np.ones(1)) == 0
     turn = RoundRobin("abc")
     assert [turn.choose(np.ones(1)) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert {Single("abc", "b").choose(np.ones(1))} == {1}
+    alone = Single("abc", "b")
+    assert {alone.choose(np.ones(1)) for _ in range(5)} == {1}
+    alone.drop(1, "broken")
+    with pytest.raises(HeadwaterError, match=r"is left \(b: broken\)"):
+        alone.choose(np.ones(1))
     draws = Picker("abc", seed=1)
     counts = np.bincount([draws.choose(np.ones(1)) for _ in range(300)])
     assert counts.min() > 60

@@ -215,6 +215,30 @@ def test_best_single_is_the_source_that_scores_best_on_validation_rows(run_file,
     assert all(weights[0][k].equal(weights[1][k]) for k in weights[1])
 
 
+@pytest.mark.filterwarnings("ignore:reward source digits failed")
+def test_a_source_that_fails_alone_ends_the_command_and_the_rest_is_kept(run_file, capsys):
+    rewards = run_file.parent / "rewards.py"
+    rewards.write_text(REWARDS.replace('return sum(c in "0123456789', 'return 1 / 0 + sum(c in "0123456789'))
+    config = ["preference.strategies=[best_single]", "preference.seeds=[3]", "training.max_steps=2"]
+    words = [word for override in config for word in ("--set", override)]
+    code, _, err = invoke(capsys, run_file, *words)
+    assert code == 2
+    assert "preference.sources: no reward source is left (digits: ZeroDivisionError: division by zero)" in err
+    assert "vowels" not in err
+    assert "mend it, and go on with training.resume_from_checkpoint: true" in err
+    assert "Traceback" not in err
+    out = run_file.parent / "out"
+    assert not (out / "results.json").exists()
+    stamp = (out / "single-vowels" / "seed-3" / "result.json").stat().st_mtime_ns
+    rewards.write_text(REWARDS)
+    code, _, err = invoke(capsys, run_file, *words, "--set", "training.resume_from_checkpoint=true")
+    assert code == 0, err
+    assert (out / "single-vowels" / "seed-3" / "result.json").stat().st_mtime_ns == stamp
+    results = json.loads((out / "results.json").read_text())
+    assert results["extra"]["best_single"]["3"] in ("vowels", "digits")
+    assert results["extra"]["dropped"] == {}
+
+
 def test_a_finished_folder_is_neither_overwritten_nor_resumed_with_other_settings(done, capsys):
     out, _ = done
     path = out.parent / "prefer.yaml"

@@ -338,8 +338,8 @@ def test_what_a_pick_was_worth(make, reward):
         model.eval()
         for row in tasks[task].validation:
             prompt = tokenizer(row.prompt).input_ids
-            logs = [log_prob(model, prompt, tokenizer(choice).input_ids) for choice in row.choices]
-            total += logs[row.choices.index(row.completion)] - math.log(sum(map(math.exp, logs)))
+            answer = tokenizer(row.completion).input_ids
+            total += log_prob(model, prompt, answer) / len(answer)
         model.train(was)
         return total / len(tasks[task].validation)
 

@@ -55,7 +55,8 @@ class Picker:
         """
         if not self.alive:
             reasons = "; ".join(f"{arm}: {reason}" for arm, reason in self.dropped.items())
-            raise HeadwaterError(Problem(f"no reward source is left ({reasons})", "preference.sources"))
+            fix = "mend it, and go on with training.resume_from_checkpoint: true"
+            raise HeadwaterError(Problem(f"no reward source is left ({reasons})", "preference.sources", fix))
         random = np.random.default_rng([self.seed, self.round])
         arm = self._choose(context, random)
         self.round += 1
@@ -171,14 +172,18 @@ class RoundRobin(Picker):
 
 
 class Single(Picker):
-    """Always the same arm."""
+    """Always the same arm. When it is dropped none is left."""
 
     def __init__(self, arms: Sequence[str], arm: str, seed: int = 0):
         super().__init__(arms, seed)
-        self.dropped = {name: "not asked" for name in self.arms if name != arm}
+        self.arm = self.arms.index(arm)
+
+    @property
+    def alive(self) -> list[int]:
+        return [self.arm] if self.arms[self.arm] not in self.dropped else []
 
     def _choose(self, context: Vector, random: np.random.Generator) -> int:
-        return self.alive[0]
+        return self.arm
 
 
 class QuantileScale:

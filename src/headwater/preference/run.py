@@ -312,7 +312,7 @@ def _run(
             "mean": mean,
             "tasks": _scores(scores),
             **chosen_by,
-            "dropped": {} if part.strategy.startswith(SINGLE) else trainer.picker.dropped,
+            "dropped": trainer.picker.dropped,
             "seconds": time.perf_counter() - started,
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "rounds": [dataclasses.asdict(r) for r in trainer.rounds],

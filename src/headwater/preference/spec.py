@@ -73,7 +73,7 @@ class PreferenceSpec(BaseModel):
         seeds: one run for each; the file's `seed` alone by default.
         bandit_reward: what a pick was worth. `loss` is minus the batch's training loss, as in the paper;
             `loss_decrease` by how much the step lowered that loss; `validation` by how much the step raised the
-            log-probability of the right answers of the task's validation rows.
+            log-probability, per token, of the right answers of the task's validation rows.
         alpha: LinUCB's exploration, >= 0.
         gamma: Exp3's exploration, in (0, 1].
         window: scale rewards by the quantiles of so many latest ones instead of all.

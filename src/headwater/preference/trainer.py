@@ -137,6 +137,7 @@ class PreferenceTrainer(DPOTrainer):
         self.projection: Projection | None = None
         self._pending: list[_Pending] = []
         self._loss = 0.0
+        self._known: tuple[tuple[int, int], float] = ((-1, -1), 0.0)
         self.prompts = [[encode_prompt(row, tokenizer, data) for row in task.train] for task in self.tasks]
         sizes = [len(prompts) for prompts in self.prompts]
         self.shares = shares(sizes, [task.weight for task in self.tasks], mixture)
@@ -182,7 +183,7 @@ class PreferenceTrainer(DPOTrainer):
         if made is None:
             return torch.zeros((), device=self.args.device)
         if self.picker.learns and self.spec.bandit_reward == "validation":
-            made.before = self.validation(self.model, made.task)
+            made.before = self._validated(made.task)
         loss = super().training_step(model, made.inputs, num_items_in_batch)
         made.round.loss = self._loss
         self._pending.append(made)
@@ -359,12 +360,19 @@ class PreferenceTrainer(DPOTrainer):
             item.round.reward = self.scale(item.round.raw)
             self.picker.update(item.arm, item.context, item.round.reward)
 
+    def _validated(self, task: Task) -> float:
+        """The task's validation now. What one step ended with, the next one of the same task begins with."""
+        now = self.state.global_step, task.index
+        if self._known[0] != now:
+            self._known = now, self.validation(self.model, task)
+        return self._known[1]
+
     def _worth(self, item: _Pending) -> float:
         assert item.round.loss is not None
         if self.spec.bandit_reward == "loss":
             return -item.round.loss
         if self.spec.bandit_reward == "validation":
-            return self.validation(self.model, item.task) - item.before
+            return self._validated(item.task) - item.before
         with evaluating(self.model):
             self.compute_loss(self.model, self._prepare_inputs(item.inputs))
         self._metrics["eval"].clear()

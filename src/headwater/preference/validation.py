@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class Validation:
-    """The mean log-probability, in nats, of the right answers of a task's validation rows.
+    """The mean log-probability, in nats, of a token of the right answers of a task's validation rows.
 
-    Where a row has choices, the probability of its answer among them; else that of a token of its completion, on
-    average. Accuracy itself would hardly ever change within one step.
+    Of all that the model could say, not among a row's choices alone: a source that rewards words which are no choice
+    at all takes probability from every choice alike, and would go unnoticed. Accuracy would hardly ever change within
+    one step.
 
     Args:
         rows: at most so many rows of a task, always the same ones.
@@ -33,16 +33,9 @@ class Validation:
     def __call__(self, model: nn.Module, task: Task) -> float:
         rows = sample(task.validation, self.rows)
         prompts = [encode_prompt(row, self.tokenizer, self.data) for row in rows]
-        options = [row.choices or (row.completion,) for row in rows]
-        tokens = [[encode_completion(text, self.tokenizer) for text in texts] for texts in options]
+        answers = [encode_completion(row.completion, self.tokenizer) for row in rows]
         with evaluating(model):
-            sums = choice_log_probs(model, prompts, tokens, fill=pad_id(self.tokenizer), task_index=task.index)
-        total = 0.0
-        for row, texts, ids, values in zip(rows, options, tokens, sums, strict=True):
-            right = texts.index(row.completion)
-            if row.choices:
-                most = max(values)
-                total += values[right] - most - math.log(sum(math.exp(v - most) for v in values))
-            else:
-                total += values[right] / len(ids[right])
-        return total / len(rows)
+            sums = choice_log_probs(
+                model, prompts, [[ids] for ids in answers], fill=pad_id(self.tokenizer), task_index=task.index
+            )
+        return sum(total / len(ids) for (total,), ids in zip(sums, answers, strict=True)) / len(rows)
