@@ -135,6 +135,30 @@ def steps() -> str:
     return f"{table(head, rows)}\n\nTokens in a step that are not padding: {spread(tokens, 0)}."
 
 
+def step_runs() -> list[Found]:
+    """The runs of whole steps, by dtype and rows of a batch."""
+    found = [load("training_throughput"), *(load(path.stem) for path in RESULTS.glob("training_steps-*.json"))]
+    return sorted(found, key=lambda run: (run["environment"]["settings"]["dtype"] != "float32", rows_of(run)))
+
+
+def rows_of(run: Found) -> int:
+    return run["environment"]["settings"]["batch"]
+
+
+def place_of(run: Found) -> str:
+    return f"{run['environment']['settings']['dtype']}, {rows_of(run)} rows"
+
+
+def sizes() -> str:
+    """Whole steps by dtype and rows of a batch: time to the frozen model's / speed to PEFT LoRA's of rank r."""
+    runs = step_runs()
+    rows = [["tokens", *(spread(run["steps"]["tokens_per_step"], 0) for run in runs)]]
+    for name in runs[0]["steps"]["variants"]:
+        found = [run["steps"]["variants"].get(name) for run in runs]
+        rows.append([name, *(f"{median(v['time'])} / {v['speed_to_peft_lora']:.2f}" if v else "" for v in found)])
+    return table(["", *map(place_of, runs)], rows)
+
+
 def trainers() -> str:
     found = load("training_throughput")["trainers"]
     rows = [
@@ -194,9 +218,12 @@ def training_targets() -> Iterator[Target]:
     found = whole["steps"]["variants"]
     yield "R-LoRA's training step to the frozen model's", "≤", 1.1, found[OURS]["time"]["median"]
     yield "R-LoRA's saved activations to the frozen model's", "≤", 1.0, found[OURS]["saved_to_floor"]
-    for m in methods():
-        if "num_heads" in m.config.__dataclass_fields__ and m.title in found:
-            yield f"{m.title}'s tokens/s to PEFT LoRA's", "≥", 1.1, found[m.title]["speed_to_peft_lora"]
+    for run in step_runs():
+        variants = run["steps"]["variants"]
+        for m in methods():
+            if "num_heads" in m.config.__dataclass_fields__ and m.title in variants:
+                what = f"{m.title}'s tokens/s to PEFT LoRA's, {place_of(run)}"
+                yield what, "≥", 1.1, variants[m.title]["speed_to_peft_lora"]
     useful = whole["trainers"]["headwater_to_trl"]["median"]
     yield "`headwater train` to SFTTrainer, useful tokens/s", "≥", 1.5, useful
 
@@ -228,7 +255,7 @@ def formulations() -> str:
     return table(head, rows)
 
 
-SECTIONS = (device, targets, layer, shapes, picture, decode, steps, trainers, formulations)
+SECTIONS = (device, targets, layer, shapes, picture, decode, steps, sizes, trainers, formulations)
 
 
 def section_text(section: Callable[[], str]) -> str:

@@ -1,6 +1,8 @@
 """Training a whole language model: step time, saved activations and tokens per second.
 
     python -m benchmarks.training_throughput --json benchmarks/results/training_throughput.json
+    python -m benchmarks.training_throughput --repeats 0 --dtype bfloat16 --batch 16 \\
+        --json benchmarks/results/training_steps-bfloat16-16.json
 
 First, one step (forward, loss, backward, optimiser) on the same real batches under the same trainer, for each method;
 the floor is the frozen model's own forward and backward. Then `headwater train` against TRL's SFTTrainer with its
@@ -33,14 +35,16 @@ from headwater.training.run import mixture_of
 from . import layers, measure, models
 from .layers import FLOOR, LOOP
 
-BATCH, MAX_LENGTH, DROPOUT = 4, 256, 0.1
+MAX_LENGTH, DROPOUT = 256, 0.1
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 OURS, TRL_OURS, TRL_LORA = "headwater train, R-LoRA", "TRL SFTTrainer, R-LoRA", "TRL SFTTrainer, PEFT LoRA"
 
 
-def run_file(folder: Path, *, r: int, N: int, steps: int, model: str, tasks: list[dict[str, Any]]) -> Any:
+def run_file(
+    folder: Path, *, r: int, N: int, steps: int, batch: int, dtype: str, model: str, tasks: list[dict[str, Any]]
+) -> Any:
     """The demo's mixture as a run of `headwater train`, without rows to score."""
-    training = {"max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": 10, **QUIET}
+    training = {"max_steps": steps, "per_device_train_batch_size": batch, "logging_steps": 10, **QUIET}
     method = {
         "name": "rlora",
         "r": r,
@@ -51,7 +55,7 @@ def run_file(folder: Path, *, r: int, N: int, steps: int, model: str, tasks: lis
     }
     parts = {
         "model_name_or_path": model,
-        "model": {"dtype": "float32"},
+        "model": {"dtype": dtype},
         "method": method,
         "tasks": [{"name": task["name"], "train": task["train"]} for task in tasks],
         "mixture": {"strategy": "proportional"},
@@ -69,21 +73,23 @@ def run_file(folder: Path, *, r: int, N: int, steps: int, model: str, tasks: lis
 # -- one step under one trainer
 
 
-def trainer_of(model: Any, rows: dict[str, list[Encoded]], config: Any, pad: int, folder: Path) -> HeadwaterTrainer:
-    args = HeadwaterArguments(output_dir=str(folder), max_steps=1, per_device_train_batch_size=BATCH, **QUIET)
-    return HeadwaterTrainer(model, args, train=rows, pad_token_id=pad, mixture=mixture_of(config, BATCH))
+def trainer_of(
+    model: Any, rows: dict[str, list[Encoded]], config: Any, pad: int, folder: Path, batch: int
+) -> HeadwaterTrainer:
+    args = HeadwaterArguments(output_dir=str(folder), max_steps=1, per_device_train_batch_size=batch, **QUIET)
+    return HeadwaterTrainer(model, args, train=rows, pad_token_id=pad, mixture=mixture_of(config, batch))
 
 
 def training_step(trainer: HeadwaterTrainer, batches: Sequence[dict[str, Any]]) -> Callable[[], None]:
     """Trains on the next batch, as Trainer does; only the optimiser is missing where nothing is trained."""
     model: Any = trainer.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    optimizer = trainer.create_optimizer() if trained else None
     turn = iter(range(10**9))
 
     def run() -> None:
         batch = dict(batches[next(turn) % len(batches)])
-        trainer.training_step(model, batch, torch.tensor(BATCH))
+        trainer.training_step(model, batch, torch.tensor(trainer.args.per_device_train_batch_size))
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -108,14 +114,14 @@ def compare_steps(base: Any, rows: dict[str, list[Encoded]], config: Any, pad: i
             model.train()
             # the gradient reaches the first layer in every variant, as the floor's must to be one
             model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
-            trainers[name] = trainer_of(model, rows, config, pad, Path(folder))
+            trainers[name] = trainer_of(model, rows, config, pad, Path(folder), options.batch)
         loader = trainers[FLOOR].get_train_dataloader()
         batches = [batch for batch, _ in zip(loader, range(options.rounds + 1), strict=False)]
         steps = {name: training_step(trainer, batches) for name, trainer in trainers.items()}
         seconds = measure.interleave(steps, rounds=options.rounds, warmup=1, seed=options.seed)
         saved = {
             name: measure.saved_bytes(
-                lambda t=trainer: t.compute_loss(t.model, dict(batches[0]), num_items_in_batch=BATCH),
+                lambda t=trainer: t.compute_loss(t.model, dict(batches[0]), num_items_in_batch=options.batch),
                 without=trainer.model,
             )
             for name, trainer in trainers.items()
@@ -184,7 +190,9 @@ def train_with_headwater(config: Any) -> None:
     train(config, console=Console(file=io.StringIO()))
 
 
-def train_with_trl(model: Any, rows: list[Encoded], tokenizer: Any, steps: int, folder: Path, seed: int) -> None:
+def train_with_trl(
+    model: Any, rows: list[Encoded], tokenizer: Any, steps: int, folder: Path, seed: int, batch: int
+) -> None:
     """SFTTrainer on rows that are encoded already, in the columns that it makes itself; the collation is its own.
 
     Two of its defaults are changed, to headwater's: bf16 (which this CPU emulates) and gradient checkpointing are off.
@@ -196,7 +204,7 @@ def train_with_trl(model: Any, rows: list[Encoded], tokenizer: Any, steps: int, 
     args = SFTConfig(
         output_dir=str(folder / "trl"),
         max_steps=steps,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         logging_steps=10,
         bf16=False,
         gradient_checkpointing=False,
@@ -219,7 +227,8 @@ def compare_trainers(
             rlora = models.ours(base, "rlora", r=r, N=N, dropout=DROPOUT, num_tasks=len(rows))
             lora = models.peft_lora(base, r, DROPOUT)
             again = config.model_copy(update={"seed": repeat})
-            trl = {"rows": every, "tokenizer": tokenizer, "steps": steps, "folder": Path(folder), "seed": repeat}
+            trl = {"rows": every, "tokenizer": tokenizer, "steps": steps, "folder": Path(folder)}
+            trl |= {"seed": repeat, "batch": options.batch}
             runs: dict[str, Callable[[], None]] = {
                 OURS: lambda c=again: train_with_headwater(c),
                 TRL_OURS: lambda m=rlora, t=trl: train_with_trl(m, **t),
@@ -244,9 +253,9 @@ def compare_trainers(
     }
 
 
-def show(steps: dict[str, Any], trainers: dict[str, Any] | None) -> None:
+def show(steps: dict[str, Any], trainers: dict[str, Any] | None, batch: int) -> None:
     floor = steps["floor_seconds"]["median"]
-    title = f"one training step of {BATCH} rows\nfloor: frozen model, forward + backward, {floor:.2f} s"
+    title = f"one training step of {batch} rows\nfloor: frozen model, forward + backward, {floor:.2f} s"
     rows = [
         [
             name,
@@ -266,7 +275,7 @@ def show(steps: dict[str, Any], trainers: dict[str, Any] | None) -> None:
         speed, useful = v["useful_tokens_per_second"], v["share_of_useful_tokens"]
         rows.append([name, f"{speed['median']:.0f} ({speed['min']:.0f}-{speed['max']:.0f})", f"{useful['median']:.1%}"])
     ratio = measure.show_ratio(trainers["headwater_to_trl"])
-    title = f"{trainers['steps']} steps of {BATCH} rows; headwater train / SFTTrainer, both R-LoRA: {ratio}"
+    title = f"{trainers['steps']} steps of {batch} rows; headwater train / SFTTrainer, both R-LoRA: {ratio}"
     measure.print_table(title, ["", "useful tokens/s, median (min-max)", "not padding"], rows)
 
 
@@ -276,6 +285,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="*", default=layers.method_names(), help="methods to run, by name")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--num-heads", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the base model; bfloat16 with eager attention",
+    )
     parser.add_argument("--steps", type=int, default=25, help="steps of a run of each trainer")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each trainer; 0 leaves them out")
     parser.add_argument("--tasks", type=Path, default=cache_dir() / "demo" / "tasks", help="folder of task folders")
@@ -286,15 +302,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tasks = [{"name": path.name, "train": str(path / "train.jsonl")} for path in sorted(options.tasks.iterdir())]
     with tempfile.TemporaryDirectory() as folder:
         config = run_file(
-            Path(folder), r=options.r, N=options.num_heads, steps=options.steps, model=options.model, tasks=tasks
+            Path(folder),
+            r=options.r,
+            N=options.num_heads,
+            steps=options.steps,
+            batch=options.batch,
+            dtype=options.dtype,
+            model=options.model,
+            tasks=tasks,
         )
-        base, tokenizer = load_base_model(options.model, dtype="float32")
+        # PyTorch's fused attention is slow in bfloat16 on CPUs
+        attention = {"attn_implementation": "eager"} if options.dtype == "bfloat16" else {}
+        base, tokenizer = load_base_model(options.model, dtype=options.dtype, **attention)
         loaded = load_tasks([TaskSpec(**task) for task in tasks], Path.cwd())
         rows = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in loaded}
         pad = tokenizer.pad_token_id
         steps = compare_steps(base, rows, config, pad, options)
         trainers = compare_trainers(base, rows, config, tokenizer, options) if options.repeats else None
-    show(steps, trainers)
+    show(steps, trainers, options.batch)
     results = {"environment": measure.environment(options), "steps": steps, "trainers": trainers}
     measure.write(options.json, results)
     return results

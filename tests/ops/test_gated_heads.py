@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwater import HeadwaterError
 from headwater.ops import gated_heads
-from headwater.ops.dropout import draw_seed, drop, keep_mask
+from headwater.ops.dropout import draw_seed, drop, keep_mask, keep_masks, pack, unpack
 from headwater.ops.heads import backward, forward, implementation, reference
 
 quick = settings(max_examples=25, deadline=None)
@@ -85,6 +85,23 @@ def test_seeds_follow_the_global_generator_and_blocks_make_the_whole():
     assert torch.equal(torch.cat([drop(x[:6], first[0], 0.4), drop(x[6:], first[0], 0.4, first_row=6)]), whole)
     torch.testing.assert_close(whole[whole != 0], (x / 0.6)[whole != 0], **CLOSE)
     assert 0 < (whole == 0).sum() < 70
+
+
+def test_bits_hold_the_mask():
+    kept = keep_mask(torch.tensor([11]), 37, 24, 0.4)
+    bits = pack(kept)
+    assert bits.shape == (37, 3)
+    assert bits.dtype == torch.uint8
+    assert torch.equal(unpack(bits, torch.bfloat16), kept.to(torch.bfloat16))
+    assert torch.equal(unpack(bits[5:9], torch.float64), kept[5:9].double())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_masks_of_several_seeds_are_those_of_each(count):
+    seeds = list(draw_seed(torch.device("cpu"), count).split(1))
+    together = keep_masks(seeds, 70, 24, 0.3)
+    for mask, seed in zip(together, seeds, strict=True):
+        assert torch.equal(mask.T, keep_mask(seed, 70, 24, 0.3))
 
 
 def by_hand(z: Tensor, gate: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -112,6 +112,37 @@ def test_the_alignment_loss_comes_along(tiny_llama, monkeypatch, fields):
     assert_near(run(None), run("reference"), relative=1e-9)
 
 
+@pytest.mark.parametrize("method", ["rlora", "hydralora", "mlora"])
+def test_a_width_whose_masks_do_not_fill_bytes(method, monkeypatch):
+    from peft import get_peft_model
+
+    fields = {"r": 2, "num_heads": 3, "lora_dropout": 0.3, "target_modules": ["layer"], "init_seed": 0}
+    model = get_peft_model(Linear(13, 9), headwater.make_config(method, **fields), autocast_adapter_dtype=False)
+    model = model.double().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    results = []
+    for ops in ("reference", "autograd"):
+        monkeypatch.setenv("HEADWATER_OPS", ops)
+        torch.manual_seed(0)
+        x = torch.randn(5, 7, 13, dtype=torch.float64).requires_grad_()
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results.append({"y": y.detach(), "x": x.grad, **gradients(model)})
+    assert_near(results[1], results[0], relative=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{}, {"input_dropout": "per_head"}])
+def test_masks_on_x_are_the_same_block_by_block(fields, tiny_llama, monkeypatch):
+    monkeypatch.setattr("headwater.ops.adapter.BLOCK", 100)
+    row = BY_ID["hydralora"]
+    model = adapt(row, tiny_llama().double(), autocast=False, lora_dropout=0.3, **fields).double().train()
+    found, expected = (step(row, model, monkeypatch, ops) for ops in (None, "reference"))
+    assert_near(found, expected, relative=1e-9)
+
+
 class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int):
         super().__init__()

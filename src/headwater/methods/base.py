@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,7 +19,19 @@ from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..ops import Adapter, Tensors, adapted_linear, add_update, draw_seed, implementation, project, read_plainly
+from ..ops import (
+    FEW,
+    Adapter,
+    GatedHeads,
+    Tensors,
+    adapted_linear,
+    add_update,
+    draw_seed,
+    few_tokens,
+    implementation,
+    project,
+    read_plainly,
+)
 from .call import Call
 from .registry import Method as Method
 from .registry import method
@@ -199,6 +212,7 @@ class Branch(nn.Module):
         super().__init__()
         self.lora_dropout = config.lora_dropout
         self.scaling = config.scaling(shape.r, shape.alpha)
+        self._few: tuple[Any, Callable[..., Tensor]] | None = None
 
     @property
     def drops(self) -> bool:
@@ -241,6 +255,12 @@ class Branch(nn.Module):
         if call.learns and not torch.compiler.is_compiling() and implementation(x.device) != "reference":
             return adapted_linear(self.adapter(x, call), base, x)
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
+        if x.shape[0] <= FEW and y is not base and not call.learns and not self.training:
+            update = self._update_of_few(call, y)
+            if update is not None:
+                return update(y, x, call.saw_gate if call.observed else None)
+        if self._few is not None:
+            self._few = None
         if self.training:
             adapter = self.adapter(x, call)
             h, losses = adapter.mix(read_plainly(adapter, x), x, False)
@@ -250,9 +270,36 @@ class Branch(nn.Module):
             h = self.mix(*project(x, dropped + clean), call=call)
         return add_update(y, h, self.writes_apart(), scale=self.scaling, in_place=y is not base)
 
+    def _update_of_few(self, call: Call, y: Tensor) -> Callable[..., Tensor] | None:
+        """`ops.few_tokens` of this branch, made at the first token and kept while tokens are decoded.
+
+        It goes with the first forward that is something else, such as the next prompt or a training step, and when a
+        tensor is replaced or written to; so a write that PyTorch does not see, as through `.data`, is not missed for
+        longer than one generation.
+        """
+        if torch.compiler.is_compiling() or implementation(y.device) == "reference":
+            return None
+        dropped, clean = self.reads()
+        tensors = (*dropped, *clean, *(up := self.writes_apart()))
+        if any(t.is_inference() for t in tensors):
+            return None  # nobody counts the writes to these
+        key = (y.dtype, self.scaling, *[(t.data_ptr(), t._version, t.dtype) for t in tensors])
+        if self._few is None or self._few[0] != key:
+            heads = self.gated_heads(call, None)
+            if heads is None:
+                return None
+            self._few = key, few_tokens(heads, (*dropped, *clean), up, self.scaling, y)
+        return self._few[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_few": None}
+
     def adapter(self, x: Tensor, call: Call) -> Adapter:
         """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
+        if self._few is not None:
+            self._few = None
         of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
+        by_hand = implementation(x.device) == "autograd" and not (self.training and call.align is not None)
         return Adapter(
             lambda: Tensors(self.writes_apart(), *self.reads(), self.mixes()),
             functools.partial(self._mix, call, seed),
@@ -260,7 +307,12 @@ class Branch(nn.Module):
             self.lora_dropout,
             of_input if self.lora_dropout > 0 else None,
             self.input_masks,
+            self.gated_heads(call, seed) if by_hand else None,
         )
+
+    def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
+        """What `mix` does, where that is plain gated heads under masks of `seed`; None where it is something else."""
+        return None
 
     def _mix(
         self, call: Call, seed: Tensor | None, ranks: tuple[Tensor, ...], x: Tensor, again: bool

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import Problem
-from ..ops import gated_heads, spread_heads
+from ..ops import GatedHeads, gated_heads, spread_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, register
 from .call import Call
 
@@ -76,6 +76,15 @@ class HydraLoraBranch(Branch):
             loss = (call.mean_over_tokens(gate) * call.mean_over_tokens(chosen)).sum()
             call.add_loss("balance", loss, self.balance_loss_weight / len(self._layers))
         return spread_heads(z.unflatten(-1, (self.num_heads, -1)), gate) if per_head else gated_heads(z, logits)
+
+    def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
+        if self.training and (self.input_masks > 1 or self.balance_loss_weight > 0):
+            return None
+        show = call.saw_gate if call.observed else None
+        return GatedHeads(self.A.shape[0], self.num_heads, routed=True, start=False, show=show)
+
+    def mixes(self) -> tuple[Tensor, ...]:
+        return ()
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)

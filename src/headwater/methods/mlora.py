@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem
+from ..ops import GatedHeads
 from .base import LayerShape, Method, register
 from .call import Call
 from .rlora import MultiHeadBranch, MultiHeadConfig
@@ -43,6 +44,9 @@ class MLoraBranch(MultiHeadBranch):
 
     def gate(self) -> Tensor:
         return self.A.new_full((self.num_heads,), self.total_weight / self.num_heads)
+
+    def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads:
+        return self.in_closed_form(seed, routed=False, gate=self.total_weight / self.num_heads)
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), () if self.A0 is None else (self.A0,)

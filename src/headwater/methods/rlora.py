@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..ops import gated_heads
+from ..ops import GatedHeads, gated_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, fixed_gate, kaiming, merge_refusal, normal, register
 from .call import Call
 
@@ -190,6 +191,16 @@ class MultiHeadBranch(Branch):
         h = gated_heads(z, gate, seed=call.seed, dropout=self.head_dropout)
         return torch.cat([h, -start[0]], dim=-1) if start else h
 
+    def mixes(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def in_closed_form(self, seed: Tensor | None, **gates: Any) -> GatedHeads:
+        """What `gated` does; `gates` are the arguments of `GatedHeads` about them."""
+        start, p = self.A0 is not None, self.head_dropout
+        return GatedHeads(
+            self.A.shape[0], self.num_heads, start=start, dropout=p, seed=seed if p > 0 else None, **gates
+        )
+
     def writes(self) -> Tensor:
         return torch.cat(self.writes_apart())
 
@@ -229,6 +240,9 @@ class RLoraBranch(MultiHeadBranch):
         if call.observed:
             call.saw_gate(torch.softmax(logits, dim=-1))
         return self.gated(z, logits, start, call)
+
+    def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads:
+        return self.in_closed_form(seed, routed=True, show=call.saw_gate if call.observed else None)
 
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         if gate is None:

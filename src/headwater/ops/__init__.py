@@ -1,20 +1,25 @@
 """The gated low-rank update, written once for all methods. Knows tensors only."""
 
+from .adapter import Adapter, GatedHeads, Tensors, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, drop
-from .fused import Adapter, Tensors, adapted_linear, is_plain, read_plainly
+from .few_tokens import few_tokens
+from .fused import adapted_linear, is_plain
 from .heads import gated_heads
 from .losses import attach_loss
-from .lowrank import add_update, project, spread_heads
+from .lowrank import FEW, add_update, project, spread_heads
 
 __all__ = [
+    "FEW",
     "Adapter",
+    "GatedHeads",
     "Tensors",
     "adapted_linear",
     "add_update",
     "attach_loss",
     "draw_seed",
     "drop",
+    "few_tokens",
     "gated_heads",
     "implementation",
     "is_plain",

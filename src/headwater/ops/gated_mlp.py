@@ -4,7 +4,7 @@
 
 Saves x, the two wide pre-activations and what the adapters read: less than the block without adapters does through
 plain autograd, because act(gate) and the product are made again in backward, and gradients with respect to x and to the
-product are each summed in one memory.
+product are each summed in one memory. Adapters of gate and up that are alike read x together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .fused import Adapter, Backward, Tensors
+from .adapter import Adapter, Tensors
+from .by_hand import ByHand, can_share, draw_masks
+from .fused import rank_spaces
+from .replayed import Replayed, Saved
 
 Adapters = tuple[Adapter | None, Adapter | None, Adapter | None]
 
@@ -33,36 +36,40 @@ class _GatedMLP(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         weights, biases = tensors[:3], tensors[3:6]
-        gate, u_gate = _run(adapters[0], theirs[0], x, weights[0], biases[0])
-        up, u_up = _run(adapters[1], theirs[1], x, weights[1], biases[1])
-        y, u_down = _run(adapters[2], theirs[2], act(gate) * up, weights[2], biases[2])
+        gate, up = (F.linear(x, weights[i], biases[i]) for i in (0, 1))
+        present = [adapter for adapter in adapters if adapter is not None]
+        kept = draw_masks(present, x.shape[0]) if can_share(present) else None  # once for all: a large part of the cost
+        above = len(present) - (adapters[2] is not None)
+        saved = _forward(adapters[:2], theirs[:2], (gate, up), x, None if kept is None else kept[:above])
+        product = act(gate) * up
+        y = F.linear(product, weights[2], biases[2])
+        saved += (of_down := _forward(adapters[2:], theirs[2:], (y,), product, None if kept is None else kept[above:]))
         ctx.sizes = [0 if t is None else len(t.flat()) for t in theirs]
-        ctx.adapters, ctx.act = adapters, act
-        ctx.save_for_backward(x, gate, up, u_gate, u_up, u_down, *weights)
+        ctx.counts = [len(part) for part in saved]
+        ctx.adapters, ctx.act, ctx.below = adapters, act, len(of_down)
+        ctx.save_for_backward(x, gate, up, *weights, *(t for part in saved for t in part))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, u_gate, u_up, u_down, W_gate, W_up, W_down = ctx.saved_tensors
-        wanted = _split(ctx.needs_input_grad[10:], ctx.sizes)
+        x, gate, up, W_gate, W_up, W_down, *rest = ctx.saved_tensors
+        wanted, saved = _split(ctx.needs_input_grad[10:], ctx.sizes), _split(rest, ctx.counts)
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
-        a = activated.detach() * up
-        back_down = _rank_space(ctx.adapters[2], dy, u_down, a, wanted[2])
+        product = activated.detach() * up
+        below = _backward(ctx.adapters[2:], (dy,), saved[len(saved) - ctx.below :], product, wanted[2:])
         da = dy @ W_down
-        _to_input(back_down, da)
-        d_up = da * activated.detach()
+        for part in below:
+            part.add_to_dx(da)
+        d_up = torch.mul(da, activated.detach(), out=product)
         (d_gate,) = torch.autograd.grad(activated, leaf, da.mul_(up))
-        back_gate = _rank_space(ctx.adapters[0], d_gate, u_gate, x, wanted[0])
-        back_up = _rank_space(ctx.adapters[1], d_up, u_up, x, wanted[1])
+        above = _backward(ctx.adapters[:2], (d_gate, d_up), saved[: len(saved) - ctx.below], x, wanted[:2])
         dx = (d_gate @ W_gate).addmm_(d_up, W_up) if ctx.needs_input_grad[3] else None
-        found: list[Tensor | None] = []
-        for back, to in ((back_gate, dx), (back_up, dx)):
-            _to_input(back, to)
-        for back in (back_gate, back_up, back_down):
-            found += [] if back is None else back.gradients()
+        for part in above:
+            part.add_to_dx(dx)
+        found = [g for part in (*above, *below) for gradients in part.gradients() for g in gradients]
         return None, None, None, dx, *[None] * 6, *found
 
 
@@ -85,28 +92,34 @@ def gated_mlp(adapters: Adapters, layers: Sequence[nn.Linear], act: Callable[[Te
         return _GatedMLP.apply(adapters, theirs, act, x, *weights, *biases, *inputs)
 
 
-def _run(
-    adapter: Adapter | None, tensors: Tensors | None, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The adapted projection of x and what the adapter read."""
-    y = F.linear(x, weight, bias)
-    if adapter is None or tensors is None:
-        return y, None
-    u = adapter.read(x, tensors)
-    return adapter.add(y, u, x, tensors), u
+def _forward(
+    adapters: Sequence[Adapter | None],
+    theirs: Sequence[Tensors | None],
+    ys: Sequence[Tensor],
+    x: Tensor,
+    kept: Tensor | None,
+) -> list[Saved]:
+    """Adds the updates of layers that read the same x to their outputs."""
+    present = [(t, y) for t, y in zip(theirs, ys, strict=True) if t is not None]
+    saved = []
+    for part in rank_spaces([adapter for adapter in adapters if adapter is not None]):
+        own = [present.pop(0) for _ in part.adapters]
+        saved.append(part.forward([t for t, _ in own], [y for _, y in own], x, kept))
+    return saved
 
 
-def _rank_space(
-    adapter: Adapter | None, dy: Tensor, u: Tensor | None, x: Tensor, wanted: Sequence[bool]
-) -> Backward | None:
-    return None if adapter is None or u is None else Backward(adapter, dy, u, x, wanted)
+def _backward(
+    adapters: Sequence[Adapter | None], dys: Sequence[Tensor], saved: list[Any], x: Tensor, wanted: Sequence[Any]
+) -> list[ByHand | Replayed]:
+    """The same parts, as far as du."""
+    present = [(dy, w) for adapter, dy, w in zip(adapters, dys, wanted, strict=True) if adapter is not None]
+    parts = rank_spaces([adapter for adapter in adapters if adapter is not None])
+    for part, kept in zip(parts, saved, strict=True):
+        own = [present.pop(0) for _ in part.adapters]
+        part.backward([dy for dy, _ in own], kept, x, [w for _, w in own])
+    return parts
 
 
-def _to_input(back: Backward | None, dx: Tensor | None) -> None:
-    if back is not None:
-        back.add_to_dx(dx)
-
-
-def _split(values: Sequence[bool], sizes: Sequence[int]) -> list[Sequence[bool]]:
+def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]

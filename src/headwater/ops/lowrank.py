@@ -36,7 +36,12 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def stack(weights: Sequence[Tensor], like: Tensor) -> Tensor:
     """Matrices one below the other, in another tensor's dtype."""
-    return cast(weights[0], like.dtype) if len(weights) == 1 else torch.cat([cast(w, like.dtype) for w in weights])
+    return cast(weights[0] if len(weights) == 1 else torch.cat(tuple(weights)), like.dtype)
+
+
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale * a @ b` without another pass over the result."""
+    return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,142 @@
+"""What one branch does to one layer in one call, as data: its tensors, its rank space, and dropout on what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import keep_mask, pack, unpack
+from .lowrank import project, widened
+
+BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
+
+
+class Tensors(NamedTuple):
+    """A branch's tensors, as they are now.
+
+    Args:
+        up: the up-projections `(m_i, d_out)`.
+        dropped, clean: the down-projections `(k_i, d_in)` behind the input dropout, and those that see x as it is.
+        others: parameters that `mix` may use.
+    """
+
+    up: tuple[Tensor, ...]
+    dropped: tuple[Tensor, ...]
+    clean: tuple[Tensor, ...]
+    others: tuple[Tensor, ...]
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return (*self.up, *self.dropped, *self.clean, *self.others)
+
+
+@dataclass(frozen=True)
+class GatedHeads:
+    """A rank space that is `heads.gated_heads` and nothing else, so that `by_hand` knows its derivative.
+
+    `up` is the heads' `(N r, d_out)` and, with a start, `(r, d_out)`; the down-projections are A, the router and the
+    start's A.
+
+    Args:
+        r, num_heads: r and N.
+        routed: the gates are a softmax of a router's logits, per token; else all gates are `gate`.
+        start: a frozen start, of rank r, is taken out: its ranks are written with a minus.
+        gate: every head's gate where they are fixed.
+        dropout, seed: of the heads' masks (`dropout.keep_mask`, as `gated_heads` draws them); seed None without.
+        show: called with the gates `(tokens, N)` in forward.
+    """
+
+    r: int
+    num_heads: int
+    routed: bool
+    start: bool
+    gate: float = 1.0
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    show: Callable[[Tensor], None] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one branch does to one layer in one call.
+
+    Args:
+        tensors: gives the branch's tensors. Asked once for each direction, so that nothing made of them is kept.
+        mix: `mix(ranks, x, again)` -> h `(tokens, m)` and losses to be added to the training loss; `ranks` holds one
+            `(tokens, k_i)` for each down-projection, at least float32. `again` is True in backward, where nothing may
+            be counted or shown a second time. It must draw nothing from a global generator.
+        scale: s.
+        dropout, seed: of the input dropout; seed None without.
+        masks: independent dropout masks on x; above 1 the ranks behind them are one tensor, mask by mask.
+        heads: says the same as `mix` where that is plain gated heads; they are then computed by hand.
+    """
+
+    tensors: Callable[[], Tensors]
+    mix: Callable[[tuple[Tensor, ...], Tensor, bool], tuple[Tensor, Sequence[Tensor]]]
+    scale: float
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    masks: int = 1
+    heads: GatedHeads | None = None
+
+    def ranks(self, u: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
+        """The parts of u, all ranks side by side, for `mix`, scaled for the input dropout."""
+        u = widened(u)
+        behind, straight = ([w.shape[0] for w in weights] for weights in (tensors.dropped, tensors.clean))
+        if self.seed is None:
+            return torch.split(u, behind + straight, dim=-1)
+        first, *rest = torch.split(u, [u.shape[1] - sum(straight), *straight], dim=-1)
+        first = first * (1 / (1 - self.dropout))  # here, not on x, which may be of half precision
+        return (*torch.split(first, behind if self.masks == 1 else [first.shape[1]], dim=-1), *rest)
+
+    def draw(self, place: slice, d_in: int) -> Tensor:
+        """Rows of the masks on x, bool; the n-th mask begins at row `n * tokens`."""
+        assert self.seed is not None
+        return keep_mask(self.seed, place.stop - place.start, d_in, self.dropout, first_row=place.start)
+
+    def read_dropped(self, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`(mask * x) down^T`, mask by mask side by side, `(tokens, masks k)`; and the masks' bits."""
+        (tokens, d_in), k = x.shape, down.shape[0]
+        packs = x.device.type == "cpu" and d_in % 8 == 0  # elsewhere they are drawn again
+        bits = torch.empty(self.masks * tokens, d_in // 8, dtype=torch.uint8) if packs else None
+        u = x.new_empty(tokens, self.masks * k)
+        for n, rows, place in self._blocks(x):
+            kept = self.draw(place, d_in)
+            if bits is not None:
+                bits[place] = pack(kept)
+                kept = unpack(bits[place], x.dtype)
+            torch.mm(kept * x[rows], down.T, out=u[rows, n * k : (n + 1) * k])
+        return u, bits
+
+    def add_dropped(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor, bits: Tensor | None) -> Tensor:
+        """Adds to dx what comes back through `read_dropped`, in place; returns the gradient of `down`."""
+        k = down.shape[0]
+        d_down = torch.zeros_like(down, dtype=torch.promote_types(x.dtype, torch.float32))
+        for n, rows, place in self._blocks(x):
+            kept = self.draw(place, x.shape[1]).to(x.dtype) if bits is None else unpack(bits[place], x.dtype)
+            part = du[rows, n * k : (n + 1) * k]
+            if dx is not None:
+                dx[rows].addcmul_(part @ down, kept)
+            d_down += part.T @ kept.mul_(x[rows])
+        return d_down
+
+    def _blocks(self, x: Tensor) -> list[tuple[int, slice, slice]]:
+        """Masks and blocks of x's rows on a CPU, all rows at once elsewhere: mask, rows of x, rows of the masks."""
+        tokens = x.shape[0]
+        size = max(1, BLOCK // x.shape[1] if x.device.type == "cpu" else tokens)
+        blocks = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+        return [(n, b, slice(n * tokens + b.start, n * tokens + b.stop)) for b in blocks for n in range(self.masks)]
+
+
+def read_plainly(adapter: Adapter, x: Tensor) -> tuple[Tensor, ...]:
+    """What `mix` gets, through plain autograd."""
+    tensors = adapter.tensors()
+    if adapter.seed is None:
+        return project(x, tensors.dropped + tensors.clean)
+    places = [slice(n * x.shape[0], (n + 1) * x.shape[0]) for n in range(adapter.masks)]
+    behind = [u for place in places for u in project(adapter.draw(place, x.shape[1]) * x, tensors.dropped)]
+    clean = project(x, tensors.clean) if tensors.clean else ()
+    return adapter.ranks(torch.cat([*behind, *clean], dim=-1), tensors)

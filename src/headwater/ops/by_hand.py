@@ -1,0 +1,174 @@
+"""The rank space of gated heads with both directions by hand, for several layers that read the same x at once.
+
+    h = c [g_n * m_n * z  for n = 1..N]  and  -z_0         c = 1 / ((1 - p_x) (1 - p)),  y += s B_cat h
+
+`g` is a softmax of logits or one number, `m` a 0/1 mask, `z_0 = A_0 x` of a frozen start, p_x the dropout on x. c, and
+a gate that is one number, are factors of the matrix products, where they cost nothing. Backward, for dh = s c dy B^T:
+
+    v_n = m_n * dh_n    dz = sum_n g_n v_n    dl = g * (d - sum_n g_n d_n), d_n = <v_n, z>    dz_0 = -dh_0 / c
+
+`replayed` gives the same (tests compare them); with few tokens its many small operations cost as much as the matrix
+products. Everything is laid out feature by feature, `(layers, features, tokens)`: tokens are the long, contiguous
+dimension, and layers that read the same x share every operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, Tensors
+from .dropout import keep_masks
+from .lowrank import cast, product, stack, widened
+from .replayed import Saved
+
+
+class ByHand:
+    """Adapters with `heads` that agree (`can_share`), on layers that read the same x."""
+
+    def __init__(self, adapters: Sequence[Adapter]):
+        heads = adapters[0].heads
+        assert heads is not None
+        self.adapters, self.heads = adapters, heads
+        self.drops = adapters[0].seed is not None
+        p_x, p = adapters[0].dropout if self.drops else 0.0, 0.0 if heads.seed is None else heads.dropout
+        self.factor = heads.gate / ((1 - p_x) * (1 - p))  # c
+        G, r, N = len(adapters), heads.r, heads.num_heads
+        # u's rows: every layer's z, then every layer's logits, then every layer's z_0
+        self.rows = (G * r, G * N if heads.routed else 0, G * r if heads.start else 0)
+
+    def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
+        """Adds the updates to the layers' fresh outputs, each `(tokens, d_out)`, in place; returns what to save. `kept`
+        are the heads' masks if they are drawn already (`draw_masks`)."""
+        clean, bits = _rows(tensors, x, clean_only=self.drops), []
+        if self.drops:
+            read = [a.read_dropped(x, cast(t.dropped[0], x.dtype)) for a, t in zip(self.adapters, tensors, strict=True)]
+            bits = [b for _, b in read]
+            u = torch.cat([*(part for part, _ in read), *([] if clean is None else [x @ clean.T])], 1)
+        else:
+            assert clean is not None
+            u = x @ clean.T
+        u = u.T.contiguous()
+        z, logits, z_0 = self._parts(widened(u))
+        gates = torch.softmax(logits, 1) if self.heads.routed else None
+        kept = draw_masks(self.adapters, x.shape[0]) if kept is None else kept
+        for i, adapter in enumerate(self.adapters):
+            assert adapter.heads is not None
+            if adapter.heads.show is not None and gates is not None:
+                adapter.heads.show(gates[i].T)
+        h = self._spread(z, z_0, gates, kept)
+        for adapter, t, y, of_layer in zip(self.adapters, tensors, ys, h, strict=True):
+            y.addmm_(cast(of_layer, y.dtype).T, stack(t.up, y), alpha=adapter.scale * self.factor)
+        return u, gates, kept, *bits
+
+    def backward(
+        self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
+    ) -> None:
+        """From dy to du and the heads' gradients."""
+        u, gates, kept, *self.bits = saved
+        assert u is not None
+        self.x, self.wanted = x, wanted
+        self.tensors = [adapter.tensors() for adapter in self.adapters]
+        r, N = self.heads.r, self.heads.num_heads
+        z, _, z_0 = self._parts(widened(u))
+        h = self._spread(z, z_0, gates, kept)
+        dh, self.of_up = torch.empty_like(h), []
+        for i, (adapter, t, dy) in enumerate(zip(self.adapters, self.tensors, dys, strict=True)):
+            scale = adapter.scale * self.factor
+            dh[i] = product(dy, stack(t.up, dy).T, scale).T
+            of_heads = product(cast(h[i, : N * r], dy.dtype), dy, scale) if wanted[i][0] else None
+            self.of_up.append(None if of_heads is None else cast(of_heads, t.up[0].dtype))
+        v = dh[:, : N * r].unflatten(1, (N, r))
+        if kept is not None:
+            v.mul_(kept)
+        du = torch.empty_like(u, dtype=z.dtype)
+        dz, d_logits, dz_0 = self._parts(du)
+        if gates is None:
+            torch.sum(v, 1, out=dz)
+        else:
+            torch.sum(gates.unsqueeze(2) * v, 1, out=dz)
+            d = v.mul_(z.unsqueeze(1)).sum(2)
+            d -= (gates * d).sum(1, keepdim=True)
+            torch.mul(gates, d, out=d_logits)
+        if self.heads.start:
+            torch.mul(dh[:, N * r :], -1 / self.factor, out=dz_0)
+        self.du = cast(du, x.dtype)
+
+    def add_to_dx(self, dx: Tensor | None) -> None:
+        """Adds the updates' parts to dx `(tokens, d_in)` in place, and finds the down-projections' gradients."""
+        x, r, du = self.x, self.heads.r, self.du
+        self.of_down: list[list[Tensor | None]] = [[] for _ in self.adapters]
+        sizes = [r, self.heads.num_heads] if self.heads.routed else [r]
+        if self.drops:
+            behind, du, sizes = du[: self.rows[0]].T, du[self.rows[0] :], sizes[1:]
+            for i, (adapter, t) in enumerate(zip(self.adapters, self.tensors, strict=True)):
+                down, part = cast(t.dropped[0], x.dtype), behind[:, i * r : (i + 1) * r]
+                of_down = adapter.add_dropped(dx, x, part, down, self.bits[i])
+                self.of_down[i].append(cast(of_down, t.dropped[0].dtype))
+        clean = _rows(self.tensors, x, clean_only=self.drops)
+        if clean is not None and dx is not None:
+            dx.addmm_(du.T, clean)
+        G = len(self.adapters)
+        if sizes:  # not the starts', which come last and are frozen
+            found = cast(du[: G * sum(sizes)] @ x, self.tensors[0].dropped[0].dtype).split(
+                [k for k in sizes for _ in range(G)]
+            )
+            for i in range(G):
+                self.of_down[i] += found[i::G]
+
+    def gradients(self) -> list[tuple[Tensor | None, ...]]:
+        """For each adapter, in the order of `Tensors.flat`."""
+        start = (None,) if self.heads.start else ()
+        return [(up, *start, *down, *start) for up, down in zip(self.of_up, self.of_down, strict=True)]
+
+    def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""
+        G = len(self.adapters)
+        z, logits, z_0 = (part.unflatten(0, (G, part.shape[0] // G)) for part in u.split(self.rows))
+        return z, logits, z_0
+
+    def _spread(self, z: Tensor, z_0: Tensor, gates: Tensor | None, kept: Tensor | None) -> Tensor:
+        """h / c, `(layers, N r, and r of the start, tokens)`."""
+        G, r, tokens = z.shape
+        N = self.heads.num_heads
+        h = z.new_empty(G, N * r + z_0.shape[1], tokens)
+        heads, z = h[:, : N * r].unflatten(1, (N, r)), z.unsqueeze(1)
+        if gates is not None:
+            torch.mul(gates.unsqueeze(2), z, out=heads)
+        else:
+            heads.copy_(z)
+        if kept is not None:
+            heads.mul_(kept)
+        if self.heads.start:
+            torch.mul(z_0, -1 / self.factor, out=h[:, N * r :])
+        return h
+
+
+def can_share(adapters: Sequence[Adapter]) -> bool:
+    """Whether one `ByHand` can run these adapters of layers that read the same x."""
+    kinds = {
+        (
+            a.heads.r, a.heads.num_heads, a.heads.routed, a.heads.start, a.heads.gate, a.heads.dropout,
+            a.heads.seed is None, a.seed is None, a.dropout,
+        )
+        if a.heads is not None
+        else id(a)
+        for a in adapters
+    }  # fmt: skip
+    return len(kinds) == 1 and adapters[0].heads is not None
+
+
+def draw_masks(adapters: Sequence[Adapter], tokens: int) -> Tensor | None:
+    """The heads' masks of adapters that agree, bool `(layers, N, r, tokens)`; None without dropout."""
+    heads = [adapter.heads for adapter in adapters if adapter.heads is not None]
+    N, r, seeds = heads[0].num_heads, heads[0].r, [one.seed for one in heads if one.seed is not None]
+    return keep_masks(seeds, tokens, N * r, heads[0].dropout).unflatten(1, (N, r)) if seeds else None
+
+
+def _rows(tensors: Sequence[Tensors], x: Tensor, *, clean_only: bool) -> Tensor | None:
+    """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
+    weights = [t.clean if clean_only else (*t.dropped, *t.clean) for t in tensors]
+    kinds = [w for kind in zip(*weights, strict=True) for w in kind]
+    return stack(kinds, x) if kinds else None

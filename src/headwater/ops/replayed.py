@@ -1,0 +1,101 @@
+"""Any method's rank space: `mix` runs without gradients in forward and again, from the ranks u, in backward.
+
+    u = A_cat x            h = mix(u)            y = W x + s B_cat h
+
+    dh = s dy B_cat^T      dB_cat = s h^T dy      du, its parameters' gradients = mix's backward on (dh, losses' 1)
+    dx = dy W, then du A_cat added in place       dA_cat = du^T x
+
+The graph of `mix` in backward is a few numbers a token. So no method has to write a backward, and none saves more than
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, Tensors
+from .lowrank import add_update, cast, product, stack
+
+Saved = tuple[Tensor | None, ...]
+
+
+class Replayed:
+    """One adapter on one layer."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter, self.adapters = adapter, [adapter]
+
+    def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
+        """Adds the update to y `(tokens, d_out)` in place; returns what backward needs."""
+        (of_adapter,), (y,) = tensors, ys
+        u, bits = self._read(x, of_adapter)
+        h, _ = self.adapter.mix(self.adapter.ranks(u, of_adapter), x, False)
+        add_update(y, h, of_adapter.up, scale=self.adapter.scale, in_place=True)
+        return u, bits
+
+    def _read(self, x: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
+        """u, all ranks side by side, in x's dtype: those behind dropout first, mask by mask."""
+        dropped, clean = tensors.dropped, tensors.clean
+        if self.adapter.seed is None or not dropped:
+            return x @ stack((*dropped, *clean), x).T, None
+        u, bits = self.adapter.read_dropped(x, stack(dropped, x))
+        return torch.cat([u, x @ stack(clean, x).T], 1) if clean else u, bits
+
+    def backward(
+        self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
+    ) -> None:
+        """From dy to du, and the gradients of the up-projections and of `mix`'s parameters."""
+        adapter, (dy,), (u, self.bits), (wants,) = self.adapter, dys, saved, wanted
+        assert u is not None
+        self.x, self.tensors = x, adapter.tensors()
+        tensors = self.tensors
+        ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
+        wanted_up, self.wanted_reads, wanted_others = wants[:ups], wants[ups : ups + reads], wants[ups + reads :]
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            h, losses = adapter.mix(adapter.ranks(leaf, tensors), x, True)
+        trained = [p for p, want in zip(tensors.others, wanted_others, strict=True) if want]
+        dh = cast(product(dy, stack(tensors.up, dy).T, adapter.scale), h.dtype)
+        ends = [(h, dh), *((loss, torch.ones_like(loss)) for loss in losses)]
+        outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
+        du, *of_trained = torch.autograd.grad(outputs, [leaf, *trained], grads, allow_unused=True)
+        self.du = torch.zeros_like(u) if du is None else du
+        given = iter(of_trained)
+        self.of_others = [next(given) if want else None for want in wanted_others]
+        self.of_up = outer(h.detach(), dy, tensors.up, wanted_up, adapter.scale)
+
+    def add_to_dx(self, dx: Tensor | None) -> None:
+        """Adds the update's part to dx `(tokens, d_in)` in place, and finds the down-projections' gradients."""
+        x, du, dropped, clean = self.x, self.du, self.tensors.dropped, self.tensors.clean
+        self.of_reads: list[Tensor | None] = []
+        if self.adapter.seed is None or not dropped:
+            clean = (*dropped, *clean)
+        else:
+            behind, du = du.split([du.shape[1] - sum(w.shape[0] for w in clean), sum(w.shape[0] for w in clean)], 1)
+            of_dropped = self.adapter.add_dropped(dx, x, behind, stack(dropped, x), self.bits)
+            rows_of = of_dropped.split([w.shape[0] for w in dropped])
+            self.of_reads += [cast(g, w.dtype) for g, w in zip(rows_of, dropped, strict=True)]
+        if clean:
+            if dx is not None:
+                dx.addmm_(du, stack(clean, x))
+            self.of_reads += outer(du, x, clean, self.wanted_reads[len(self.of_reads) :], 1.0)
+
+    def gradients(self) -> list[tuple[Tensor | None, ...]]:
+        """In the order of `Tensors.flat`."""
+        return [(*self.of_up, *self.of_reads, *self.of_others)]
+
+
+def outer(
+    ranks: Tensor, wide: Tensor, like: Sequence[Tensor], wanted: Sequence[bool], scale: float
+) -> list[Tensor | None]:
+    """`scale ranks^T wide`, the rows of each of the matrices in `like` that is wanted; what is not is not computed."""
+    columns = ranks.split([w.shape[0] for w in like], dim=1)
+    trained = [part for part, want in zip(columns, wanted, strict=True) if want]
+    if not trained:
+        return [None] * len(like)
+    joined = trained[0] if len(trained) == 1 else torch.cat(trained, 1)
+    rows = iter(product(cast(joined, wide.dtype).T, wide, scale).split([part.shape[1] for part in trained]))
+    return [cast(next(rows), w.dtype) if want else None for w, want in zip(like, wanted, strict=True)]
