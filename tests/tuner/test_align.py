@@ -190,7 +190,8 @@ def test_detach_input_moves_only_the_down_projections(name):
     plain, _ = gradients(name)
     aligned, _ = gradients(name, weight=5.0, detach_input=True)
     for n, grad in plain.items():
-        assert torch.equal(aligned[n], grad) != ("lora_A" in n or n.endswith(".A"))
+        moved = (aligned[n] - grad).norm() > 1e-5 * grad.norm()  # with a loss the heads' part is computed another way
+        assert moved == ("lora_A" in n or n.endswith(".A"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -128,7 +128,7 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
     layers = sum(isinstance(m, MethodLayer) for m in model.modules())
     if layers:
         context = context_of(model)
-        context.align = AlignLoss(spec, layers)
+        context.align = AlignLoss(spec, layers) if spec.weight > 0 else None
     else:
         lora = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A]
         if not lora:

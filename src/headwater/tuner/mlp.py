@@ -54,7 +54,8 @@ def _is_gated_block(kind: Any) -> bool:
 
 def _forward(mlp: Any, x: Tensor) -> Tensor:
     layers: list[Any] = [getattr(mlp, name) for name in PROJECTIONS]
-    usual = torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+    learns = torch.is_grad_enabled() or mlp.training  # both forwards of reentrant checkpointing must round alike
+    usual = learns and not torch.compiler.is_compiling() and type(x) is Tensor
     if not usual or implementation(x.device) == "reference" or _is_watched(mlp.act_fn):
         return type(mlp).forward(mlp, x)
     plain: list[Any] = [layer.base_layer if type(layer) is MethodLayer else layer for layer in layers]
