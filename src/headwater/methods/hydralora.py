@@ -83,9 +83,6 @@ class HydraLoraBranch(Branch):
         show = call.saw_gate if call.observed else None
         return GatedHeads(self.A.shape[0], self.num_heads, routed=True, start=False, show=show)
 
-    def mixes(self) -> tuple[Tensor, ...]:
-        return ()
-
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
 

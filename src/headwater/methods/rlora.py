@@ -191,9 +191,6 @@ class MultiHeadBranch(Branch):
         h = gated_heads(z, gate, seed=call.seed, dropout=self.head_dropout)
         return torch.cat([h, -start[0]], dim=-1) if start else h
 
-    def mixes(self) -> tuple[Tensor, ...]:
-        return ()
-
     def in_closed_form(self, seed: Tensor | None, **gates: Any) -> GatedHeads:
         """What `gated` does; `gates` are the arguments of `GatedHeads` about them."""
         start, p = self.A0 is not None, self.head_dropout

@@ -61,18 +61,19 @@ class ByHand:
         h = self._spread(z, z_0, gates, kept)
         for adapter, t, y, of_layer in zip(self.adapters, tensors, ys, h, strict=True):
             y.addmm_(cast(of_layer, y.dtype).T, stack(t.up, y), alpha=adapter.scale * self.factor)
-        return u, gates, kept, *bits
+        return u, kept, *bits
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
     ) -> None:
         """From dy to du and the heads' gradients."""
-        u, gates, kept, *self.bits = saved
+        u, kept, *self.bits = saved
         assert u is not None
         self.x, self.wanted = x, wanted
         self.tensors = [adapter.tensors() for adapter in self.adapters]
         r, N = self.heads.r, self.heads.num_heads
-        z, _, z_0 = self._parts(widened(u))
+        z, logits, z_0 = self._parts(widened(u))
+        gates = torch.softmax(logits, 1) if self.heads.routed else None
         h = self._spread(z, z_0, gates, kept)
         dh, self.of_up = torch.empty_like(h), []
         for i, (adapter, t, dy) in enumerate(zip(self.adapters, self.tensors, dys, strict=True)):
@@ -121,7 +122,10 @@ class ByHand:
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
         """For each adapter, in the order of `Tensors.flat`."""
         start = (None,) if self.heads.start else ()
-        return [(up, *start, *down, *start) for up, down in zip(self.of_up, self.of_down, strict=True)]
+        return [
+            (up, *start, *down, *start, *[None] * len(t.others))
+            for t, up, down in zip(self.tensors, self.of_up, self.of_down, strict=True)
+        ]
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""
