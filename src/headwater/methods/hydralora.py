@@ -78,7 +78,8 @@ class HydraLoraBranch(Branch):
         return spread_heads(z.unflatten(-1, (self.num_heads, -1)), gate) if per_head else gated_heads(z, logits)
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
-        if self.training and (self.input_masks > 1 or self.balance_loss_weight > 0):
+        per_head = self.input_masks > 1 and self.lora_dropout > 0
+        if self.training and (per_head or self.balance_loss_weight > 0):
             return None
         show = call.saw_gate if call.observed else None
         return GatedHeads(self.A.shape[0], self.num_heads, routed=True, start=False, show=show)
