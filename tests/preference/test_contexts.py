@@ -31,6 +31,7 @@ def test_projection_centres_and_separates_kinds_that_share_a_large_direction():
     first, other, second = projection(states[:8]), projection(states[8:16]), projection(states[30:38])
     assert abs(np.linalg.norm(first) - 1) < 1e-12
     assert first @ other > 0.95
+    np.testing.assert_allclose(first, projection(states[:8].mean(0)[None]), atol=1e-12)
     assert abs(first @ second) < 0.1  # opposite kinds have nothing to do with each other
     assert np.isclose(first[-1], 0.5**0.5)
 

@@ -87,6 +87,21 @@ def test_an_ensemble_asks_all_in_each_batch(make):
     assert all(r.reward is None for r in trainer.rounds)
 
 
+def test_an_ensemble_hears_all_whom_it_asks(make):
+    letters = Spy("abcdefghijklmnopqrstuvwxyz")
+    trainer = make(ensemble=True, max_steps=3, spies=[lambda **_: 1.0, letters, lambda **_: 2.0])
+    seen = watch(trainer)
+    trainer.train()
+    assert all(r.pairs for r in trainer.rounds)
+    for pairs, _ in seen:
+        for (_, chosen), (_, rejected) in pairs:
+            better, worse = (
+                letters(prompt="", response=trainer.tokenizer.decode(ids, skip_special_tokens=True), answer="", task="")
+                for ids in (chosen, rejected)
+            )
+            assert better > worse
+
+
 def test_sources_see_the_rows_of_one_task_and_never_the_test_rows(make):
     spy = Spy()
     make(spies=[spy], max_steps=8).train()
@@ -324,8 +339,9 @@ def test_a_batch_without_a_pair_changes_nothing(make):
 @pytest.mark.parametrize("reward", ["loss", "loss_decrease", "validation"])
 def test_what_a_pick_was_worth(make, reward):
     picker = LinUCB(NAMES, 65)
-    told = []
-    picker.update = lambda arm, context, worth: told.append((arm, worth))
+    seen, told, choose = [], [], picker.choose
+    picker.choose = lambda context: seen.append(context) or choose(context)
+    picker.update = lambda arm, context, worth: told.append((arm, context, worth))
     letters = Spy("abcdefghijklmnopqrstuvwxyz")
     trainer = make(picker=picker, spies=[letters] * 3, preference={"bandit_reward": reward}, max_steps=3)
     values, original = [], trainer.training_step
@@ -365,7 +381,9 @@ def test_what_a_pick_was_worth(make, reward):
 
     trainer.settle = settled
     trainer.train()
-    assert [(NAMES[arm], worth) for arm, worth in told] == [(r.queried[0], r.reward) for r in trainer.rounds]
+    assert [(NAMES[arm], worth) for arm, _, worth in told] == [(r.queried[0], r.reward) for r in trainer.rounds]
+    assert len({context.tobytes() for context in seen}) > 1
+    assert all(np.array_equal(context, at) for (_, context, _), at in zip(told, seen, strict=True))
     assert trainer.scale.history == [r.raw for r in trainer.rounds]
 
 
@@ -389,6 +407,8 @@ def test_contexts_are_of_the_policy_or_of_the_base_model(make, context):
     place = [(0, 0)]
     before = trainer._hidden(place)
     trainer.train()
+    assert np.allclose(trainer._hidden(place), before, atol=1e-6) == (context == "base")
+    trainer.states.clear()  # what was known of the base model is found anew
     assert np.allclose(trainer._hidden(place), before, atol=1e-6) == (context == "base")
 
 
