@@ -344,6 +344,24 @@ def test_every_key_is_documented_and_the_examples_are_accepted(tmp_path):
     assert len(make_sources(example.preference.sources, example.data, example.base_dir)) == 3
 
 
+def test_the_page_says_what_was_measured():
+    page = (ROOT / "docs" / "prefer.md").read_text()
+    found = json.loads((ROOT / "benchmarks" / "results" / "prefer_example.json").read_text())
+    assert f"    {found['command']}\n" in page
+    for strategy, score in found["scores"].items():
+        low, high = score["ci95"]
+        seeds = ", ".join(f"{value:.3f}" for value in score["seeds"])
+        assert score["seeds"] == [found[strategy][seed]["mean"] for seed in found[strategy]]
+        assert f"| `{strategy}` | {score['mean']:.3f} ({low:.3f} to {high:.3f}) | {seeds} |" in page
+        if difference := found["differences"].get(strategy):
+            told = [f"{value:+.3f}".replace("-", "−") for value in (difference["mean"], *difference["ci95"])]
+            assert f"| {told[0]} ({told[1]} to {told[2]}) |" in page
+        if rates := found["late_good_pick_rates"].get(strategy):
+            runs = [good_pick_rate(late(run["rounds"]), found["good"]) for run in found[strategy].values()]
+            assert rates == pytest.approx(runs)
+            assert f"| {sum(rates) / 3:.0%} ({', '.join(f'{rate:.0%}' for rate in rates)}) |" in page
+
+
 def test_the_examples_tasks_are_what_its_script_writes_and_its_sources_what_they_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "prefer"))
     import make_tasks
