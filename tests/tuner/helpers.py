@@ -49,7 +49,8 @@ def config(row: Row, base: nn.Module | None = None, **fields: Any) -> PeftConfig
         for key, layer in plain.base_model.model.named_modules():
             if isinstance(layer, LoraLayer):
                 tensors |= tensors_of(key, layer.r["default"], layer.in_features, layer.out_features)
-        fields[name] = f"{FILES.name}/{row.id}-{len(os.listdir(FILES.name))}.safetensors"
+        number = f"{os.getpid()}-{len(os.listdir(FILES.name))}"  # forked ranks share the folder
+        fields[name] = f"{FILES.name}/{row.id}-{number}.safetensors"
         write_tensors(tensors, fields[name], {})
     return headwater.make_config(row.name, **fields)
 
