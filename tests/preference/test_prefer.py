@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from safetensors.torch import load_file
@@ -360,6 +361,17 @@ def test_the_page_says_what_was_measured():
             runs = [good_pick_rate(late(run["rounds"]), found["good"]) for run in found[strategy].values()]
             assert rates == pytest.approx(runs)
             assert f"| {sum(rates) / 3:.0%} ({', '.join(f'{rate:.0%}' for rate in rates)}) |" in page
+    more = found["more_seeds"]["linucb"]
+    scores = [run["mean"] for run in more.values()]
+    rates = [good_pick_rate(late(run["rounds"]), found["good"]) for run in more.values()]
+    told = ", ".join(f"{score:.3f}" for score in scores), ", ".join(f"{rate:.0%}" for rate in rates)
+    assert f"| {', '.join(more)} | {told[0]} | {told[1]} |" in page
+    scores = [*found["scores"]["linucb"]["seeds"], *scores]
+    rates = [*found["late_good_pick_rates"]["linucb"], *rates]
+    low, high = t_interval(scores, within=(0, 1))
+    least, most = t_interval(rates, within=(0, 1))
+    told = f"{fmean(scores):.3f} ({low:.3f} to {high:.3f})", f"{fmean(rates):.0%} ({least:.0%} to {most:.0%})"
+    assert f"| all seven | {told[0]} | {told[1]} |" in page
 
 
 def test_the_examples_tasks_are_what_its_script_writes_and_its_sources_what_they_say(monkeypatch):
