@@ -250,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heading", action="append", default=[], help="of each folder's part, where there are several")
     parser.add_argument("--model", default="", help="the base model's name; by default as the runs have it")
     parser.add_argument("--device", default="", help="what it ran on; by default this processor")
+    parser.add_argument(
+        "--untimed", action="store_true", help="leave out steps' times: runs were paused, or shared cores"
+    )
     parser.add_argument("--title", default="", help="of a page that is not there yet")
     options = parser.parse_args(arguments)
     path = RESULTS / f"study-{options.name}.json"
@@ -258,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for i, folder in enumerate(options.folders):
             command, heading = (given[i] if i < len(given) else "" for given in (options.command, options.heading))
             part = found(folder, command=command, model=options.model, device=options.device)
+            if options.untimed:
+                for entry in (e for method in part["methods"] for e in (method, *method["runs"])):
+                    entry["seconds_per_step"] = None
             prefix = options.name if len(options.folders) == 1 else f"{options.name}-{i + 1}"
             heading = heading or (folder.resolve().name if len(options.folders) > 1 else "")
             parts.append({"heading": heading, **part, "figures": copy_figures(folder, prefix)})

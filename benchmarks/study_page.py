@@ -91,8 +91,8 @@ def scores(part: Found) -> str:
         f"minus {first} (95 %)",
         "p",
         "p, Holm",
-        "s a step",
     ]
+    timed = any(m["seconds_per_step"] for m in methods)
     rows = []
     for m in methods:
         row = [
@@ -103,19 +103,21 @@ def scores(part: Found) -> str:
             _with_interval(m["difference"], m["difference_ci95"], "+"),
             _p(m["p"]),
             _p(m["p_holm"]),
-            f"{m['seconds_per_step']:.2f}",
         ]
+        row += [f"{m['seconds_per_step']:.2f}"] if timed else []
         row += ["" if not m[key] else f"{m[key] / 2**20:,.0f}" for key in sizes.values()]
         if alike:
             known = [v for v in heads[m["label"]] if v is not None]
             row.append(f"{sum(known) / len(known):.2f}".replace("-", "−") if known else "")
         rows.append(row)
-    head += [*sizes, *(["heads' cosine"] if alike else [])]
+    head += [*(["s a step"] if timed else []), *sizes, *(["heads' cosine"] if alike else [])]
     note = (
-        f"Mean over tasks and {n} seeds; intervals by Student's t over seeds, of differences seed by seed; p of the "
+        f"Mean over tasks and {n} seed{'s' if n > 1 else ''}; intervals by Student's t over seeds, of differences seed by seed; p of the "
         "paired t test, and by Holm's correction over the rows. The test rows are the same in all runs, so their own "
-        "chance is not in the intervals. A step's time is its mean, as the machine was."
+        "chance is not in the intervals."
     )
+    if timed:
+        note += " A step's time is its mean, as the machine was."
     if "activations, MiB" in sizes:
         note += " Activations: what the forward of the first batch keeps for its backward."
     return "\n\n".join(["## Scores", *_pictures(part, "comparison"), table(head, rows), note])

@@ -113,6 +113,16 @@ def test_the_page_is_of_the_json_and_keeps_what_was_written(folder, places):
     assert "| 0.123" in page.read_text()
 
 
+def test_times_that_mean_nothing_are_left_out(folder, places):
+    study.main(["tiny", str(folder)])
+    assert "| s a step |" in (places / "pages" / "tiny.md").read_text()
+    study.main(["tiny", str(folder), "--untimed"])
+    page = (places / "pages" / "tiny.md").read_text()
+    (part,) = json.loads((places / "study-tiny.json").read_text())["comparisons"]
+    assert "a step" not in page
+    assert {e["seconds_per_step"] for m in part["methods"] for e in (m, *m["runs"])} == {None}
+
+
 def test_no_path_of_a_machine_is_kept(folder, places):
     content = json.loads((folder / "comparison.json").read_text())
     content["extra"]["methods"][0]["method"]["basis"] = "/somewhere/secret/basis.safetensors"
