@@ -112,10 +112,9 @@ def scores(part: Found) -> str:
         rows.append(row)
     head += [*(["s a step"] if timed else []), *sizes, *(["heads' cosine"] if alike else [])]
     note = (
-        f"Mean over tasks and {n} seed{'s' if n > 1 else ''}; intervals by Student's t over seeds, of differences seed by "
-        "seed; p of the paired t test, and by Holm's correction over the rows. The test rows are the same in all runs, so "
-        "their own "
-        "chance is not in the intervals."
+        f"Mean over tasks and {n} seed{'s' if n > 1 else ''}; intervals by Student's t over seeds, of differences seed "
+        "by seed; p of the paired t test, and by Holm's correction over the rows. The test rows are the same in all "
+        "runs, so their own chance is not in the intervals."
     )
     if timed:
         note += " A step's time is its mean, as the machine was."
