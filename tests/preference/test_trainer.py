@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
+from trl import DPOTrainer
 
 from headwater.errors import HeadwaterError
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
@@ -127,6 +128,8 @@ def test_responses_of_a_prompt_are_sampled_and_all_different(make):
     trainer.train()
     for responses in drawn:
         assert all(len(texts) == len(set(texts)) > 1 for texts in responses.texts)
+        # Cut off after one token, none of them says that it ends there.
+        assert not any(trainer.tokenizer.eos_token_id in ids[1:] for of_prompt in responses.ids for ids in of_prompt)
     assert min(len(texts) for responses in drawn for texts in responses.texts) < 24
     assert len(seen) > 1
     for pairs, _ in seen:
@@ -323,6 +326,13 @@ def test_an_ensemble_goes_on_with_the_others(make):
     with pytest.warns(UserWarning, match="s1 failed"):
         trainer.train()
     assert [r.queried for r in trainer.rounds] == [["s0", "s2"]] * 2
+
+
+def test_a_loss_that_is_no_number_ends_the_run(make, monkeypatch):
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: nan)
+    with pytest.raises(HeadwaterError, match="loss is nan at step 1; lower learning_rate"):
+        make().train()
 
 
 def test_a_batch_without_a_pair_changes_nothing(make):
