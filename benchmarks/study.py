@@ -22,7 +22,7 @@ from typing import Any
 from scipy import stats
 
 from headwater.report.comparison import Comparison, read_comparison
-from headwater.report.comparison_heads import diversity_and_score, mean_similarity, rank_correlation
+from headwater.report.comparison_heads import correlations, diversity_and_score, mean_similarity
 from headwater.report.comparison_interference import seesaw, trained_on, transfer
 
 from .measure import RESULTS, device_name, write
@@ -65,14 +65,12 @@ def found(folder: Path, *, command: str = "", model: str = "", device: str = "")
         "methods": _methods(comparison),
     }
     points = diversity_and_score(comparison)
-    pairs = [pair for group in points.values() for pair in group]
+    over_runs, over_means = correlations(points)
     about["diversity"] = {
-        "runs": len(pairs),
+        "runs": sum(map(len, points.values())),
         "methods": len(points),
-        "spearman": rank_correlation(pairs),
-        "spearman_of_means": rank_correlation(
-            [(sum(x) / len(x), sum(y) / len(y)) for x, y in (zip(*g, strict=True) for g in points.values())]
-        ),
+        "spearman": over_runs,
+        "spearman_of_means": over_means,
     }
     about["conflict"] = _conflict(comparison)
     if gaps := seesaw(comparison):

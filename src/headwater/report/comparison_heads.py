@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -66,15 +66,20 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float((x * y).sum()) / length if length else None
 
 
+def correlations(points: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[float | None, float | None]:
+    """`rank_correlation` over all runs of `diversity_and_score`, and over the means of its methods."""
+    runs = [pair for group in points.values() for pair in group]
+    means = [(sum(x) / len(x), sum(y) / len(y)) for x, y in (zip(*group, strict=True) for group in points.values())]
+    return rank_correlation(runs), rank_correlation(means)
+
+
 def _diversity_and_score(comparison: Comparison) -> Section | None:
     points = diversity_and_score(comparison)
-    pairs = [pair for group in points.values() for pair in group]
-    rho = rank_correlation(pairs)
+    rho, middle = correlations(points)
     if rho is None:
         return None
     fills = task_fills(comparison.labels)
-    said = f"Spearman's rank correlation over all {len(pairs)} runs is {rho:+.2f}".replace("-", "−")
-    middle = rank_correlation([tuple(np.mean(group, axis=0)) for group in points.values()])
+    said = f"Spearman's rank correlation over all {sum(map(len, points.values()))} runs is {rho:+.2f}".replace("-", "−")
     if middle is not None:
         said += f", over the means of the {len(points)} methods {middle:+.2f}".replace("-", "−")
     text = (
