@@ -98,7 +98,7 @@ def test_masks_are_identical(seed, p):
     z, gate = torch.ones(tokens, r, device=DEVICE), torch.ones(N, device=DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEADWATER_OPS", "autograd")
-        kept = keep_mask(key(seed), tokens, N * r, p)
+        kept = keep_mask(key(seed), N * r, tokens, p).T
     assert torch.equal(triton_heads.forward(z, gate, key(seed), p) != 0, kept)
     dh = torch.ones(tokens, N * r, device=DEVICE)
     dz, _ = triton_heads.backward(dh, z, gate, key(seed), p)
@@ -125,17 +125,14 @@ def test_gradcheck_through_the_dispatcher(fixed):
     )
 
 
-@pytest.mark.parametrize("first_row", [0, 7, 10**6])
-@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("first_row", [0, 7, 10**6 + 1])
 @pytest.mark.parametrize("size", [(70, 33), (1, 1), (3, 1100), (0, 4)], ids=str)
-def test_masks_of_whole_tensors(first_row, by_column, size, monkeypatch):
-    fields = {"first_row": first_row, "by_column": by_column}
-    mine = keep_mask(key(), *size, 0.3, **fields)
+def test_masks_of_whole_tensors(first_row, size, monkeypatch):
+    mine = keep_mask(key(), *size, 0.3, first_row=first_row)
     monkeypatch.setenv("HEADWATER_OPS", "autograd")
-    other = keep_mask(key(), *size, 0.3, **fields)
+    other = keep_mask(key(), *size, 0.3, first_row=first_row)
     assert torch.equal(mine, other)
-    assert mine.stride() == other.stride()
-    torch.library.opcheck(torch.ops.headwater.keep_mask, (key(), *size, 0.3, first_row, by_column))
+    torch.library.opcheck(torch.ops.headwater.keep_mask, (key(), *size, 0.3, first_row))
 
 
 def test_a_compiled_graph_calls_the_kernels():

@@ -58,7 +58,7 @@ class ByHand:
             assert adapter.heads is not None
             if adapter.heads.show is not None and gates is not None:
                 adapter.heads.show(gates[i].T)
-        h = self._spread(z, z_0, gates, kept)
+        h = self._spread(z, z_0, gates, None if kept is None else kept.to(z.dtype))
         for adapter, t, y, of_layer in zip(self.adapters, tensors, ys, h, strict=True):
             y.addmm_(cast(of_layer, y.dtype).T, stack(t.up, y), alpha=adapter.scale * self.factor)
         return u, kept, *bits
@@ -74,6 +74,7 @@ class ByHand:
         r, N = self.heads.r, self.heads.num_heads
         z, logits, z_0 = self._parts(widened(u))
         gates = torch.softmax(logits, 1) if self.heads.routed else None
+        kept = None if kept is None else kept.to(z.dtype)  # a CPU takes several times as long to multiply by a bool
         h = self._spread(z, z_0, gates, kept)
         dh, self.of_up = torch.empty_like(h), []
         for i, (adapter, t, dy) in enumerate(zip(self.adapters, self.tensors, dys, strict=True)):
@@ -168,7 +169,7 @@ def draw_masks(adapters: Sequence[Adapter], tokens: int) -> Tensor | None:
     """The heads' masks of adapters that agree, bool `(layers, N, r, tokens)`; None without dropout."""
     heads = [adapter.heads for adapter in adapters if adapter.heads is not None]
     N, r, seeds = heads[0].num_heads, heads[0].r, [one.seed for one in heads if one.seed is not None]
-    return keep_masks(seeds, tokens, N * r, heads[0].dropout).unflatten(1, (N, r)) if seeds else None
+    return keep_masks(seeds, N * r, tokens, heads[0].dropout).unflatten(1, (N, r)) if seeds else None
 
 
 def _rows(tensors: Sequence[Tensors], x: Tensor, *, clean_only: bool) -> Tensor | None:

@@ -1,13 +1,13 @@
 """Dropout whose mask is a function of a seed and of the place in the matrix, so that nothing but the seed is kept.
 
-Entry `i` (row-major, modulo 2^32) is kept where a 32-bit hash of `i` and the seed falls below the keep rate. The hash
-is the same arithmetic everywhere, so every implementation of an operation, on every device, draws the same mask from
-one seed; backward computes it again, or remembers its bits where that is cheaper.
+Entry `i` (row-major) is half `i % 2` of word `i // 2` (modulo 2^32), a 32-bit hash of its number w and the seed. It is
+kept where that half, the lower one first, falls below the keep rate, which is so a multiple of 2^-16. The arithmetic
+is the same everywhere, so every implementation of an operation, on every device, draws the same mask from one seed.
 
-    h = (i * M0 + low) mod 2^32                    low, high: the seed's lower 31 bits and the 31 above them
+    h = (w * M0 + low) mod 2^32                    low, high: the seed's lower 31 bits and the 31 above them
     h = h ^ (h >> 16);  h = h * M1;  h = h ^ high
     h = h ^ (h >> 15);  h = h * M2                 all int32, two's complement, shifts arithmetic
-    kept where h < round((1 - p) 2^32) - 2^31
+    kept where its half, an int16, < round((1 - p) 2^16) - 2^15
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .dispatch import implementation
 
 M0, M1, M2 = -1640531527, 0x21F0AAAD, 0x735A2D97
 BITS = 31
+TABLE = 1 << 17  # words whose steps a CPU looks up: as many as stay in its cache
 
 
 def draw_seed(device: torch.device, count: int = 1) -> Tensor:
@@ -31,67 +32,64 @@ def draw_seed(device: torch.device, count: int = 1) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """The hash value below which an entry is kept, in int32."""
-    return min(round((1 - p) * 2**32), 2**32 - 1) - 2**31
+    """The value below which an entry's half of a word is kept, in int16."""
+    return min(round((1 - p) * 2**16), 2**16 - 1) - 2**15
 
 
-def keep_mask(
-    seed: Tensor, rows: int, columns: int, p: float, *, first_row: int = 0, by_column: bool = False
-) -> Tensor:
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int = 0) -> Tensor:
     """Which entries of a `(rows, columns)` matrix a dropout of probability p keeps.
 
     Args:
         seed: int64, one element, from `draw_seed`.
         first_row: where these rows begin in the matrix, so that it can be made block by block.
-        by_column: lay the result out column after column; its shape is the same.
 
     Returns:
         bool `(rows, columns)`.
     """
-    if implementation(seed.device) == "triton":
+    return keep_masks([seed], rows, columns, p, first_row=first_row)[0]
+
+
+def keep_masks(seeds: Sequence[Tensor], rows: int, columns: int, p: float, *, first_row: int = 0) -> Tensor:
+    """`keep_mask` of several seeds at once: bool `(seeds, rows, columns)`."""
+    if implementation(seeds[0].device) == "triton":
         from .triton_dropout import keep_mask as one_kernel
 
-        return one_kernel(seed, rows, columns, p, first_row, by_column)
-    low, high = _halves(seed)
-    places = _places(rows, columns, first_row, seed.device, by_column)
-    kept = _hash(places, low, high) < threshold(p)
-    return kept.T if by_column else kept
-
-
-def keep_masks(seeds: Sequence[Tensor], rows: int, columns: int, p: float) -> Tensor:
-    """`keep_mask` of several seeds at once, laid out by column: bool `(seeds, columns, rows)`."""
-    if seeds[0].device.type != "cpu" or len(seeds) == 1:
-        return torch.stack([keep_mask(seed, rows, columns, p, by_column=True).T for seed in seeds])
-    low, high = torch.tensor([_halves(seed) for seed in seeds], dtype=torch.int32).T[:, :, None, None]
-    return _hash(_places(rows, columns, 0, seeds[0].device, by_column=True) + low, 0, high) < threshold(p)
-
-
-def _places(rows: int, columns: int, first_row: int, device: torch.device, by_column: bool) -> Tensor:
-    """i * M0 for each entry i."""
-    step = (columns * M0 + 2**31) % 2**32 - 2**31  # the product as int32
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=device) * step
-    column = torch.arange(columns, dtype=torch.int32, device=device) * M0
-    return column.unsqueeze(1) + row if by_column else row.unsqueeze(1) + column
-
-
-def _hash(h: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """The hash of places, written over them."""
-    h += low
+        return torch.stack([one_kernel(seed, rows, columns, p, first_row) for seed in seeds])
+    word, half = divmod(first_row * columns, 2)
+    size = rows * columns
+    low, high = _halves(seeds)
+    start = low + ((word * M0 + 2**31) % 2**32 - 2**31)  # the product as int32
+    h = _steps((half + size + 1) // 2, seeds[0].device) + start
     shifted = h >> 16
     h ^= shifted
     h *= M1
     h ^= high
     h ^= torch.bitwise_right_shift(h, 15, out=shifted)
     h *= M2
-    return h
+    # In place the comparison is vectorised, and makes ones and zeros of the same dtype.
+    kept = h.view(torch.int16)[:, half : half + size].lt_(threshold(p))
+    return kept.to(torch.bool).view(len(seeds), rows, columns)
 
 
-def _halves(seed: Tensor) -> tuple[Tensor | int, Tensor | int]:
-    """The seed's lower and higher 31 bits: plain numbers where reading them waits for nobody."""
-    if seed.device.type == "cpu" and not torch.compiler.is_compiling():
-        value = int(seed)
-        return value & (2**BITS - 1), value >> BITS
-    low, high = ((seed >> shift & (2**BITS - 1)).to(torch.int32).reshape(()) for shift in (0, BITS))
+def _steps(words: int, device: torch.device) -> Tensor:
+    """w * M0 for the first words."""
+    if device.type == "cpu" and words <= TABLE and not torch.compiler.is_compiling():
+        return _table()[:words]
+    return torch.arange(words, dtype=torch.int32, device=device) * M0
+
+
+@functools.cache
+def _table() -> Tensor:
+    return torch.arange(TABLE, dtype=torch.int32) * M0
+
+
+def _halves(seeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The seeds' lower and higher 31 bits, int32 `(seeds, 1)`."""
+    if seeds[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        values = torch.tensor([divmod(int(seed), 2**BITS) for seed in seeds], dtype=torch.int32)
+        return values[:, 1:], values[:, :1]
+    seed = torch.cat([seed.reshape(1, 1) for seed in seeds])
+    low, high = ((seed >> shift & (2**BITS - 1)).to(torch.int32) for shift in (0, BITS))
     return low, high
 
 

@@ -14,8 +14,8 @@ The contract of a pair of kernels, in any implementation:
     z      (tokens, r), any strides, any floating dtype; computed in float32 at least
     gate   (tokens, N): logits, softmaxed here; or (N,): the gates themselves, which get no gradient (dgate is empty)
     seed   int64, one element, on z's device; None without dropout
-    h, dh  (tokens, N r) in z's dtype; head n's ranks are columns n r to (n + 1) r, and entry (t, c) of the mask is
-           entry t N r + c of `dropout.keep_mask(seed, tokens, N r, p)`
+    h, dh  (tokens, N r) in z's dtype; head n's ranks are columns n r to (n + 1) r, and the mask is the
+           transpose of `dropout.keep_mask(seed, N r, tokens, p)`
     h, dz, dgate are laid out feature by feature: transposes of contiguous (columns, tokens)
 """
 
@@ -69,7 +69,7 @@ def reference(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> T
     wide = widened(z)
     gate = cast(gate, wide.dtype)
     h = spread_heads(wide, torch.softmax(gate, dim=-1) if gate.dim() == 2 else gate.detach())
-    return cast(h if seed is None else drop(h, seed, dropout), z.dtype)
+    return cast(h if seed is None else drop(h.T, seed, dropout).T, z.dtype)
 
 
 def forward(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
@@ -96,7 +96,7 @@ def _prepare(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> tu
     if seed is None:
         return z.T.to(wide).contiguous(), g, None
     columns = gate.shape[-1] * z.shape[1]
-    kept = keep_mask(seed, z.shape[0], columns, dropout, by_column=True).T
+    kept = keep_mask(seed, columns, z.shape[0], dropout).to(wide)
     return z.T.to(wide) * (1 / (1 - dropout)), g, kept
 
 

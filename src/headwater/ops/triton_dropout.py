@@ -20,25 +20,22 @@ ENTRIES = 1024
 
 
 @triton.jit
-def keeps(seed, spread, limit):
-    """Whether entries are kept, as `dropout.keep_mask` says; `spread` is their place times M0, int32."""
+def keeps(seed, place, limit):
+    """Whether entries are kept, as `dropout.keep_mask` says; `place` is their number, int64."""
     bits = tl.load(seed)
-    h = spread + (bits & 0x7FFFFFFF).to(tl.int32)
+    h = (place >> 1).to(tl.int32) * M0 + (bits & 0x7FFFFFFF).to(tl.int32)
     h = h ^ (h >> 16)
     h = h * M1
     h = h ^ ((bits >> 31) & 0x7FFFFFFF).to(tl.int32)
     h = h ^ (h >> 15)
     h = h * M2
-    return h < limit
+    return tl.where((place & 1) == 1, h >> 16, (h << 16) >> 16) < limit
 
 
 @triton.jit
-def _keep_mask(
-    seed, out, rows, columns, size, first, limit, BY_COLUMN: tl.constexpr, ENTRIES: tl.constexpr
-):  # fmt: skip
+def _keep_mask(seed, out, size, first, limit, ENTRIES: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    place = (at % rows) * columns + at // rows if BY_COLUMN else at
-    tl.store(out + at, keeps(seed, (place.to(tl.int32) + first) * M0, limit).to(tl.int8), mask=at < size)
+    tl.store(out + at, keeps(seed, at + first, limit).to(tl.int8), mask=at < size)
 
 
 def require_gpu(tensor: Tensor) -> None:
@@ -61,39 +58,26 @@ def wide(tensor: Tensor) -> Any:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def int32(value: int) -> int:
-    """A whole number modulo 2^32, as int32."""
-    return (value + 2**31) % 2**32 - 2**31
-
-
 @torch.library.custom_op("headwater::keep_mask", mutates_args=())
-def keep_mask(seed: Tensor, rows: int, columns: int, p: float, first_row: int, by_column: bool) -> Tensor:
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float, first_row: int) -> Tensor:
     """`dropout.keep_mask`."""
     require_gpu(seed)
-    kept = _empty(seed, rows, columns, by_column)
+    kept = seed.new_empty(rows, columns, dtype=torch.bool)
     size = rows * columns
     if size:
         with torch.cuda.device_of(seed):  # a kernel starts on the current device, which need not be the tensor's
             _keep_mask[(triton.cdiv(size, ENTRIES),)](
                 seed,
                 kept.view(torch.int8),
-                rows,
-                columns,
                 size,
-                int32(first_row * columns),
+                first_row * columns,
                 threshold(p),
-                BY_COLUMN=by_column,
                 ENTRIES=ENTRIES,
                 enable_fp_fusion=True,
             )
-    return kept.T if by_column else kept
+    return kept
 
 
 @keep_mask.register_fake
-def _(seed: Tensor, rows: int, columns: int, p: float, first_row: int, by_column: bool) -> Tensor:
-    kept = _empty(seed, rows, columns, by_column)
-    return kept.T if by_column else kept
-
-
-def _empty(seed: Tensor, rows: int, columns: int, by_column: bool) -> Tensor:
-    return seed.new_empty((columns, rows) if by_column else (rows, columns), dtype=torch.bool)
+def _(seed: Tensor, rows: int, columns: int, p: float, first_row: int) -> Tensor:
+    return seed.new_empty(rows, columns, dtype=torch.bool)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import threshold
-from .triton_dropout import M0, int32, keeps, require_gpu, wide
+from .triton_dropout import keeps, require_gpu, wide
 
 ELEMENTS = 2048
 """Entries of a block: ranks or heads (whichever are more) times tokens."""
@@ -38,7 +38,7 @@ def _gates(gate, token, inside, head, stride_t, stride_n, N, FIXED: tl.constexpr
 
 @triton.jit
 def _forward(
-    z, gate, seed, h, tokens, r, N, stride_zt, stride_zr, stride_gt, stride_gn, step, limit,
+    z, gate, seed, h, tokens, r, N, stride_zt, stride_zr, stride_gt, stride_gn, limit,
     SCALE: tl.constexpr, DROPS: tl.constexpr, FIXED: tl.constexpr, WIDE: tl.constexpr,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,6 @@ def _forward(
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
     known = (rank < r)[:, None] & inside[None, :]
-    row = token.to(tl.int32) * step
     ranks = tl.load(z + rank[:, None] * stride_zr + token[None, :] * stride_zt, mask=known, other=0.0).to(WIDE)
     ranks = ranks * tl.full([1, 1], SCALE, WIDE)
     g = _gates(gate, token, inside, head, stride_gt, stride_gn, N, FIXED, WIDE)
@@ -55,14 +54,14 @@ def _forward(
         values = ranks * g_n[None, :]
         column = n * r + rank
         if DROPS:
-            values = tl.where(keeps(seed, row[None, :] + (column * M0)[:, None], limit), values, 0.0)
+            values = tl.where(keeps(seed, column.to(tl.int64)[:, None] * tokens + token[None, :], limit), values, 0.0)
         tl.store(h + column.to(tl.int64)[:, None] * tokens + token[None, :], values, mask=known)
 
 
 @triton.jit
 def _backward(
     dh, z, gate, seed, dz, dgate, tokens, r, N,
-    stride_ht, stride_hc, stride_zt, stride_zr, stride_gt, stride_gn, step, limit,
+    stride_ht, stride_hc, stride_zt, stride_zr, stride_gt, stride_gn, limit,
     SCALE: tl.constexpr, DROPS: tl.constexpr, FIXED: tl.constexpr, WIDE: tl.constexpr,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +69,6 @@ def _backward(
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
     known = (rank < r)[:, None] & inside[None, :]
-    row = token.to(tl.int32) * step
     g = _gates(gate, token, inside, head, stride_gt, stride_gn, N, FIXED, WIDE)
     d_ranks = tl.zeros([RANKS, TOKENS], WIDE)
     if not FIXED:
@@ -81,7 +79,7 @@ def _backward(
         place = column.to(tl.int64)[:, None] * stride_hc + token[None, :] * stride_ht
         u = tl.load(dh + place, mask=known, other=0.0).to(WIDE) * tl.full([1, 1], SCALE, WIDE)
         if DROPS:
-            u = tl.where(keeps(seed, row[None, :] + (column * M0)[:, None], limit), u, 0.0)
+            u = tl.where(keeps(seed, column.to(tl.int64)[:, None] * tokens + token[None, :], limit), u, 0.0)
         here = (head == n)[:, None]
         d_ranks += u * tl.sum(tl.where(here, g, 0.0), axis=0)[None, :]
         if not FIXED:
@@ -139,7 +137,6 @@ def _launch(
             *z.stride(),
             stride_gt,
             stride_gn,
-            int32(N * r * M0.value),
             threshold(dropout),
             SCALE=1 / (1 - dropout),
             DROPS=seed is not None,
