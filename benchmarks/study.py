@@ -24,9 +24,10 @@ from scipy import stats
 from headwater.report.comparison import Comparison, read_comparison
 from headwater.report.comparison_heads import correlations, diversity_and_score, mean_similarity
 from headwater.report.comparison_interference import seesaw, trained_on, transfer
+from headwater.report.conflicts import means
 
 from .measure import RESULTS, device_name, write
-from .study_page import ALT, PAGES, written
+from .study_page import ALT, PAGES, PARTS, written
 
 LARGEST = 200_000  # bytes of a picture that is kept
 _SETTINGS = ("model", "mixture", "data", "training", "evaluation")
@@ -34,13 +35,14 @@ _NOT_SETTINGS = ("report_to", "overwrite_output_dir", "resume_from_checkpoint", 
                  "save_steps", "save_total_limit", "disable_tqdm")  # fmt: skip
 
 
-def found(folder: Path, *, command: str = "", model: str = "", device: str = "") -> dict[str, Any]:
+def found(folder: Path, *, command: str = "", model: str = "", device: str = "", timed: bool = True) -> dict[str, Any]:
     """What one finished comparison says, without paths of this machine.
 
     Args:
         command: how it was run.
         model: the base model's name; by default its hub id, or the last part of its path.
         device: what it ran on; by default what its runs say, or this machine's processor.
+        timed: whether times are worth keeping.
 
     Raises:
         headwater.errors.HeadwaterError: if the folder holds no finished comparison.
@@ -62,7 +64,7 @@ def found(folder: Path, *, command: str = "", model: str = "", device: str = "")
         "seeds": extra.seeds,
         "match": extra.match,
         "budget": extra.budget,
-        "methods": _methods(comparison),
+        "methods": _methods(comparison, timed),
     }
     points = diversity_and_score(comparison)
     over_runs, over_means = correlations(points)
@@ -86,21 +88,19 @@ def found(folder: Path, *, command: str = "", model: str = "", device: str = "")
 
 
 def _conflict(comparison: Comparison) -> dict[str, Any]:
-    """What `headwater conflict` measured, run by run: label -> seed -> parameters -> mean cosine, share below 0."""
-    return {
-        label: {
-            str(run.results.seed): {
-                part: {"mean": c.mean, "negative": c.negative} for part, c in run.conflicts.parts.items()
-            }
-            for run in runs
-            if run.conflicts is not None and run.results is not None
-        }
+    """What `headwater conflict` measured: label -> seeds, and for each part of the parameters the means over runs."""
+    measured = {
+        label: {run.results.seed: run.conflicts for run in runs if run.conflicts is not None and run.results}
         for label, runs in comparison.runs.items()
-        if any(run.conflicts is not None for run in runs)
+    }
+    return {
+        label: {"seeds": list(found), **{part: means(list(found.values()), part) for part in PARTS}}
+        for label, found in measured.items()
+        if found
     }
 
 
-def _methods(comparison: Comparison) -> list[dict[str, Any]]:
+def _methods(comparison: Comparison, timed: bool) -> list[dict[str, Any]]:
     summary, extra = comparison.content.summary, comparison.content.extra
     tasks = {label: trained_on(comparison, label) for label in comparison.labels}
     # Adapters for one task are there to be subtracted from those for all; they are no claim of their own.
@@ -124,10 +124,10 @@ def _methods(comparison: Comparison) -> list[dict[str, Any]]:
                 "p": p,
                 "p_holm": holm,
                 "tasks": {task: _compared(of_task) for task, of_task in entry.extra.tasks.items()},
-                "seconds_per_step": entry.extra.seconds_per_step,
+                "seconds_per_step": entry.extra.seconds_per_step if timed else None,
                 "peak_memory_bytes": entry.extra.peak_memory_bytes,
                 "activation_bytes": entry.extra.activation_bytes,
-                "runs": _runs(comparison, entry.method),
+                "runs": _runs(comparison, entry.method, timed),
             }
         )
     return methods
@@ -142,7 +142,7 @@ def _compared(entry: Any) -> dict[str, Any]:
     }
 
 
-def _runs(comparison: Comparison, label: str) -> list[dict[str, Any]]:
+def _runs(comparison: Comparison, label: str, timed: bool) -> list[dict[str, Any]]:
     """Every run of a method, in the order of the seeds."""
     raw = [run for run in comparison.content.runs if run["extra"].get("label", run["method"]) == label]
     runs = []
@@ -153,8 +153,8 @@ def _runs(comparison: Comparison, label: str) -> list[dict[str, Any]]:
                 "seed": run["seed"],
                 "mean": run["mean"]["after"],
                 "tasks": {task: values["after"] for task, values in run["tasks"].items()},
-                "seconds_per_step": run["train_seconds"] / max(run["steps"], 1),
-                "tokens_per_second": run["tokens_per_second"],
+                "seconds_per_step": run["train_seconds"] / max(run["steps"], 1) if timed else None,
+                "tokens_per_second": run["tokens_per_second"] if timed else None,
                 "peak_memory_bytes": run["extra"].get("peak_memory_bytes"),
                 "activation_bytes": run["extra"].get("activation_bytes"),
                 "head_similarity": similarity,
@@ -258,10 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts = []
         for i, folder in enumerate(options.folders):
             command, heading = (given[i] if i < len(given) else "" for given in (options.command, options.heading))
-            part = found(folder, command=command, model=options.model, device=options.device)
-            if options.untimed:
-                for entry in (e for method in part["methods"] for e in (method, *method["runs"])):
-                    entry["seconds_per_step"] = None
+            about = {"model": options.model, "device": options.device, "timed": not options.untimed}
+            part = found(folder, command=command, **about)
             prefix = options.name if len(options.folders) == 1 else f"{options.name}-{i + 1}"
             heading = heading or (folder.resolve().name if len(options.folders) > 1 else "")
             parts.append({"heading": heading, **part, "figures": copy_figures(folder, prefix)})

@@ -35,6 +35,8 @@ ALT = {
     **{f"head_map_{n}": "Map of one method's heads over training (t-SNE)" for n in range(1, 7)},
 }
 """The pictures that a page has, by name, and what they show."""
+PARTS = ("all", "A", "B")
+"""The parameters whose gradients are compared."""
 MEMORY = {"peak memory, MiB": "peak_memory_bytes", "activations, MiB": "activation_bytes"}
 Found = Mapping[str, Any]
 
@@ -196,16 +198,17 @@ def conflict(part: Found) -> str:
     if not part["conflict"]:
         return ""
     rows = []
-    for label, runs in part["conflict"].items():
-        cells = [label, str(len(runs))]
-        for name in ("all", "A", "B"):
-            known = [run[name] for run in runs.values() if name in run and run[name]["mean"] is not None]
-            for key in ("mean", "negative"):
-                mean = sum(k[key] for k in known) / len(known) if known else None
-                cells.append("" if mean is None else f"{mean:.0%}" if key == "negative" else _signed(mean))
-        rows.append(cells)
-    head = ["method", "runs", *(f"{what} ({name})" for name in ("all", "A", "B") for what in ("cosine", "below 0"))]
-    note = "Mean cosine between the gradients of two tasks on the trained adapter, and the share of pairs below 0."
+    for label, measured in part["conflict"].items():
+        numbers = [measured[name] for name in PARTS]
+        cells = [
+            text for cosine, share in numbers for text in (_signed(cosine), "" if share is None else f"{share:.0%}")
+        ]
+        rows.append([label, str(len(measured["seeds"])), *cells])
+    head = ["method", "runs", *(f"{what} ({name})" for name in PARTS for what in ("cosine", "below 0"))]
+    note = (
+        "Mean cosine between the gradients of two tasks on the trained adapter, and the share of pairs below 0, for "
+        "all of its parameters, its down-projections (A) and its up-projections (B)."
+    )
     return f"## Do the tasks' gradients conflict\n\n{table(head, rows)}\n\n{note}"
 
 

@@ -54,7 +54,7 @@ def test_a_few_tokens_are_what_they_are_among_many(row_id, tiny_llama, tokens):
     _, layer = made(row_id, tiny_llama)
     x = torch.randn(tokens, 32, dtype=torch.float64)
     check(layer, x)
-    assert layer.branch("default")._few is not None
+    assert layer.branch("default")._few
     assert (expected(layer, x) - layer.base_layer(x)).abs().max() > 0.1
 
 
@@ -85,20 +85,20 @@ def test_a_training_step_drops_what_is_kept(tiny_llama):
     x, branch = torch.randn(2, 32, dtype=torch.float64), layer.branch("default")
     for run in (lambda: layer(x), lambda: layer_output(BY_ID["rlora"], model, NAME, x.unsqueeze(0))):
         check(layer, x)
-        assert branch._few is not None
+        assert branch._few
         model.train()
         run()  # the second through the whole gated block
         model.eval()
-        assert branch._few is None
+        assert not branch._few
 
 
 def test_copies_and_pickles_keep_nothing(tiny_llama):
     _, layer = made("rlora", tiny_llama)
     branch = layer.branch("default")
     check(layer, torch.randn(1, 32, dtype=torch.float64))
-    assert branch._few is not None
-    assert copy.deepcopy(branch)._few is None
-    assert pickle.loads(pickle.dumps(branch))._few is None
+    assert branch._few
+    assert not copy.deepcopy(branch)._few
+    assert not pickle.loads(pickle.dumps(branch))._few
 
 
 def test_observers_see_every_token(tiny_llama):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,11 +22,11 @@ from ..ops import (
     FEW,
     Adapter,
     GatedHeads,
+    HeldUpdate,
     Tensors,
     adapted_linear,
     add_update,
     draw_seed,
-    few_tokens,
     implementation,
     project,
     read_plainly,
@@ -212,7 +211,7 @@ class Branch(nn.Module):
         super().__init__()
         self.lora_dropout = config.lora_dropout
         self.scaling = config.scaling(shape.r, shape.alpha)
-        self._few: tuple[Any, Callable[..., Tensor]] | None = None
+        self._few = HeldUpdate()
 
     @property
     def drops(self) -> bool:
@@ -257,12 +256,13 @@ class Branch(nn.Module):
         if (call.learns or self.training) and not plain:
             return adapted_linear(self.adapter(x, call), base, x)
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
-        if x.shape[0] <= FEW and y is not base and not call.learns and not self.training:
-            update = self._update_of_few(call, y)
+        if x.shape[0] <= FEW and y is not base and not plain and not call.learns and not self.training:
+            dropped, clean = self.reads()
+            heads = functools.partial(self.gated_heads, call, None)
+            update = self._few.get(heads, (*dropped, *clean), self.writes_apart(), self.scaling, y)
             if update is not None:
                 return update(y, x, call.saw_gate if call.observed else None)
-        if self._few is not None:
-            self._few = None
+        self._few.drop()
         if self.training:
             adapter = self.adapter(x, call)
             h, losses = adapter.mix(read_plainly(adapter, x), x, False)
@@ -272,34 +272,9 @@ class Branch(nn.Module):
             h = self.mix(*project(x, dropped + clean), call=call)
         return add_update(y, h, self.writes_apart(), scale=self.scaling, in_place=y is not base)
 
-    def _update_of_few(self, call: Call, y: Tensor) -> Callable[..., Tensor] | None:
-        """`ops.few_tokens` of this branch, made at the first token and kept while tokens are decoded.
-
-        It goes with the first forward that is something else, such as the next prompt or a training step, and when a
-        tensor is replaced or written to; so a write that PyTorch does not see, as through `.data`, is not missed for
-        longer than one generation.
-        """
-        if torch.compiler.is_compiling() or implementation(y.device) == "reference":
-            return None
-        dropped, clean = self.reads()
-        tensors = (*dropped, *clean, *(up := self.writes_apart()))
-        if any(t.is_inference() for t in tensors):
-            return None  # nobody counts the writes to these
-        key = (y.dtype, self.scaling, *[(t.data_ptr(), t._version, t.dtype) for t in tensors])
-        if self._few is None or self._few[0] != key:
-            heads = self.gated_heads(call, None)
-            if heads is None:
-                return None
-            self._few = key, few_tokens(heads, (*dropped, *clean), up, self.scaling, y)
-        return self._few[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_few": None}
-
     def adapter(self, x: Tensor, call: Call) -> Adapter:
         """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
-        if self._few is not None:
-            self._few = None
+        self._few.drop()
         of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
         by_hand = implementation(x.device) == "autograd" and not (self.training and call.align is not None)
         return Adapter(

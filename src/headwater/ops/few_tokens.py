@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +45,46 @@ def few_tokens(heads: GatedHeads, read: Sequence[Tensor], up: Sequence[Tensor], 
         return y.addmm_(cast(torch.cat([h, *rest], 1) if rest else h, y.dtype), B, alpha=scale)
 
     return routed if heads.routed else fixed
+
+
+class HeldUpdate:
+    """The `few_tokens` of one layer, made at the first token and held while tokens are decoded.
+
+    It is dropped with the first forward that is something else, such as the next prompt or a training step, and made
+    anew when a tensor is replaced or written to; so a write that PyTorch does not see, as through `.data`, is missed
+    for one generation at most. Copies hold nothing.
+    """
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._update: Update | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeldUpdate, ()
+
+    def __bool__(self) -> bool:
+        return self._update is not None
+
+    def drop(self) -> None:
+        self._key = self._update = None
+
+    def get(
+        self,
+        heads: Callable[[], GatedHeads | None],
+        read: Sequence[Tensor],
+        up: Sequence[Tensor],
+        scale: float,
+        like: Tensor,
+    ) -> Update | None:
+        """The update; None where `heads` gives None, or where nobody counts the writes to a tensor (inference mode).
+        The other arguments are those of `few_tokens`."""
+        tensors = (*read, *up)
+        if any(t.is_inference() for t in tensors):
+            return None
+        key = (like.dtype, scale, *[(t.data_ptr(), t._version, t.dtype) for t in tensors])
+        if self._key != key:
+            found = heads()
+            if found is None:
+                return None
+            self._key, self._update = key, few_tokens(found, read, up, scale, like)
+        return self._update

@@ -70,11 +70,18 @@ def _figure(name: str, what: str, found: Sequence[Conflicts]) -> FigureBlock:
     return FigureBlock(name, f"Cosine between tasks' gradients: {what}.", f"Matrix of {names_text(tasks)}.", draw)
 
 
-def _numbers(found: Sequence[Conflicts], part: str) -> list[Cell]:
-    """Mean cosine and share of pairs below 0, over runs."""
+def means(found: Sequence[Conflicts], part: str) -> tuple[float | None, float | None]:
+    """Mean cosine of pairs and share of pairs below 0 for a part of the parameters, over those runs that have both."""
     held = [c.parts[part] for c in found if part in c.parts]
-    cosines, shares = [p.mean for p in held if p.mean is not None], [p.negative for p in held if p.negative is not None]
-    if not cosines or not shares:
+    known = [(p.mean, p.negative) for p in held if p.mean is not None and p.negative is not None]
+    if not known:
+        return None, None
+    cosine, share = np.mean(known, axis=0)
+    return float(cosine), float(share)
+
+
+def _numbers(found: Sequence[Conflicts], part: str) -> list[Cell]:
+    cosine, share = means(found, part)
+    if cosine is None or share is None:
         return [Cell(""), Cell("")]
-    cosine, share = float(np.mean(cosines)), float(np.mean(shares))
     return [Cell(change_text(cosine), sort=cosine), Cell(percent_text(share), sort=share)]
