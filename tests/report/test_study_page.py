@@ -123,6 +123,17 @@ def test_times_that_mean_nothing_are_left_out(folder, places):
     assert {e["seconds_per_step"] for m in part["methods"] for e in (m, *m["runs"])} == {None}
 
 
+def test_conflict_is_its_means_over_runs(tmp_path, places):
+    folder = write_comparison(tmp_path / "c", methods={"rlora": METHODS["rlora"]}, seeds=(0, 1), tasks=TWO)
+    write_comparison_report(folder)
+    for seed, cosine in ((0, -0.2), (1, 0.1)):
+        part = {"cosine": [[1.0, cosine], [cosine, None]], "mean": cosine, "negative": float(cosine < 0)}
+        content = {"schema": 1, "rows_per_task": 16, "tasks": list(TWO), "parts": {"all": part, "B": part}}
+        (folder / "rlora" / f"seed-{seed}" / "conflict.json").write_text(json.dumps(content))
+    study.main(["tiny", str(folder)])
+    assert "| rlora | 2 | −0.050 | 50% |  |  | −0.050 | 50% |" in (places / "pages" / "tiny.md").read_text()
+
+
 def test_no_path_of_a_machine_is_kept(folder, places):
     content = json.loads((folder / "comparison.json").read_text())
     content["extra"]["methods"][0]["method"]["basis"] = "/somewhere/secret/basis.safetensors"
