@@ -47,15 +47,21 @@ def test_a_method_changes_training_alignment_and_what_it_is_trained_on(path):
     plan = plan_of(
         path,
         "align={kind: kl, weight: 0.5}",
+        "mixture={strategy: uniform}",
         methods(
             "[lora, {label: slow, method: lora, training: {learning_rate: 1e-3}, align: null},"
-            " {label: mmd, method: lora, align: {kind: mmd}}, {label: one, method: lora, train_on: [colours]}]"
+            " {label: mmd, method: lora, align: {kind: mmd}, mixture: {batching: balanced}},"
+            " {label: one, method: lora, train_on: [colours]}]"
         ),
     )
     first, slow, mmd, one = (planned.config for planned in plan.methods)
     assert (first.training["learning_rate"], slow.training["learning_rate"]) == (5e-2, 1e-3)
     assert slow.training["max_steps"] == 4
     assert (first.align.weight, slow.align, mmd.align.kind) == (0.5, None, "mmd")
+    assert [(c.mixture.strategy, c.mixture.batching) for c in (first, mmd)] == [
+        ("uniform", "mixed"),
+        ("uniform", "balanced"),
+    ]
     assert [task.train is None for task in one.tasks] == [True, False]
     assert [task.test for task in one.tasks] == [task.test for task in first.tasks]
 

@@ -11,13 +11,14 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import headwater.data.sampler as sampler_module
 from headwater.data.mixture import MixtureSpec, apportion, shares
 from headwater.data.sampler import MixtureBatchSampler
 from headwater.errors import HeadwaterError
 
 quick = settings(max_examples=60, deadline=None)
 
-BATCHINGS = ["mixed", "homogeneous", "balanced"]
+BATCHINGS = ["mixed", "balanced", "by_length", "homogeneous"]
 
 
 @st.composite
@@ -64,7 +65,7 @@ def test_an_epoch_is_as_many_draws_as_rows_in_full_batches_but_the_last(mixture)
 
 
 @quick
-@given(mixtures(["mixed"]))
+@given(mixtures(["mixed", "by_length"]))
 def test_realised_shares_are_the_apportionment_and_are_reported(mixture):
     lengths, given_shares, *_ = mixture
     sampler = MixtureBatchSampler(*mixture)
@@ -175,7 +176,7 @@ def test_each_pass_through_a_task_has_an_order_of_its_own():
 def test_each_epoch_has_an_order_of_batches_of_its_own():
     sampler = MixtureBatchSampler([range(1, 161)], [1.0], 4, 0)
     first, second = ([sorted(batch) for batch in epoch] for epoch in epochs(sampler, 2))
-    assert sorted(first) == sorted(second)  # one window, so rows of like length always meet
+    assert sorted(first) == sorted(second)  # one window and one task, so rows of like length always meet
     assert first != second
 
 
@@ -212,7 +213,7 @@ def test_balanced_batches_over_many_windows_still_show_every_row_once():
     assert sorted(i for batch in batches for i in batch) == list(range(1200))
 
 
-@pytest.mark.parametrize("batching", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("batching", ["mixed", "by_length", "homogeneous"])
 def test_every_stretch_of_an_epoch_has_the_shares(batching):
     lengths = [[5] * 3000, [5] * 500, [5] * 100]
     given_shares = [0.6, 0.3, 0.1]
@@ -229,7 +230,7 @@ def realistic_lengths(rng) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 16, 32])
-@pytest.mark.parametrize("batching", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("batching", ["by_length", "homogeneous"])
 def test_padding_stays_under_a_tenth_on_realistic_lengths(batch_size, batching):
     lengths = realistic_lengths(np.random.default_rng(0))
     flat = [n for task in lengths for n in task]
@@ -239,6 +240,23 @@ def test_padding_stays_under_a_tenth_on_realistic_lengths(batch_size, batching):
     padding = 1 - sum(flat[i] for batch in batches for i in batch) / positions
     assert padding < 0.1
     assert sampler.padding_share() == pytest.approx(padding)
+
+
+@pytest.mark.parametrize("batching", ["mixed", "balanced"])
+def test_padding_of_batches_of_several_tasks_is_less_than_by_chance(batching, monkeypatch):
+    lengths = realistic_lengths(np.random.default_rng(0))
+    dealt = MixtureBatchSampler(lengths, [1 / 8] * 8, 32, 0, batching).padding_share()
+    monkeypatch.setattr(sampler_module, "WINDOW", 1)
+    assert dealt < 0.9 * MixtureBatchSampler(lengths, [1 / 8] * 8, 32, 0, batching).padding_share()
+
+
+def test_mixed_batches_hold_the_shares_whatever_the_lengths():
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(low, low + 5, n).tolist() for low, n in ((10, 300), (40, 600), (400, 900))]
+    given_shares = [1 / 6, 2 / 6, 3 / 6]
+    for batch in MixtureBatchSampler(lengths, given_shares, 12, 0):
+        counts = per_task(lengths, [batch])
+        assert all(abs(n - 12 * share) <= 2 for n, share in zip(counts, given_shares, strict=True))
 
 
 def test_length_does_not_follow_the_order_of_batches():

@@ -54,7 +54,7 @@ def test_the_log_has_the_gates_of_the_first_batch_of_chosen_steps(tiny_llama, tm
     args = {} if checkpointing is None else {"gradient_checkpointing": True}
     if checkpointing is not None:
         args["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing}
-    tasks = make_tasks(12, 12)  # three whole steps an epoch
+    tasks = make_tasks(15, 9)  # three whole steps an epoch
     trainer = make_trainer(model, tmp_path, tasks=tasks, max_steps=6, gradient_accumulation_steps=2, **STILL, **args)
     seen = Seen(model)
     with seen.watching:

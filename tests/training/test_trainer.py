@@ -10,6 +10,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Trainer, TrainerCa
 from headwater.data.collate import Collator
 from headwater.data.mixture import MixtureSpec
 from headwater.errors import HeadwaterError
+from headwater.training import trainer as trainer_module
 from headwater.tuner import context_of
 
 from .common import CPU, adapted, make_rows, make_tasks, make_trainer, trained
@@ -42,7 +43,11 @@ def plain_gradients(model, rows, per_example):
 
 @pytest.mark.parametrize("method", ["rlora", "lora"])
 @pytest.mark.parametrize("normalization", ["example", "token"])
-def test_accumulated_gradients_equal_those_of_one_big_batch(tiny_llama, tmp_path, normalization, method):
+@pytest.mark.parametrize("pass_cost", [0, 10**6], ids=["in parts", "whole"])
+def test_accumulated_gradients_equal_those_of_one_big_batch(
+    tiny_llama, tmp_path, monkeypatch, normalization, method, pass_cost
+):
+    monkeypatch.setitem(trainer_module.PASS_COST, "cpu", pass_cost)
     tasks = {"a": make_rows(0, 5, longest=2), "b": make_rows(1, 4, longest=20)}
     model = adapted(tiny_llama(), method)
     loss, expected = plain_gradients(model, tasks["a"] + tasks["b"], normalization == "example")

@@ -139,6 +139,8 @@ def _config_of(config: RunConfig, index: int, variant: Variant) -> RunConfig:
     }
     if "align" in variant.model_fields_set:
         sections["align"] = variant.align and variant.align.model_dump()
+    if variant.mixture:
+        sections["mixture"] = {**config.mixture.model_dump(exclude_unset=True), **variant.mixture}
     if variant.train_on is not None:
         sections["tasks"] = _tasks_trained_on(config, index, variant.train_on)
     # A value's place is the method's own, else the file's.

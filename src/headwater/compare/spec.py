@@ -24,6 +24,7 @@ class Variant(BaseModel):
             taken from there unless they stand here.
         training: keys that differ, e.g. `learning_rate`, which is then not chosen on validation rows.
         align: an alignment loss for this one alone; null switches the file's off.
+        mixture: keys of the mixture that differ, e.g. `batching`.
         train_on: names of the tasks it is trained on; it is scored on all.
         match: the field that is solved for, e.g. `num_experts`, or `none`; by default as the comparison says.
     """
@@ -34,6 +35,7 @@ class Variant(BaseModel):
     method: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
     align: AlignSpec | None = None
+    mixture: dict[str, Any] = Field(default_factory=dict)
     train_on: list[str] | None = Field(None, min_length=1)
     match: str | None = None
 

@@ -20,15 +20,16 @@ class MixtureSpec(BaseModel):
     - `temperature`: w n^(1/T); T = 1 is proportional, T -> infinity uniform;
     - `uniform` and `weights`: w, whatever the number of rows.
 
-    Batches are `mixed`, `homogeneous` (one task each) or `balanced` (every task equally often in each batch, which
-    leaves no room for other shares).
+    Batches are `mixed` (each has the shares, as nearly as its size allows), `balanced` (every task equally often in
+    each, which leaves no room for other shares), `by_length` (rows of like length: the least padding, but where tasks
+    differ in length hardly more than one of them in a batch) or `homogeneous` (one task each).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     strategy: Literal["proportional", "temperature", "uniform", "weights"] = "proportional"
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
-    batching: Literal["mixed", "homogeneous", "balanced"] = "mixed"
+    batching: Literal["mixed", "balanced", "by_length", "homogeneous"] = "mixed"
 
     @model_validator(mode="after")
     def _balanced_means_equal(self) -> MixtureSpec:

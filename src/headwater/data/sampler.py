@@ -15,7 +15,7 @@ from headwater.errors import HeadwaterError, Problem
 WINDOW = 50
 """Batches within which rows are sorted by length: enough to find rows alike, few enough to keep the order random."""
 
-Batching = Literal["mixed", "homogeneous", "balanced"]
+Batching = Literal["mixed", "balanced", "by_length", "homogeneous"]
 Rows = NDArray[np.int64]
 
 
@@ -25,8 +25,9 @@ class MixtureBatchSampler(Sampler[list[int]]):
     An epoch is as many draws as there are training rows. How many go to each task is fixed by the shares, with the
     method of largest remainders (in whole batches when batches are homogeneous; equally when they are balanced). A task
     walks through shuffles of its own rows and goes on in the next epoch where it stopped, so no row comes a second time
-    before all of its task came once. The draws of a task are spread evenly over the epoch; within windows of about 50
-    batches they are sorted by length, and the batches of a window are shuffled. A batch that is not full comes last.
+    before all of its task came once. The draws of a task are spread evenly over the epoch. Within windows of about 50
+    batches rows of like length are put together, as far as `batching` allows, and the batches of a window are shuffled.
+    A batch that is not full comes last.
 
     All is a function of the seed, the epoch and the batch number; that is why two numbers resume it.
 
@@ -35,8 +36,9 @@ class MixtureBatchSampler(Sampler[list[int]]):
         shares: each task's share of the draws, summing to 1; tasks without rows have 0.
         batch_size: rows per batch.
         seed: at least 0.
-        batching: `mixed`; `homogeneous`: one task in a batch; `balanced`: every task as often as every other in each
-            batch, to within one, where the tasks with one more rotate.
+        batching: `mixed`: each batch holds the tasks by their shares, nearly; `balanced`: every task as often as every
+            other, to within one, where the tasks with one more rotate; `by_length`: rows of like length, of whatever
+            task; `homogeneous`: one task in a batch.
         drop_last: leave out a last batch that is not full. Its rows are not lost: tasks go on with them next epoch.
 
     Raises:
@@ -74,7 +76,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
     def _apportion(self, shares: Sequence[float]) -> list[int]:
         """Draws per task in one epoch."""
         draws = sum(self._sizes)
-        if self.batching == "mixed":
+        if self.batching in ("mixed", "by_length"):
             return apportion(shares, draws)
         if self.batching == "balanced":
             present = [float(len(task) > 0) for task in self.lengths]
@@ -147,9 +149,12 @@ class MixtureBatchSampler(Sampler[list[int]]):
         draws = [self._draws(task, epoch) for task in range(len(self.lengths))]
         if self.batching == "homogeneous":
             return self._homogeneous(draws, random)
-        if self.batching == "balanced":
-            return self._balanced(draws, random)
+        if self.batching == "balanced":  # any stretch holds each task as often as any other, to within one
+            present = [task for task, drawn in enumerate(draws) if len(drawn)]
+            return self._dealt(np.resize(present, sum(self._sizes)), draws, random)
         order = _spread([len(d) for d in draws], random)
+        if self.batching == "mixed":
+            return self._dealt(order, draws, random)
         mixed = np.empty(len(order), dtype=np.int64)
         for task, drawn in enumerate(draws):
             mixed[order == task] = drawn
@@ -171,12 +176,9 @@ class MixtureBatchSampler(Sampler[list[int]]):
     def _by_length(self, rows: Rows, sizes: Sequence[int], random: np.random.Generator) -> list[Rows]:
         """Cut rows into batches of these sizes, of like length within each window, a smaller one last."""
         plan: list[Rows] = []
-        for window in np.array_split(np.asarray(sizes), max(1, round(len(sizes) / WINDOW))):
+        for window in _windows(sizes):
             chosen, rows = rows[: window.sum()], rows[window.sum() :]
-            # Where a smaller batch is cut out should not depend on its length.
-            cut = random.permutation(window)
-            parts = np.split(chosen[np.argsort(self._flat[chosen], kind="stable")], np.cumsum(cut)[:-1])
-            plan += [parts[i] for i in random.permutation(len(parts))]
+            plan += self._cut(self._sorted(chosen), window, random)
         return _smaller_last(plan)
 
     def _homogeneous(self, draws: list[Rows], random: np.random.Generator) -> list[Rows]:
@@ -189,23 +191,34 @@ class MixtureBatchSampler(Sampler[list[int]]):
         queues = [iter(b) for b in batches]
         return _smaller_last([next(queues[task]) for task in order])
 
-    def _balanced(self, draws: list[Rows], random: np.random.Generator) -> list[Rows]:
-        """Deal the tasks round: any stretch of the deal holds each task as often as any other, to within one."""
-        present = [task for task, drawn in enumerate(draws) if len(drawn)]
+    def _dealt(self, order: Rows, draws: list[Rows], random: np.random.Generator) -> list[Rows]:
+        """Batches of the tasks that `order` deals out; within each window a task's rows are dealt short ones first, so
+        that rows of like length meet as far as the tasks of a batch allow."""
         plan: list[Rows] = []
-        done = 0
-        for window in np.array_split(np.asarray(self._sizes), max(1, round(len(self._sizes) / WINDOW))):
-            deal = np.arange(done, done + window.sum()) % len(present)
-            dealt = np.empty(len(deal), dtype=np.int64)
-            for turn, task in enumerate(present):
-                places = deal == turn
-                before = -(-(done - turn) // len(present))
-                chosen = draws[task][before : before + places.sum()]
-                dealt[places] = chosen[np.argsort(self._flat[chosen], kind="stable")]
-            parts = np.split(dealt, np.cumsum(random.permutation(window))[:-1])
-            plan += [parts[i] for i in random.permutation(len(parts))]
-            done += int(window.sum())
+        done, taken = 0, [0] * len(draws)
+        for window in _windows(self._sizes):
+            stretch = order[done : done + window.sum()]
+            dealt = np.empty(len(stretch), dtype=np.int64)
+            for task, drawn in enumerate(draws):
+                places = stretch == task
+                chosen = drawn[taken[task] : taken[task] + places.sum()]
+                dealt[places] = self._sorted(chosen)
+                taken[task] += len(chosen)
+            done += len(stretch)
+            plan += self._cut(dealt, window, random)
         return _smaller_last(plan)
+
+    def _sorted(self, rows: Rows) -> Rows:
+        return rows[np.argsort(self._flat[rows], kind="stable")]
+
+    def _cut(self, rows: Rows, sizes: Rows, random: np.random.Generator) -> list[Rows]:
+        """A window's rows as batches of these sizes, shuffled; where a smaller one is cut out is chance, too."""
+        parts = np.split(rows, np.cumsum(random.permutation(sizes))[:-1])
+        return [parts[i] for i in random.permutation(len(parts))]
+
+
+def _windows(sizes: Sequence[int]) -> list[Rows]:
+    return np.array_split(np.asarray(sizes), max(1, round(len(sizes) / WINDOW)))
 
 
 def _spread(counts: Sequence[int], random: np.random.Generator) -> Rows:

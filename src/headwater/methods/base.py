@@ -203,6 +203,7 @@ class Branch(nn.Module):
     """
 
     needs_state: bool = False  # uses task ids, the padding mask or auxiliary losses of the forward pass
+    has_losses: bool = False  # adds auxiliary losses, which are of a whole batch
     head_dropout: float = 0.0  # dropout that `mix` makes from `call.seed`
     folds: bool = False  # may have a `folded_weight`
     input_masks: int = 1  # dropout masks on x; above 1 `mix` gets the ranks behind each, side by side, in training

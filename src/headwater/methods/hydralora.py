@@ -55,7 +55,7 @@ class HydraLoraBranch(Branch):
         self.num_heads = N
         self.input_masks = N if config.input_dropout == "per_head" else 1
         self.balance_loss_weight = config.balance_loss_weight
-        self.needs_state = config.balance_loss_weight > 0
+        self.needs_state = self.has_losses = config.balance_loss_weight > 0
         self._layers = shape.shared.setdefault("routers", [])  # one list for all layers: how many to average over
         self._layers.append(shape.name)
         self.A = nn.Parameter(kaiming(shape.r, d_in, generator))

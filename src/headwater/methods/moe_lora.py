@@ -211,7 +211,7 @@ class ExpertsBranch(Branch):
         self.balance = config.balance_loss if config.balance_loss_weight > 0 else "none"
         self.balance_weight, self.z_weight = config.balance_loss_weight, config.z_loss_weight
         self.task_types, self.delta = config.task_types, config.localized_delta
-        self.needs_state = self.balance != "none" or self.z_weight > 0
+        self.needs_state = self.has_losses = self.balance != "none" or self.z_weight > 0
         self._routers = shape.shared.setdefault("routers", [])  # one list for all layers: how many to average over
         self._routers.append(shape.name)
 

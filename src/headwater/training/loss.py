@@ -31,14 +31,64 @@ def loss_positions(labels: Tensor) -> dict[str, Tensor]:
 
 
 class CompletionCollator:
-    """Adds `loss_positions` to what `collate` returns: on the CPU, so that no step waits for the device to count."""
+    """Adds `loss_positions` to what `collate` returns: on the CPU, so that no step waits for the device to count.
 
-    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]]):
-        self.collate = collate
+    Args:
+        collate: pads rows on the right.
+        pass_cost: what a further forward and backward costs beside its positions, in positions. Where the padding of a
+            batch costs more, its rows are sorted by length and `cuts` says how it is cut into narrower parts, see
+            `narrowed`. None: batches stay whole.
+    """
 
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        batch = self.collate(rows)
-        return {**batch, **loss_positions(batch["labels"])}
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], pass_cost: int | None = None):
+        self.collate, self.pass_cost = collate, pass_cost
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        widths = [0]
+        if self.pass_cost is not None:
+            rows = sorted(rows, key=len)
+            widths = cuts([len(row) for row in rows], self.pass_cost)
+        batch: dict[str, Any] = self.collate(rows)
+        batch |= loss_positions(batch["labels"])
+        if len(widths) > 1:
+            counts = batch["completion_lengths"].tolist()
+            ends = [*widths[1:], len(rows)]
+            batch["cuts"] = [(i, j, len(rows[j - 1]), sum(counts[i:j])) for i, j in zip(widths, ends, strict=True)]
+        return batch
+
+
+def cuts(lengths: Sequence[int], pass_cost: int) -> list[int]:
+    """Where to cut rows, sorted by length, so that padded positions plus `pass_cost` for each part are fewest.
+
+    Returns:
+        The parts' first rows; the first is 0.
+    """
+    n = len(lengths)
+    best, begins = [0.0] + [float("inf")] * n, [0] * (n + 1)
+    for j in range(1, n + 1):
+        for i in range(j):
+            cost = best[i] + (j - i) * lengths[j - 1] + pass_cost
+            if cost < best[j]:
+                best[j], begins[j] = cost, i
+    found, j = [], n
+    while j:
+        j = begins[j]
+        found.append(j)
+    return found[::-1]
+
+
+def narrowed(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """A batch as the parts that its `cuts` say, each as wide as its longest row; a batch without them as it is."""
+    batch = dict(batch)
+    parts, done, width = [], 0, batch["labels"].shape[1]
+    index = batch.pop("completion_index")
+    for i, j, narrow, count in batch.pop("cuts", [(0, len(batch["labels"]), width, len(index))]):
+        part = {key: value[i:j, :narrow] if value.dim() == 2 else value[i:j] for key, value in batch.items()}
+        own = index[done : done + count]
+        part["completion_index"] = own if narrow == width and not i else (own // width - i) * narrow + own % width
+        parts.append(part)
+        done += count
+    return parts
 
 
 class CompletionHead:

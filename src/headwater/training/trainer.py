@@ -26,13 +26,15 @@ from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments
 from .head_monitor import HeadMonitor
-from .loss import CompletionCollator, CompletionHead, completion_losses, count_items
+from .loss import CompletionCollator, CompletionHead, completion_losses, count_items, narrowed
 from .memory import SavedBytes
 from .method_callback import MethodCallback
 
 if TYPE_CHECKING:
     from ..data.encode import Encoded
 
+PASS_COST = {"cpu": 64}
+"""Positions that take as long as a forward and backward does beside its positions, by device; 2048 elsewhere."""
 Evaluator = Callable[[nn.Module, int], dict[str, TaskScore]]
 """Scores the model's tasks; called with the model and the number of steps it was trained."""
 
@@ -92,7 +94,7 @@ class HeadwaterTrainer(Trainer):
             train_dataset=list(itertools.chain.from_iterable(train.values())),
             # Trainer insists on a data set once `eval_strategy` is set; the evaluator has the tasks' rows.
             eval_dataset=kwargs.pop("eval_dataset", [] if evaluator else None),
-            data_collator=CompletionCollator(Collator(pad_token_id)),
+            data_collator=CompletionCollator(Collator(pad_token_id), _pass_cost(args)),
             **kwargs,
         )
         # The loss is divided by the items of the whole optimiser step, so Trainer must not divide it again.
@@ -109,6 +111,7 @@ class HeadwaterTrainer(Trainer):
         self._head: CompletionHead | None = None
         self._parameters: int | None = None
         self.activation_bytes: int | None = None
+        self._counting = False
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the mixture, split over ranks by accelerate."""
@@ -197,6 +200,24 @@ class HeadwaterTrainer(Trainer):
     def averages_over_ranks(self) -> bool:
         return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch, in parts where it is `narrowed`; their losses add up to that of the batch.
+
+        It stays whole where they would not: without the items of the optimiser step, or under a loss between rows.
+        """
+        whole = num_items_in_batch is None or (self._context is not None and self._context.needs_batch)
+        parts = narrowed({key: value for key, value in inputs.items() if not (whole and key == "cuts")})
+        self._counting = self.activation_bytes is None
+        losses = []
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        self._counting = False
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -207,6 +228,7 @@ class HeadwaterTrainer(Trainer):
         """This batch's part of the loss of its optimiser step; without `num_items_in_batch`, the batch's own loss."""
         inputs = dict(inputs)
         labels, tasks = inputs.pop("labels"), inputs.pop(KEYWORD)
+        inputs.pop("cuts", None)
         index, lengths = inputs.pop("completion_index"), inputs.pop("completion_lengths")
         items = count_items(lengths, per_example=self.per_example)
         total = items.sum() if num_items_in_batch is None else num_items_in_batch
@@ -238,17 +260,18 @@ class HeadwaterTrainer(Trainer):
 
     @contextlib.contextmanager
     def _count_activations(self, model: nn.Module) -> Iterator[None]:
-        """In the first batch of training, `activation_bytes`: what its forward keeps for backward, parameters left out.
+        """In the first batch of training, `activation_bytes`: what its forward keeps for backward, parameters left out;
+        the most of its parts.
 
         Not under `torch_compile` or gradient checkpointing, which decide by themselves what is kept.
         """
         args = self.args
-        if self.activation_bytes is not None or not model.training or args.torch_compile or args.gradient_checkpointing:
+        if not self._counting or args.torch_compile or args.gradient_checkpointing:
             yield
             return
         with SavedBytes(model) as saved:
             yield
-        self.activation_bytes = saved.total
+        self.activation_bytes = max(self.activation_bytes or 0, saved.total)
 
     def evaluate(
         self,
@@ -290,3 +313,8 @@ class HeadwaterTrainer(Trainer):
         if self._parameters is None:
             self._parameters = super().floating_point_ops({"input_ids": torch.zeros(1)})
         return self._parameters * inputs["input_ids"].numel()
+
+
+def _pass_cost(args: HeadwaterArguments) -> int | None:
+    """`CompletionCollator.pass_cost`; None where what runs the model counts on one backward, or one width, a batch."""
+    return None if args.torch_compile or args.deepspeed else PASS_COST.get(args.device.type, 2048)

@@ -139,7 +139,7 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
         for name, layer in lora:
             for A in layer.lora_A.values():
                 A.register_forward_hook(_LoraHook(context, name))
-    context.needs_state = True
+    context.needs_state = context.needs_batch = True
 
 
 class _LoraHook:

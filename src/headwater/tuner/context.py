@@ -32,12 +32,14 @@ class Context:
         self.align: Align | None = None
         self.loss_scale = 1.0
         self.needs_state = False  # some branch reads the state, so checkpointed layers must carry it
+        self.needs_batch = False  # some loss is of a whole batch, so it may not be cut into parts
         self.last_losses: dict[str, Tensor] = {}
         self._checkpointing: list[nn.Module] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
-        return Context, (), {"loss_scale": self.loss_scale, "needs_state": self.needs_state}
+        kept = ("loss_scale", "needs_state", "needs_batch")
+        return Context, (), {name: getattr(self, name) for name in kept}
 
     @property
     def state(self) -> State | None:

@@ -177,6 +177,7 @@ def add_branch(
     branch.train(layer.training)
     layer.branches[adapter_name] = branch
     layer.context.needs_state |= branch.needs_state
+    layer.context.needs_batch |= branch.has_losses
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 
