@@ -35,6 +35,9 @@ from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, fiel
 from headwater.tuner.align import AlignSpec
 
 DEFAULT_METHOD = "rlora"
+# What a file gets that has no `method:`. Where it comes from, and how sure that is: docs/recommended.md.
+RECOMMENDED = {"name": DEFAULT_METHOD, "r": 8, "num_heads": 3, "lora_alpha": 16, "target_modules": "all-linear"}
+RECOMMENDED_LEARNING_RATE = 1e-3
 # Written by PEFT into an adapter's own file; a run's file has no say in them.
 _NOT_METHOD_KEYS = {
     "peft_type",
@@ -128,7 +131,8 @@ class RunConfig(BaseModel):
     Args:
         model_name_or_path: hub id, local folder or GGUF file; relative to the current folder.
         model: how the base model is loaded.
-        method: `name` and the fields of that method's config.
+        method: `name` and the fields of that method's config; where it is left out, `RECOMMENDED`, and then
+            `RECOMMENDED_LEARNING_RATE` unless `training` has one.
         tasks: at least one; their paths are relative to `base_dir`. A task's position is its task id.
         mixture: how tasks are mixed.
         align: an alignment loss between tasks, with any method; it then draws balanced batches.
@@ -144,7 +148,7 @@ class RunConfig(BaseModel):
 
     model_name_or_path: str = Field(min_length=1)
     model: ModelSpec = Field(default_factory=ModelSpec)
-    method: Annotated[dict[str, Any], _MethodSchema()] = {"name": DEFAULT_METHOD}
+    method: Annotated[dict[str, Any], _MethodSchema()] = RECOMMENDED
     tasks: list[TaskSpec] = Field(min_length=1)
     mixture: MixtureSpec = Field(default_factory=MixtureSpec)
     align: AlignSpec | None = None
@@ -177,6 +181,12 @@ class RunConfig(BaseModel):
         resume = training.get("resume_from_checkpoint")
         HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
         return training
+
+    @model_validator(mode="after")
+    def _learning_rate_is_the_methods(self) -> Self:
+        if "method" not in self.model_fields_set:
+            self.training.setdefault("learning_rate", RECOMMENDED_LEARNING_RATE)
+        return self
 
     @model_validator(mode="after")
     def _method_knows_the_number_of_tasks(self) -> Self:

@@ -16,7 +16,7 @@ from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from headwater.cli import app
-from headwater.config import load_config
+from headwater.config import RECOMMENDED, load_config
 
 
 @pytest.fixture
@@ -102,6 +102,18 @@ def test_evaluate_takes_overrides_and_splits(headwater, trained):
     cells = [line.split() for line in done.out.splitlines()]
     rows = {line[0]: line[2] for line in cells if line and line[0] in ("animals", "colours")}
     assert rows == {"animals": "5", "colours": "24"}
+
+
+def test_without_a_method_the_recommended_one_is_trained_and_said(headwater, tmp_path):
+    path = write_run(tmp_path)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("method")))
+    done = headwater("train", path, "--set", "training.max_steps=1", "--set", "training.learning_rate=1e-4")
+    assert done.code == 0, done.err
+    assert "recommended one is trained: rlora, r 8, num_heads 3, " in done.out
+    assert "target_modules all-linear; learning rate 0.0001" in done.out
+    kept = load_config(tmp_path / "run" / "config.yaml")
+    assert kept.method == RECOMMENDED
+    assert "method" in kept.model_fields_set
 
 
 def test_a_method_that_goes_by_task_keeps_its_task_ids(headwater, tmp_path):

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from headwater.config import RunConfig, TasksFile, dump_config, load_config
+from headwater.config import (
+    RECOMMENDED,
+    RECOMMENDED_LEARNING_RATE,
+    RunConfig,
+    TasksFile,
+    changed,
+    dump_config,
+    load_config,
+)
 from headwater.errors import HeadwaterError
 from headwater.methods import methods
 
@@ -27,6 +35,9 @@ training:
   learning_rate: 2e-4
 output_dir: runs/first
 """
+
+
+GOOD_FIELDS = {"model_name_or_path": "m", "tasks": [{"name": "a", "train": "a.jsonl"}], "output_dir": "o"}
 
 
 def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
@@ -59,9 +70,23 @@ def test_a_good_file(tmp_path):
     assert config.where("seed") == "--set seed"
 
 
+@pytest.mark.parametrize("rate", [None, 3e-4])
+def test_a_file_without_a_method_gets_the_recommended_one(tmp_path, rate):
+    kept = [line for line in GOOD.splitlines() if not line.startswith(("method", "  learning_rate"))]
+    overrides = [] if rate is None else [f"training.learning_rate={rate}"]
+    config = load_config(write(tmp_path, "\n".join(kept)), overrides)
+    assert config.method == RECOMMENDED
+    assert config.training == {"max_steps": 400, "learning_rate": rate or RECOMMENDED_LEARNING_RATE}
+    again = load_config(write(tmp_path, dump_config(config), "again.yaml"))
+    assert (again.method, again.training) == (config.method, config.training)
+    other = changed(config, {"method": {"name": "lora"}}, {})
+    assert other.method == {"name": "lora"}
+    assert RunConfig(**GOOD_FIELDS, training={"max_steps": 2}, method={}).training == {"max_steps": 2}
+
+
 def test_a_run_made_in_python_has_the_same_checks():
-    fields = {"model_name_or_path": "m", "tasks": [{"name": "a", "train": "a.jsonl"}], "output_dir": "o"}
-    assert RunConfig(**fields).method == {"name": "rlora"}
+    fields = GOOD_FIELDS
+    assert RunConfig(**fields, method={}).method == {"name": "rlora"}
     assert RunConfig(**fields).base_dir == Path.cwd()
     with pytest.raises(ValueError, match="max_stepz"):
         RunConfig(**fields, training={"max_stepz": 1})

@@ -314,8 +314,10 @@ def test_rlora_starts_without_its_dropout_unless_told(tmp_path):
     from headwater.config import load_config
     from headwater.preference.spec import PreferConfig
 
-    config = load_config(write_run(tmp_path, "rlora"), model=PreferConfig)
-    assert config.method["head_dropout"] == 0.0
+    path = write_run(tmp_path, "rlora")
+    assert load_config(path, model=PreferConfig).method["head_dropout"] == 0.0
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("method")))
+    assert load_config(path, model=PreferConfig).method["head_dropout"] == 0.0
 
 
 def test_numbers_of_the_summary():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from headwater.config import RunConfig
+from headwater.config import DEFAULT_METHOD, RECOMMENDED, RunConfig
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import KeyPath
 
@@ -173,8 +173,8 @@ class PreferConfig(RunConfig):
     @classmethod
     def _without_dropout(cls, data: Any) -> Any:
         """R-LoRA's heads drop out by default; here the policy is compared with its own frozen copy."""
-        method = data.get("method") if isinstance(data, dict) else None
-        if isinstance(method, dict) and method.get("name", "rlora") == "rlora":
+        method = data.get("method", RECOMMENDED) if isinstance(data, dict) else None
+        if isinstance(method, dict) and method.get("name", DEFAULT_METHOD) == "rlora":
             return {**data, "method": {"head_dropout": 0.0, **method}}
         return data
 

@@ -115,7 +115,7 @@ def train(
         evaluator=scorer.during,
         callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
     )
-    _say_what_is_trained(console, tasks, encoded, trainer)
+    _say_what_is_trained(console, config, tasks, encoded, trainer)
     try:
         before = history.scores(0) if resume else {}
         if not before and base_scores and changes_nothing(trainer.model, encoded, pad_id(tokenizer)):
@@ -211,8 +211,17 @@ def add_adapter(model: nn.Module, method: dict[str, Any], **options: Any) -> nn.
 
 
 def _say_what_is_trained(
-    console: Console, tasks: list[Task], encoded: dict[str, list[Encoded]], trainer: HeadwaterTrainer
+    console: Console,
+    config: RunConfig,
+    tasks: list[Task],
+    encoded: dict[str, list[Encoded]],
+    trainer: HeadwaterTrainer,
 ) -> None:
+    if "method" not in config.model_fields_set:
+        fields = ", ".join(f"{key} {value}" for key, value in config.method.items() if key != "name")
+        rate = f"learning rate {trainer.args.learning_rate:g}"
+        text = f"no method is given, so the recommended one is trained: {config.method['name']}, {fields}; {rate}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     for task, share in zip(tasks, trainer.shares, strict=True):
         rows = f"{len(encoded[task.name]):,} training rows, {share:.1%} of draws; {len(task.test):,} test rows"
         console.print(f"task {task.name}: {rows}", highlight=False, soft_wrap=True)
