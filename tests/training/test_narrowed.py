@@ -77,3 +77,11 @@ def test_a_batch_with_a_loss_between_rows_stays_whole(tiny_llama, tmp_path, monk
     run.train()
     assert (len(forwards) == 2) == (loss != "none")
     assert run.activation_bytes > 0
+
+
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_ranks_that_gather_weights_in_each_forward_run_as_many(tiny_llama, tmp_path, sharded):
+    run = make_trainer(adapted(tiny_llama()), tmp_path)
+    assert run.may_cut
+    setattr(run, sharded, True)
+    assert not run.may_cut

@@ -85,7 +85,7 @@ def narrowed(batch: dict[str, Any]) -> list[dict[str, Any]]:
     for i, j, narrow, count in batch.pop("cuts", [(0, len(batch["labels"]), width, len(index))]):
         part = {key: value[i:j, :narrow] if value.dim() == 2 else value[i:j] for key, value in batch.items()}
         own = index[done : done + count]
-        part["completion_index"] = own if narrow == width and not i else (own // width - i) * narrow + own % width
+        part["completion_index"] = (own // width - i) * narrow + own % width
         parts.append(part)
         done += count
     return parts

@@ -207,8 +207,8 @@ class HeadwaterTrainer(Trainer):
 
         It stays whole where they would not: without the items of the optimiser step, or under a loss between rows.
         """
-        whole = num_items_in_batch is None or (self._context is not None and self._context.needs_batch)
-        parts = narrowed({key: value for key, value in inputs.items() if not (whole and key == "cuts")})
+        cut = num_items_in_batch is not None and self.may_cut
+        parts = narrowed({key: value for key, value in inputs.items() if cut or key != "cuts"})
         self._counting = self.activation_bytes is None
         losses = []
         for number, part in enumerate(parts, 1):
@@ -217,6 +217,12 @@ class HeadwaterTrainer(Trainer):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         self._counting = False
         return torch.stack(losses).sum()
+
+    @property
+    def may_cut(self) -> bool:
+        """False under a loss between rows, and where ranks must run as many forwards as each other, or one a batch."""
+        between_rows = self._context is not None and self._context.needs_batch
+        return not (between_rows or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def compute_loss(
         self,
@@ -316,5 +322,5 @@ class HeadwaterTrainer(Trainer):
 
 
 def _pass_cost(args: HeadwaterArguments) -> int | None:
-    """`CompletionCollator.pass_cost`; None where what runs the model counts on one backward, or one width, a batch."""
-    return None if args.torch_compile or args.deepspeed else PASS_COST.get(args.device.type, 2048)
+    """`CompletionCollator.pass_cost`; None for a compiled model, which would be compiled for every width."""
+    return None if args.torch_compile else PASS_COST.get(args.device.type, 2048)
