@@ -42,7 +42,7 @@ def step(model: Any, takes_tasks: bool, prompt: torch.Tensor) -> Callable[[], No
     """One token behind a cache that holds the prompt; the token is taken out of the cache again."""
     cache, tasks = DynamicCache(), {}
     if takes_tasks:
-        tasks = {"headwater_task_ids": torch.arange(prompt.shape[0]) % 3}
+        tasks = {"headwater_task_ids": torch.arange(prompt.shape[0], device=prompt.device) % 3}
     with torch.inference_mode():
         model(prompt, past_key_values=cache, use_cache=True, **tasks)
     token = prompt[:, -1:]
@@ -61,22 +61,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="*", default=layers.method_names(), help="methods to run, by name")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--num-heads", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     options = parser.parse_args(argv)
     measure.prepare(options)
-    base = load_base_model(options.model, dtype="float32")[0]
+    base = load_base_model(options.model, dtype=options.dtype)[0].to(options.device)
     built = variants(base, r=options.r, N=options.num_heads, methods=options.methods)
     batches = []
     for batch in (1, 8):
-        prompt = torch.randint(base.config.vocab_size, (batch, 128))
+        prompt = torch.randint(base.config.vocab_size, (batch, 128), device=options.device)
         steps = {name: step(model, tasks, prompt) for name, (model, tasks) in built.items()}
-        seconds = measure.interleave(steps, rounds=options.rounds, seed=options.seed)
+        seconds = measure.interleave(steps, rounds=options.rounds, device=options.device, seed=options.seed)
         ratio = measure.ratios(seconds, FLOOR)
         batches.append({"batch": batch, "floor_seconds": measure.spread(seconds[FLOOR]), "variants": ratio})
     floors = " and ".join(f"{b['floor_seconds']['median'] * 1e3:.1f} ms" for b in batches)
     title = f"one token, r={options.r}, N={options.num_heads}, MLP projections\nfloor: the base model's step, {floors}"
     rows = [[name, *(measure.show_ratio(b["variants"][name]) for b in batches)] for name in built]
     measure.print_table(title, ["time / floor, median (min-max)", "batch 1", "batch 8"], rows)
-    results = {"environment": measure.environment(options), "batches": batches}
+    results = {"environment": measure.environment(options, options.device), "batches": batches}
     measure.write(options.json, results)
     return results
 

@@ -4,7 +4,8 @@
 
 The floors are the frozen layer's forward and the gradient of its input, and the frozen model's forward and backward.
 The base is bfloat16, adapters are float32 and run under autocast, as `Trainer` with `bf16` does it. R-LoRA runs with
-each implementation of its inner operation (`HEADWATER_OPS`) and compiled. `--device cpu --smoke` shows that it runs.
+each implementation of its inner operation (`HEADWATER_OPS`) and, on the first shape, compiled. The model has random
+weights; what does not fit in the GPU's memory is left out and said. `--device cpu --smoke` shows that it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from .layers import FLOOR, LOOP, Shape
 SHAPES = (Shape(4096, 11008, 8192), Shape(11008, 4096, 8192), Shape(4096, 11008, 8192, r=16), Shape(896, 4864, 8192))
 SMOKE = (Shape(32, 48, 64, r=2, N=2),)
 COMPILED = "R-LoRA, compiled"
+OF_MODEL = {
+    "hydralora",
+    "mlora",
+    "mtl_lora",
+    "multilora",
+}  # those of the whole model besides R-LoRA: several heads each
 
 
 def with_ops(name: str, run: Callable[[], None]) -> Callable[[], None]:
@@ -56,7 +63,7 @@ def layer_models(shape: Shape, options: Any) -> dict[str, nn.Module]:
         **{f"R-LoRA, {name}": layers.ours(linear, shape) for name in ours(options.device)},
         **{layers.title_of(name): layers.ours(linear, shape, name) for name in options.methods if name != "rlora"},
     }
-    if options.device == "cuda":
+    if options.device == "cuda" and shape == SHAPES[0]:
         found[COMPILED] = torch.compile(layers.ours(linear, shape))  # type: ignore[assignment]
     return {name: model.to(options.device) for name, model in found.items()}
 
@@ -72,8 +79,13 @@ def layer(shape: Shape, options: Any) -> dict[str, Any]:
     return {**vars(shape), **compare(steps, options)}
 
 
-def compare(steps: dict[str, Callable[[], None]], options: Any) -> dict[str, Any]:
-    seconds = measure.interleave(steps, rounds=options.rounds, device=options.device, warmup=3, seed=options.seed)
+def compare(
+    steps: dict[str, Callable[[], None]], options: Any, *, rounds: int | None = None, warmup: int = 3
+) -> dict[str, Any]:
+    too_large = [name for name, run in steps.items() if not fits(run)]
+    steps = {name: run for name, run in steps.items() if name not in too_large}
+    how = {"device": options.device, "warmup": warmup, "seed": options.seed}
+    seconds = measure.interleave(steps, rounds=rounds or options.rounds, **how)
     ratio = measure.ratios(seconds, FLOOR)
     found: dict[str, Any] = {}
     for name, run in steps.items():
@@ -84,7 +96,16 @@ def compare(steps: dict[str, Callable[[], None]], options: Any) -> dict[str, Any
             before = torch.cuda.memory_allocated()
             run()
             found[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    return {"variants": found}
+    return {"variants": found, "out_of_memory": too_large}
+
+
+def fits(run: Callable[[], None]) -> bool:
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def whole_model(options: Any) -> dict[str, Any]:
@@ -100,12 +121,14 @@ def whole_model(options: Any) -> dict[str, Any]:
     ids = torch.randint(vocabulary, (batch, length), device=options.device)
     r, N, dropout = 8, 3, 0.1
     few = {"r": r, "N": N, "dropout": dropout}
+    others = [name for name in options.methods if name in OF_MODEL]
     built = {
         FLOOR: models.frozen(base),
         f"PEFT LoRA r={r}": models.peft_lora(base, r, dropout),
         f"PEFT LoRA r={N * r}": models.peft_lora(base, N * r, dropout),
         LOOP: models.public_loop(base, **few),
         **{f"R-LoRA, {name}": models.ours(base, "rlora", **few, num_tasks=3) for name in ours(options.device)},
+        **{layers.title_of(name): models.ours(base, name, **few, num_tasks=3) for name in others},
     }
     steps: dict[str, Callable[[], None]] = {}
     for name, model in built.items():
@@ -114,7 +137,7 @@ def whole_model(options: Any) -> dict[str, Any]:
         run = training_step(model, ids, options.device)
         chosen = name.removeprefix("R-LoRA, ")
         steps[name] = with_ops(chosen, run) if chosen in ours(options.device) else run
-    found = compare(steps, options)
+    found = compare(steps, options, rounds=max(2, options.rounds // 4), warmup=1)
     for variant in found["variants"].values():
         variant["tokens_per_second"] = batch * length / variant["seconds"]["median"]
     return {**sizes, "batch": batch, "length": length, **few, **found}
@@ -123,10 +146,13 @@ def whole_model(options: Any) -> dict[str, Any]:
 def training_step(model: Any, ids: torch.Tensor, device: str) -> Callable[[], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    config = getattr(model, "peft_config", {}).get("default")
+    tasks = torch.arange(len(ids), device=device) % 3
+    extra = {"headwater_task_ids": tasks} if getattr(config, "needs_task_ids", False) else {}
 
     def run() -> None:
         with torch.autocast(device, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **extra).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -141,16 +167,15 @@ def show(title: str, found: dict[str, Any]) -> None:
         peak = f"{v['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in v else ""
         speed = f"{v['tokens_per_second']:,.0f}" if "tokens_per_second" in v else ""
         rows.append([name, measure.show_ratio(v["time"]), f"{v['seconds']['median'] * 1e3:.2f}", peak, speed])
+    rows += [[name, "out of memory", "", "", ""] for name in found["out_of_memory"]]
     measure.print_table(title, ["", "time / floor, median (min-max)", "ms", "peak MiB", "tokens/s"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = measure.arguments(__doc__ or "", rounds=20)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--layers", type=int, default=8, help="of the whole model")
-    parser.add_argument(
-        "--methods", nargs="*", default=["hydralora", "mlora", "moe_lora", "smora"], help="besides rlora"
-    )
+    parser.add_argument("--layers", type=int, default=32, help="of the whole model")
+    parser.add_argument("--methods", nargs="*", default=layers.method_names(), help="methods to run, by name")
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny size, to see that it runs; the numbers mean nothing"
     )

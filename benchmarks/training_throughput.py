@@ -36,26 +36,36 @@ from . import layers, measure, models
 from .layers import FLOOR, LOOP
 
 MAX_LENGTH, DROPOUT = 256, 0.1
-QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+WARMUP = {"cpu": 1, "cuda": 4}  # steps that are not timed
+QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 OURS, TRL_OURS, TRL_LORA = "headwater train, R-LoRA", "TRL SFTTrainer, R-LoRA", "TRL SFTTrainer, PEFT LoRA"
 
 
-def run_file(
-    folder: Path, *, r: int, N: int, steps: int, batch: int, dtype: str, model: str, tasks: list[dict[str, Any]]
-) -> Any:
+def where(device: str) -> dict[str, Any]:
+    """Trainer's arguments for a device; on a GPU under autocast, as people train there."""
+    return {"use_cpu": True, "bf16": False} if device == "cpu" else {"bf16": True}
+
+
+def run_file(folder: Path, options: Any, tasks: list[dict[str, Any]]) -> Any:
     """The demo's mixture as a run of `headwater train`, without rows to score."""
-    training = {"max_steps": steps, "per_device_train_batch_size": batch, "logging_steps": 10, **QUIET}
+    training = {
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch,
+        "logging_steps": 10,
+        **QUIET,
+        **where(options.device),
+    }
     method = {
         "name": "rlora",
-        "r": r,
-        "num_heads": N,
+        "r": options.r,
+        "num_heads": options.num_heads,
         "lora_alpha": 16,
         "head_dropout": DROPOUT,
         "target_modules": models.MLP,
     }
     parts = {
-        "model_name_or_path": model,
-        "model": {"dtype": dtype},
+        "model_name_or_path": options.model,
+        "model": {"dtype": options.dtype},
         "method": method,
         "tasks": [{"name": task["name"], "train": task["train"]} for task in tasks],
         "mixture": {"strategy": "proportional"},
@@ -74,10 +84,11 @@ def run_file(
 
 
 def trainer_of(
-    model: Any, rows: dict[str, list[Encoded]], config: Any, pad: int, folder: Path, batch: int
+    model: Any, rows: dict[str, list[Encoded]], config: Any, pad: int, folder: Path, options: Any
 ) -> HeadwaterTrainer:
-    args = HeadwaterArguments(output_dir=str(folder), max_steps=1, per_device_train_batch_size=batch, **QUIET)
-    return HeadwaterTrainer(model, args, train=rows, pad_token_id=pad, mixture=mixture_of(config, batch))
+    known = {"max_steps": 1, "per_device_train_batch_size": options.batch, **QUIET, **where(options.device)}
+    args = HeadwaterArguments(output_dir=str(folder), **known)
+    return HeadwaterTrainer(model, args, train=rows, pad_token_id=pad, mixture=mixture_of(config, options.batch))
 
 
 def training_step(trainer: HeadwaterTrainer, batches: Sequence[dict[str, Any]]) -> Callable[[], None]:
@@ -114,11 +125,12 @@ def compare_steps(base: Any, rows: dict[str, list[Encoded]], config: Any, pad: i
             model.train()
             # the gradient reaches the first layer in every variant, as the floor's must to be one
             model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
-            trainers[name] = trainer_of(model, rows, config, pad, Path(folder), options.batch)
+            trainers[name] = trainer_of(model, rows, config, pad, Path(folder), options)
         loader = trainers[FLOOR].get_train_dataloader()
-        batches = [batch for batch, _ in zip(loader, range(options.rounds + 1), strict=False)]
+        batches = [batch for batch, _ in zip(loader, range(options.rounds + WARMUP[options.device]), strict=False)]
         steps = {name: training_step(trainer, batches) for name, trainer in trainers.items()}
-        seconds = measure.interleave(steps, rounds=options.rounds, warmup=1, seed=options.seed)
+        how = {"warmup": WARMUP[options.device], "device": options.device, "seed": options.seed}
+        seconds = measure.interleave(steps, rounds=options.rounds, **how)
         saved = {
             name: measure.saved_bytes(
                 lambda t=trainer: t.compute_loss(t.model, dict(batches[0]), num_items_in_batch=options.batch),
@@ -126,7 +138,7 @@ def compare_steps(base: Any, rows: dict[str, list[Encoded]], config: Any, pad: i
             )
             for name, trainer in trainers.items()
         }
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches][1 : options.rounds + 1]
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches][WARMUP[options.device] :]
     ratio = measure.ratios(seconds, FLOOR)
     to_lora = measure.ratios(seconds, f"PEFT LoRA r={r}")
     return {
@@ -151,8 +163,8 @@ def compare_steps(base: Any, rows: dict[str, list[Encoded]], config: Any, pad: i
 class Clock(TrainerCallback):
     """Tokens and time of a training run, from the end of its first step to the end of its last."""
 
-    def __init__(self) -> None:
-        self.tokens = self.slots = 0
+    def __init__(self, device: str) -> None:
+        self.device, self.tokens, self.slots = device, 0, 0
         self.started = self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -164,17 +176,17 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            self.tokens, self.slots, self.started = 0, 0, measure.clock("cpu")
-        self.seconds = measure.clock("cpu") - self.started
+            self.tokens, self.slots, self.started = 0, 0, measure.clock(self.device)
+        self.seconds = measure.clock(self.device) - self.started
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.hook.remove()
 
 
 @contextlib.contextmanager
-def clocked() -> Iterator[Clock]:
+def clocked(device: str) -> Iterator[Clock]:
     """Every Trainer made inside carries the clock: `headwater train` takes no callbacks."""
-    clock = Clock()
+    clock = Clock(device)
     known = transformers.trainer.DEFAULT_CALLBACKS
     transformers.trainer.DEFAULT_CALLBACKS = [*known, clock]  # type: ignore[list-item]
     try:
@@ -190,12 +202,10 @@ def train_with_headwater(config: Any) -> None:
     train(config, console=Console(file=io.StringIO()))
 
 
-def train_with_trl(
-    model: Any, rows: list[Encoded], tokenizer: Any, steps: int, folder: Path, seed: int, batch: int
-) -> None:
+def train_with_trl(model: Any, rows: list[Encoded], tokenizer: Any, folder: Path, seed: int, options: Any) -> None:
     """SFTTrainer on rows that are encoded already, in the columns that it makes itself; the collation is its own.
 
-    Two of its defaults are changed, to headwater's: bf16 (which this CPU emulates) and gradient checkpointing are off.
+    Two of its defaults are changed, to headwater's: gradient checkpointing is off, and on a CPU bf16.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -203,14 +213,14 @@ def train_with_trl(
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     args = SFTConfig(
         output_dir=str(folder / "trl"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
         logging_steps=10,
-        bf16=False,
         gradient_checkpointing=False,
         max_length=None,
         seed=seed,
         **QUIET,
+        **where(options.device),
     )
     SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer).train()
 
@@ -218,7 +228,7 @@ def train_with_trl(
 def compare_trainers(
     base: Any, rows: dict[str, list[Encoded]], config: Any, tokenizer: Any, options: Any
 ) -> dict[str, Any]:
-    r, N, steps = options.r, options.num_heads, config.training["max_steps"]
+    r, N = options.r, options.num_heads
     every = [row for task in rows.values() for row in task]
     speeds: dict[str, list[float]] = {OURS: [], TRL_OURS: [], TRL_LORA: []}
     useful: dict[str, list[float]] = {name: [] for name in speeds}
@@ -227,21 +237,20 @@ def compare_trainers(
             rlora = models.ours(base, "rlora", r=r, N=N, dropout=DROPOUT, num_tasks=len(rows))
             lora = models.peft_lora(base, r, DROPOUT)
             again = config.model_copy(update={"seed": repeat})
-            trl = {"rows": every, "tokenizer": tokenizer, "steps": steps, "folder": Path(folder)}
-            trl |= {"seed": repeat, "batch": options.batch}
+            trl = {"rows": every, "tokenizer": tokenizer, "folder": Path(folder), "seed": repeat, "options": options}
             runs: dict[str, Callable[[], None]] = {
                 OURS: lambda c=again: train_with_headwater(c),
                 TRL_OURS: lambda m=rlora, t=trl: train_with_trl(m, **t),
                 TRL_LORA: lambda m=lora, t=trl: train_with_trl(m, **t),
             }
             for name, run in runs.items():
-                with clocked() as clock, contextlib.redirect_stdout(io.StringIO()):
+                with clocked(options.device) as clock, contextlib.redirect_stdout(io.StringIO()):
                     run()
                 speeds[name].append(clock.tokens / clock.seconds)
                 useful[name].append(clock.tokens / clock.slots)
     faster = [ours / trl for ours, trl in zip(speeds[OURS], speeds[TRL_OURS], strict=True)]
     return {
-        "steps": steps,
+        "steps": options.steps,
         "headwater_to_trl": measure.spread(faster),
         "trainers": {
             name: {
@@ -290,8 +299,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the base model; bfloat16 with eager attention",
+        help="of the base model; bfloat16 with eager attention on a CPU",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=25, help="steps of a run of each trainer")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each trainer; 0 leaves them out")
     parser.add_argument("--tasks", type=Path, default=cache_dir() / "demo" / "tasks", help="folder of task folders")
@@ -301,26 +311,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     tasks = [{"name": path.name, "train": str(path / "train.jsonl")} for path in sorted(options.tasks.iterdir())]
     with tempfile.TemporaryDirectory() as folder:
-        config = run_file(
-            Path(folder),
-            r=options.r,
-            N=options.num_heads,
-            steps=options.steps,
-            batch=options.batch,
-            dtype=options.dtype,
-            model=options.model,
-            tasks=tasks,
-        )
+        config = run_file(Path(folder), options, tasks)
         # PyTorch's fused attention is slow in bfloat16 on CPUs
-        attention = {"attn_implementation": "eager"} if options.dtype == "bfloat16" else {}
+        eager = options.dtype == "bfloat16" and options.device == "cpu"
+        attention = {"attn_implementation": "eager"} if eager else {}
         base, tokenizer = load_base_model(options.model, dtype=options.dtype, **attention)
+        base = base.to(options.device)
         loaded = load_tasks([TaskSpec(**task) for task in tasks], Path.cwd())
         rows = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in loaded}
         pad = tokenizer.pad_token_id
         steps = compare_steps(base, rows, config, pad, options)
         trainers = compare_trainers(base, rows, config, tokenizer, options) if options.repeats else None
     show(steps, trainers, options.batch)
-    results = {"environment": measure.environment(options), "steps": steps, "trainers": trainers}
+    results = {"environment": measure.environment(options, options.device), "steps": steps, "trainers": trainers}
     measure.write(options.json, results)
     return results
 

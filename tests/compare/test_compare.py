@@ -290,3 +290,18 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("headwater.training.trainer.completion_losses", lambda *a, **k: losses(*a, **k) * math.nan)
     with pytest.raises(HeadwaterError, match="lora, seed 0: the loss became non-finite at step 1"):
         compared(path)
+
+
+def test_two_processes_share_the_runs(whole, tmp_path):
+    path = write_file(tmp_path)
+    log = [tmp_path / f"{n}.log" for n in range(2)]
+    command = [sys.executable, "-m", "headwater", "compare", str(path)]
+    both = [subprocess.Popen(command, stdout=file.open("w"), stderr=subprocess.STDOUT) for file in log]
+    assert [process.wait(timeout=300) for process in both] == [0, 0], [file.read_text() for file in log]
+    there = (tmp_path / "out" / "comparison.json").read_text().replace(str(tmp_path), str(whole[0].parent))
+    assert timeless(json.loads(there)) == timeless(whole[1])
+    names = [f"{label}, seed {seed}" for label in LABELS for seed in SEEDS]
+    done = [{name for name in names if f": {name}" in file.read_text()} for file in log]
+    assert done[0] | done[1] == set(names)
+    assert not done[0] & done[1]
+    assert all(done), "one of them did everything"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from headwater.base_model import load_base_model
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 CHOOSING = "learning-rate"
 """The folder of the runs that choose learning rates."""
+LOCKS = ".locks"
+"""The folder of files that say which runs a process is at."""
+POLL = 1.0  # seconds between looks at the runs of other processes
 _NOT_SETTINGS = {("output_dir",), ("training", "resume_from_checkpoint"), ("training", "overwrite_output_dir")}
 
 
@@ -59,7 +63,8 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
     """Trains every method with every seed, and writes `comparison.json`, a plot and a report to the `output_dir`.
 
     Runs that are finished are kept; one that is not goes on from its last checkpoint. So after an interruption of any
-    kind the same call goes on, and ends as if it had never stopped.
+    kind the same call goes on, and ends as if it had never stopped. Several processes may make the same call at once:
+    they share the runs, and each returns when all are done.
 
     Args:
         plan: from `make_plan`.
@@ -140,7 +145,7 @@ def _with_learning_rates(plan: Plan, output: Path, bench: _Bench) -> tuple[list[
 
 
 class _Bench:
-    """Runs jobs one after the other and says how far the whole is."""
+    """Runs jobs one after the other, but those that another process is at, and says how far the whole is."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -161,14 +166,37 @@ class _Bench:
         left = [job for job in jobs if not job.finished]
         if len(left) < len(jobs):
             self.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished and kept")
-        scores = _base_scores(base, folder, self.console) if left else {}
-        for number, job in enumerate(left):
-            done = len(jobs) - len(left) + number
-            self.say(f"run {done + 1} of {len(jobs)}: {job.name}{self._time_left(len(left) - number)}")
-            started = time.perf_counter()
-            _run(job, scores, self.console)
-            self.seconds.append(time.perf_counter() - started)
+        scores = {}
+        if left:
+            (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / LOCKS / "before"):  # one process finds them, the others read them
+                scores = _base_scores(base, folder, self.console)
+        waits = False
+        while left := [job for job in left if not job.finished]:
+            place = f"run {len(jobs) - len(left) + 1} of {len(jobs)}"
+            if any(self._take(job, folder, scores, f"{place}: {job.name}{self._time_left(len(left))}") for job in left):
+                waits = False
+                continue
+            if not waits:
+                self.say(f"waiting for {len(left)} runs that other processes are at")
+            waits = True
+            time.sleep(POLL)
         return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
+
+    def _take(self, job: Job, folder: Path, base_scores: Mapping[str, TaskScore], title: str) -> bool:
+        """Does the job, if no other process is at it or has done it."""
+        lock = "-".join(job.folder.relative_to(folder).parts)
+        try:
+            with FileLock(folder / LOCKS / lock, blocking=False):
+                if job.finished:
+                    return False
+                self.say(title)
+                started = time.perf_counter()
+                _run(job, base_scores, self.console)
+                self.seconds.append(time.perf_counter() - started)
+                return True
+        except Timeout:
+            return False
 
     def _time_left(self, runs: int) -> str:
         if not self.seconds:
