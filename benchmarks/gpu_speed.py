@@ -3,8 +3,10 @@
     python -m benchmarks.gpu_speed --json benchmarks/results/gpu_speed-NAME.json
 
 The floors are the frozen layer's forward and the gradient of its input, and the frozen model's forward and backward.
+A layer is timed twice: how long the GPU is at it when it never waits for the program, as in a model of such layers, and
+how long one step by itself takes, launches included.
 The base is bfloat16, adapters are float32 and run under autocast, as `Trainer` with `bf16` does it. R-LoRA runs with
-each implementation of its inner operation (`HEADWATER_OPS`) and, on the first shape, compiled. The model has random
+each implementation of its inner operation (`HEADWATER_OPS`). The model has random
 weights; what does not fit in the GPU's memory is left out and said. `--device cpu --smoke` shows that it runs.
 """
 
@@ -63,7 +65,7 @@ def layer_models(shape: Shape, options: Any) -> dict[str, nn.Module]:
         **{f"R-LoRA, {name}": layers.ours(linear, shape) for name in ours(options.device)},
         **{layers.title_of(name): layers.ours(linear, shape, name) for name in options.methods if name != "rlora"},
     }
-    if options.device == "cuda" and shape == SHAPES[0]:
+    if options.compiled and shape == SHAPES[0]:
         found[COMPILED] = torch.compile(layers.ours(linear, shape))  # type: ignore[assignment]
     return {name: model.to(options.device) for name, model in found.items()}
 
@@ -76,16 +78,26 @@ def layer(shape: Shape, options: Any) -> dict[str, Any]:
         run = layers.step(model, x, dy, autocast=True)
         chosen = name.removeprefix("R-LoRA, ")
         steps[name] = with_ops(chosen, run) if chosen in ours(options.device) else run
-    return {**vars(shape), **compare(steps, options)}
+    found = compare(steps, options, timer=measure.busy_seconds)
+    steps = {name: run for name, run in steps.items() if name in found["variants"]}
+    alone = measure.interleave(steps, rounds=max(2, options.rounds // 2), device=options.device, seed=options.seed)
+    for name, variant in found["variants"].items():
+        variant["alone"] = measure.spread(alone[name])
+    return {**vars(shape), **found}
 
 
 def compare(
-    steps: dict[str, Callable[[], None]], options: Any, *, rounds: int | None = None, warmup: int = 3
+    steps: dict[str, Callable[[], None]],
+    options: Any,
+    *,
+    rounds: int | None = None,
+    warmup: int = 3,
+    timer: Callable[[Callable[[], Any], str], float] = measure.seconds_of,
 ) -> dict[str, Any]:
     too_large = [name for name, run in steps.items() if not fits(run)]
     steps = {name: run for name, run in steps.items() if name not in too_large}
     how = {"device": options.device, "warmup": warmup, "seed": options.seed}
-    seconds = measure.interleave(steps, rounds=rounds or options.rounds, **how)
+    seconds = measure.interleave(steps, rounds=rounds or options.rounds, timer=timer, **how)
     ratio = measure.ratios(seconds, FLOOR)
     found: dict[str, Any] = {}
     for name, run in steps.items():
@@ -166,9 +178,10 @@ def show(title: str, found: dict[str, Any]) -> None:
     for name, v in found["variants"].items():
         peak = f"{v['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in v else ""
         speed = f"{v['tokens_per_second']:,.0f}" if "tokens_per_second" in v else ""
-        rows.append([name, measure.show_ratio(v["time"]), f"{v['seconds']['median'] * 1e3:.2f}", peak, speed])
-    rows += [[name, "out of memory", "", "", ""] for name in found["out_of_memory"]]
-    measure.print_table(title, ["", "time / floor, median (min-max)", "ms", "peak MiB", "tokens/s"], rows)
+        alone = f"{v['alone']['median'] * 1e3:.2f}" if "alone" in v else ""
+        rows.append([name, measure.show_ratio(v["time"]), f"{v['seconds']['median'] * 1e3:.2f}", alone, peak, speed])
+    rows += [[name, "out of memory", "", "", "", ""] for name in found["out_of_memory"]]
+    measure.print_table(title, ["", "time / floor, median (min-max)", "ms", "alone", "peak MiB", "tokens/s"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -176,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--layers", type=int, default=32, help="of the whole model")
     parser.add_argument("--methods", nargs="*", default=layers.method_names(), help="methods to run, by name")
+    parser.add_argument(
+        "--compiled", action="store_true", help="R-LoRA under torch.compile as well, on the first shape"
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny size, to see that it runs; the numbers mean nothing"
     )

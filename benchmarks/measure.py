@@ -25,6 +25,7 @@ from headwater.training.memory import SavedBytes
 
 RESULTS = Path(__file__).parent / "results"
 # glibc then never gives large blocks back, so a fresh tensor costs no page faults
+PAUSE = 40_000_000  # cycles of a GPU, some 20 ms: longer than a program takes to queue one layer's step
 KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
@@ -60,8 +61,34 @@ def clock(device: str) -> float:
     return time.process_time()
 
 
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    start = clock(device)
+    run()
+    return clock(device) - start
+
+
+def busy_seconds(run: Callable[[], Any], device: str) -> float:
+    """How long a GPU is at it when it never waits for the program: all launches are queued behind a pause."""
+    if device == "cpu":
+        return seconds_of(run, device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(PAUSE)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], *, rounds: int, device: str = "cpu", warmup: int = 1, seed: int = 0
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    seed: int = 0,
+    timer: Callable[[Callable[[], Any], str], float] = seconds_of,
 ) -> dict[str, list[float]]:
     """Times each variant once per round, in another order each round: what slows the machine slows all of them.
 
@@ -76,9 +103,7 @@ def interleave(
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            start = clock(device)
-            variants[name]()
-            seconds[name].append(clock(device) - start)
+            seconds[name].append(timer(variants[name], device))
     return seconds
 
 

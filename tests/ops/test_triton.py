@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_cases(device: str, **variables: str) -> None:
-    path = os.pathsep.join([str(TESTS / "methods"), *sys.path])
+    path = os.pathsep.join([str(TESTS), str(TESTS / "methods"), *sys.path])
     environment = {**os.environ, "HEADWATER_TEST_DEVICE": device, "PYTHONPATH": path, **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
@@ -39,12 +39,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headwater.ops import triton_dropout, triton_heads
 
-pointers = {name: "*bf16" for name in ("z", "h", "dh", "dz")}
-pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "out": "*i8", "size": "i64"}
-for kernel in (triton_heads._forward, triton_heads._backward, triton_dropout._keep_mask):
-    for fixed in (False, True):
-        constants = dict(SCALE=1.25, DROPS=True, FIXED=fixed, WIDE=tl.float32)
-        constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024, BY_COLUMN=fixed)
+pointers = {name: "*bf16" for name in ("z", "z_0", "h", "dh", "dz", "dz_0", "x", "dx", "back")}
+pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "out": "*bf16", "size": "i64"}
+kernels = [triton_heads._forward, triton_heads._backward]
+kernels += [triton_dropout._keep_mask, triton_dropout._dropped, triton_dropout._add_back]
+for kernel in kernels:
+    for gate in (0, 1, 2):
+        constants = dict(SCALE=1.25, START=-0.5 * gate, DROPS=True, GATE=gate, AGAIN=gate > 0, WIDE=tl.float32)
+        constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024)
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         names = kernel.arg_names
         signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}

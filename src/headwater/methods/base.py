@@ -277,7 +277,7 @@ class Branch(nn.Module):
         """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
         self._few.drop()
         of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
-        by_hand = implementation(x.device) == "autograd" and not (self.training and call.align is not None)
+        by_hand = not (self.training and call.align is not None)
         return Adapter(
             lambda: Tensors(self.writes_apart(), *self.reads(), self.mixes()),
             functools.partial(self._mix, call, seed),

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import implementation
 from .dropout import keep_mask, pack, unpack
-from .lowrank import project, widened
+from .lowrank import aligned, project, widened
 
 BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
 
@@ -100,6 +101,10 @@ class Adapter:
     def read_dropped(self, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(mask * x) down^T`, mask by mask side by side, `(tokens, masks k)`; and the masks' bits."""
         (tokens, d_in), k = x.shape, down.shape[0]
+        if implementation(x.device) == "triton":
+            whole = aligned(down, 0).T
+            parts = [(self._dropped(x, n) @ whole)[:, :k] for n in range(self.masks)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
         packs = x.device.type == "cpu" and d_in % 8 == 0  # elsewhere they are drawn again
         bits = torch.empty(self.masks * tokens, d_in // 8, dtype=torch.uint8) if packs else None
         u = x.new_empty(tokens, self.masks * k)
@@ -114,6 +119,8 @@ class Adapter:
     def add_dropped(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor, bits: Tensor | None) -> Tensor:
         """Adds to dx what comes back through `read_dropped`, in place; returns the gradient of `down`."""
         k = down.shape[0]
+        if implementation(x.device) == "triton":
+            return self._add_dropped_by_kernel(dx, x, du, down)
         d_down = torch.zeros_like(down, dtype=torch.promote_types(x.dtype, torch.float32))
         for n, rows, place in self._blocks(x):
             kept = self.draw(place, x.shape[1]).to(x.dtype) if bits is None else unpack(bits[place], x.dtype)
@@ -122,6 +129,27 @@ class Adapter:
                 dx[rows].addcmul_(part @ down, kept)
             d_down += part.T @ kept.mul_(x[rows])
         return d_down
+
+    def _dropped(self, x: Tensor, n: int) -> Tensor:
+        from .triton_dropout import dropped
+
+        assert self.seed is not None
+        return dropped(x, self.seed, self.dropout, n * x.shape[0])
+
+    def _add_dropped_by_kernel(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor) -> Tensor:
+        from .triton_dropout import add_back
+
+        assert self.seed is not None
+        k, whole, found = down.shape[0], aligned(down, 0), []
+        for n in range(self.masks):
+            part = aligned(du[:, n * k : (n + 1) * k])
+            if dx is None:
+                seen = self._dropped(x, n)
+            else:
+                seen = part @ whole
+                add_back(dx, seen, x, self.seed, self.dropout, n * x.shape[0])
+            found.append((part.T @ seen)[:k])
+        return found[0] if len(found) == 1 else torch.stack(found).float().sum(0)
 
     def _blocks(self, x: Tensor) -> list[tuple[int, slice, slice]]:
         """Masks and blocks of x's rows on a CPU, all rows at once elsewhere: mask, rows of x, rows of the masks."""

@@ -42,7 +42,7 @@ class ByHand:
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """Adds the updates to the layers' fresh outputs, each `(tokens, d_out)`, in place; returns what to save. `kept`
         are the heads' masks if they are drawn already (`draw_masks`)."""
-        clean, bits = _rows(tensors, x, clean_only=self.drops), []
+        clean, bits = self.clean_rows(tensors, x), []
         if self.drops:
             read = [a.read_dropped(x, cast(t.dropped[0], x.dtype)) for a, t in zip(self.adapters, tensors, strict=True)]
             bits = [b for _, b in read]
@@ -109,7 +109,7 @@ class ByHand:
                 down, part = cast(t.dropped[0], x.dtype), behind[:, i * r : (i + 1) * r]
                 of_down = adapter.add_dropped(dx, x, part, down, self.bits[i])
                 self.of_down[i].append(cast(of_down, t.dropped[0].dtype))
-        clean = _rows(self.tensors, x, clean_only=self.drops)
+        clean = self.clean_rows(self.tensors, x)
         if clean is not None and dx is not None:
             dx.addmm_(du.T, clean)
         G = len(self.adapters)
@@ -127,6 +127,12 @@ class ByHand:
             (up, *start, *down, *start, *[None] * len(t.others))
             for t, up, down in zip(self.tensors, self.of_up, self.of_down, strict=True)
         ]
+
+    def clean_rows(self, tensors: Sequence[Tensors], x: Tensor) -> Tensor | None:
+        """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
+        weights = [t.clean if self.drops else (*t.dropped, *t.clean) for t in tensors]
+        kinds = [w for kind in zip(*weights, strict=True) for w in kind]
+        return stack(kinds, x) if kinds else None
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""
@@ -170,10 +176,3 @@ def draw_masks(adapters: Sequence[Adapter], tokens: int) -> Tensor | None:
     heads = [adapter.heads for adapter in adapters if adapter.heads is not None]
     N, r, seeds = heads[0].num_heads, heads[0].r, [one.seed for one in heads if one.seed is not None]
     return keep_masks(seeds, N * r, tokens, heads[0].dropout).unflatten(1, (N, r)) if seeds else None
-
-
-def _rows(tensors: Sequence[Tensors], x: Tensor, *, clean_only: bool) -> Tensor | None:
-    """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
-    weights = [t.clean if clean_only else (*t.dropped, *t.clean) for t in tensors]
-    kinds = [w for kind in zip(*weights, strict=True) for w in kind]
-    return stack(kinds, x) if kinds else None

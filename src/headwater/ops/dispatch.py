@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -10,6 +9,7 @@ import torch
 
 from ..errors import HeadwaterError, Problem
 
+_TRITON_IS_HERE = importlib.util.find_spec("triton") is not None  # no cached function: compilers trace through this
 IMPLEMENTATIONS = ("reference", "autograd", "triton")
 
 
@@ -31,6 +31,5 @@ def implementation(device: torch.device) -> str:
     return forced or ("triton" if device.type == "cuda" and triton_is_here() else "autograd")
 
 
-@functools.cache
 def triton_is_here() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_IS_HERE

@@ -18,15 +18,25 @@ from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, Tensors
 from .by_hand import ByHand, can_share
+from .dispatch import implementation
 from .replayed import Replayed
 
 
-def rank_spaces(adapters: Sequence[Adapter]) -> list[ByHand | Replayed]:
+def rank_spaces(adapters: Sequence[Adapter], device: torch.device) -> list[ByHand | Replayed]:
     """What runs the rank spaces of layers that read the same x: one part for all, where they can share, else each its
     own; in order."""
+    by_hand = _by_hand(device)
     if len(adapters) > 1 and can_share(adapters):
-        return [ByHand(adapters)]
-    return [Replayed(adapter) if adapter.heads is None else ByHand([adapter]) for adapter in adapters]
+        return [by_hand(adapters)]
+    return [Replayed(adapter) if adapter.heads is None else by_hand([adapter]) for adapter in adapters]
+
+
+def _by_hand(device: torch.device) -> type[ByHand]:
+    if implementation(device) != "triton":
+        return ByHand
+    from .by_kernels import ByKernels  # needs triton
+
+    return ByKernels
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -43,7 +53,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias) if y is None else y.clone()  # type: ignore[arg-type]
         ctx.adapter = adapter
-        (part,) = rank_spaces([adapter])
+        (part,) = rank_spaces([adapter], x.device)
         saved = part.forward([tensors], [y], x)
         ctx.save_for_backward(x, weight, *saved)
         return y
@@ -53,7 +63,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         of_y, of_x, *wanted = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[6:]
-        (back,) = rank_spaces([ctx.adapter])
+        (back,) = rank_spaces([ctx.adapter], x.device)
         back.backward([dy], tuple(saved), x, [wanted])
         dx = None
         if of_x:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, Tensors
 from .by_hand import ByHand, can_share, draw_masks
+from .dispatch import implementation
 from .fused import rank_spaces
 from .replayed import Replayed, Saved
 
@@ -38,7 +39,9 @@ class _GatedMLP(torch.autograd.Function):
         weights, biases = tensors[:3], tensors[3:6]
         gate, up = (F.linear(x, weights[i], biases[i]) for i in (0, 1))
         present = [adapter for adapter in adapters if adapter is not None]
-        kept = draw_masks(present, x.shape[0]) if can_share(present) else None  # once for all: a large part of the cost
+        kept = None
+        if can_share(present) and implementation(x.device) == "autograd":
+            kept = draw_masks(present, x.shape[0])  # once for all: a large part of the cost
         above = len(present) - (adapters[2] is not None)
         saved = _forward(adapters[:2], theirs[:2], (gate, up), x, None if kept is None else kept[:above])
         product = act(gate) * up
@@ -102,7 +105,7 @@ def _forward(
     """Adds the updates of layers that read the same x to their outputs."""
     present = [(t, y) for t, y in zip(theirs, ys, strict=True) if t is not None]
     saved = []
-    for part in rank_spaces([adapter for adapter in adapters if adapter is not None]):
+    for part in rank_spaces([adapter for adapter in adapters if adapter is not None], x.device):
         own = [present.pop(0) for _ in part.adapters]
         saved.append(part.forward([t for t, _ in own], [y for _, y in own], x, kept))
     return saved
@@ -113,7 +116,7 @@ def _backward(
 ) -> list[ByHand | Replayed]:
     """The same parts, as far as du."""
     present = [(dy, w) for adapter, dy, w in zip(adapters, dys, wanted, strict=True) if adapter is not None]
-    parts = rank_spaces([adapter for adapter in adapters if adapter is not None])
+    parts = rank_spaces([adapter for adapter in adapters if adapter is not None], x.device)
     for part, kept in zip(parts, saved, strict=True):
         own = [present.pop(0) for _ in part.adapters]
         part.backward([dy for dy, _ in own], kept, x, [w for _, w in own])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, Tensors
-from .lowrank import add_update, cast, product, stack
+from .lowrank import aligned, cast, product, stack
 
 Saved = tuple[Tensor | None, ...]
 
@@ -33,16 +33,16 @@ class Replayed:
         (of_adapter,), (y,) = tensors, ys
         u, bits = self._read(x, of_adapter)
         h, _ = self.adapter.mix(self.adapter.ranks(u, of_adapter), x, False)
-        add_update(y, h, of_adapter.up, scale=self.adapter.scale, in_place=True)
+        y.addmm_(aligned(cast(h, y.dtype)), aligned(stack(of_adapter.up, y), 0), alpha=self.adapter.scale)
         return u, bits
 
     def _read(self, x: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         """u, all ranks side by side, in x's dtype: those behind dropout first, mask by mask."""
         dropped, clean = tensors.dropped, tensors.clean
         if self.adapter.seed is None or not dropped:
-            return x @ stack((*dropped, *clean), x).T, None
+            return read(x, stack((*dropped, *clean), x)), None
         u, bits = self.adapter.read_dropped(x, stack(dropped, x))
-        return torch.cat([u, x @ stack(clean, x).T], 1) if clean else u, bits
+        return torch.cat([u, read(x, stack(clean, x))], 1) if clean else u, bits
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
@@ -58,7 +58,8 @@ class Replayed:
             leaf = u.detach().requires_grad_()
             h, losses = adapter.mix(adapter.ranks(leaf, tensors), x, True)
         trained = [p for p, want in zip(tensors.others, wanted_others, strict=True) if want]
-        dh = cast(product(dy, stack(tensors.up, dy).T, adapter.scale), h.dtype)
+        up = stack(tensors.up, dy)
+        dh = cast(product(dy, aligned(up, 0).T, adapter.scale)[:, : up.shape[0]], h.dtype)
         ends = [(h, dh), *((loss, torch.ones_like(loss)) for loss in losses)]
         outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
         du, *of_trained = torch.autograd.grad(outputs, [leaf, *trained], grads, allow_unused=True)
@@ -80,12 +81,17 @@ class Replayed:
             self.of_reads += [cast(g, w.dtype) for g, w in zip(rows_of, dropped, strict=True)]
         if clean:
             if dx is not None:
-                dx.addmm_(du, stack(clean, x))
+                dx.addmm_(aligned(du), aligned(stack(clean, x), 0))
             self.of_reads += outer(du, x, clean, self.wanted_reads[len(self.of_reads) :], 1.0)
 
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
         """In the order of `Tensors.flat`."""
         return [(*self.of_up, *self.of_reads, *self.of_others)]
+
+
+def read(x: Tensor, down: Tensor) -> Tensor:
+    """`x down^T`."""
+    return (x @ aligned(down, 0).T)[:, : down.shape[0]]
 
 
 def outer(
@@ -97,5 +103,6 @@ def outer(
     if not trained:
         return [None] * len(like)
     joined = trained[0] if len(trained) == 1 else torch.cat(trained, 1)
-    rows = iter(product(cast(joined, wide.dtype).T, wide, scale).split([part.shape[1] for part in trained]))
+    found = product(aligned(cast(joined, wide.dtype)).T, wide, scale)[: joined.shape[1]]
+    rows = iter(found.split([part.shape[1] for part in trained]))
     return [cast(next(rows), w.dtype) if want else None for w, want in zip(like, wanted, strict=True)]

@@ -1,5 +1,7 @@
-"""`dropout.keep_mask` as one Triton kernel: a mask as large as x is written once, where torch would pass over int32
-tensors of that size ten times. What the kernels of `triton_heads` share with it is here, too.
+"""Dropout as Triton kernels: `dropout.keep_mask`, and x under its mask without a mask in memory.
+
+Each passes once over tensors as large as x, where torch would pass over int32 tensors of that size ten times. What the
+kernels of `triton_heads` share with them is here, too.
 """
 
 from __future__ import annotations
@@ -36,6 +38,46 @@ def keeps(seed, place, limit):
 def _keep_mask(seed, out, size, first, limit, ENTRIES: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     tl.store(out + at, keeps(seed, at + first, limit).to(tl.int8), mask=at < size)
+
+
+@triton.jit
+def _dropped(seed, x, out, size, first, limit, ENTRIES: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    values = tl.load(x + at, mask=at < size, other=0.0)
+    tl.store(out + at, tl.where(keeps(seed, at + first, limit), values, 0.0), mask=at < size)
+
+
+@triton.jit
+def _add_back(seed, back, dx, x, size, first, limit, ENTRIES: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    kept = keeps(seed, at + first, limit)
+    total = tl.load(dx + at, mask=at < size, other=0.0).to(tl.float32)
+    total += tl.where(kept, tl.load(back + at, mask=at < size, other=0.0).to(tl.float32), 0.0)
+    tl.store(dx + at, total, mask=at < size)
+    tl.store(back + at, tl.where(kept, tl.load(x + at, mask=at < size, other=0.0), 0.0), mask=at < size)
+
+
+def dropped(x: Tensor, seed: Tensor, p: float, first_row: int) -> Tensor:
+    """x `(rows, columns)` with the entries that `keep_mask` drops at 0; the others are not scaled."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _over(_dropped, x, (seed, x, out), p, first_row)
+    return out
+
+
+def add_back(dx: Tensor, back: Tensor, x: Tensor, seed: Tensor, p: float, first_row: int) -> None:
+    """Adds `back` under the mask to dx, in place, and leaves x under the mask in `back`; all `(rows, columns)`, dx and
+    `back` contiguous."""
+    _over(_add_back, x, (seed, back, dx, x.contiguous()), p, first_row)
+
+
+def _over(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], p: float, first_row: int) -> None:
+    require_gpu(x)
+    if x.numel():
+        with torch.cuda.device_of(x):  # a kernel starts on the current device, which need not be the tensor's
+            kernel[(triton.cdiv(x.numel(), ENTRIES),)](
+                *tensors, x.numel(), first_row * x.shape[1], threshold(p), ENTRIES=ENTRIES, enable_fp_fusion=True
+            )
 
 
 def require_gpu(tensor: Tensor) -> None:
