@@ -174,6 +174,59 @@ def device() -> str:
     return f"{found['device']}; {found['threads']} thread, float32; {packages}."
 
 
+def gpu_runs() -> list[Found]:
+    """The runs of `gpu_speed`, one a device."""
+    return [load(path.stem) for path in sorted(RESULTS.glob("gpu_speed-*.json"))]
+
+
+def gpu() -> str:
+    """Each device's layers and whole model."""
+    return "\n\n".join(text for run in gpu_runs() for text in (gpu_layers(run), gpu_model(run)))
+
+
+def gpu_layers(run: Found) -> str:
+    head = ["", *(f"{s['d_in']} → {s['d_out']}, r {s['r']}" for s in run["shapes"])]
+    names = list(dict.fromkeys(plain_name(name) for shape in run["shapes"] for name in shape["variants"]))
+    rows = []
+    for name in names:
+        row = [name]
+        for shape in run["shapes"]:
+            v = next(v for own, v in shape["variants"].items() if plain_name(own) == name)
+            ms = (v["seconds"]["median"] * 1e3, v["alone"]["median"] * 1e3)
+            row.append(f"{median(v['time'])}: {ms[0]:.2f} ({ms[1]:.2f}) ms, {v['peak_bytes'] / 2**20:.0f} MiB")
+        rows.append(row)
+    return f"{run['environment']['device']}, {gpu_versions(run)}:\n\n{table(head, rows)}"
+
+
+def plain_name(name: str) -> str:
+    """A variant's name without the rank, which is another one in each column."""
+    return name.replace("r=8", "r").replace("r=16", "r").replace("r=24", "N r").replace("r=48", "N r")
+
+
+def gpu_versions(run: Found) -> str:
+    return ", ".join(f"{name} {run['environment']['versions'][name]}" for name in ("torch", "transformers", "peft"))
+
+
+def gpu_model(run: Found) -> str:
+    model = run["model"]
+    plain = model["variants"][f"PEFT LoRA r={model['r']}"]["tokens_per_second"]
+    rows = [
+        [
+            name,
+            spread(v["time"]),
+            f"{v['tokens_per_second']:,.0f}",
+            f"{v['tokens_per_second'] / plain:.2f}",
+            f"{v['peak_bytes'] / 2**30:.1f}",
+        ]
+        for name, v in model["variants"].items()
+    ]
+    rows += [[name, "out of memory", "", "", ""] for name in model["out_of_memory"]]
+    layers, width = model["num_hidden_layers"], model["hidden_size"]
+    size = f"{layers} layers of width {width}, {model['batch']} rows of {model['length']}"
+    head = ["", "step time", "tokens/s", "speed to PEFT LoRA, rank r", "peak GiB beside the weights"]
+    return f"A whole step, {size} tokens, adapters on the MLP projections:\n\n{table(head, rows)}"
+
+
 Target = tuple[str, str, float, float]  # what, <= or >=, the limit, what was measured
 
 
@@ -228,6 +281,21 @@ def training_targets() -> Iterator[Target]:
     yield "`headwater train` to SFTTrainer, useful tokens/s", "≥", 1.5, useful
 
 
+def gpu_targets() -> Iterator[Target]:
+    for run in gpu_runs():
+        device, found = run["environment"]["device"], run["model"]["variants"]
+        plain = found[f"PEFT LoRA r={run['model']['r']}"]["tokens_per_second"]
+        yield (
+            f"R-LoRA's training step to the frozen model's, {device}",
+            "≤",
+            1.1,
+            found[f"{OURS}, triton"]["time"]["median"],
+        )
+        for name in (f"{OURS}, triton", "HydraLoRA", "M-LoRA", "MTL-LoRA", "MultiLoRA"):
+            what = f"{name.removesuffix(', triton')}'s tokens/s to PEFT LoRA's, {device}"
+            yield what, "≥", 1.1, found[name]["tokens_per_second"] / plain
+
+
 def decode_targets() -> Iterator[Target]:
     for batch in load("decode_speed")["batches"]:
         step = batch["variants"][OURS]["median"]
@@ -237,7 +305,7 @@ def decode_targets() -> Iterator[Target]:
 def targets() -> str:
     """Each target, what was measured, and whether it is met."""
     rows: list[list[str]] = []
-    for part in (layer_targets, scaling_targets, training_targets, decode_targets):
+    for part in (layer_targets, scaling_targets, training_targets, gpu_targets, decode_targets):
         with contextlib.suppress(FileNotFoundError):
             for what, sign, limit, value in part():
                 met = round(value, 2) <= limit if sign == "≤" else round(value, 2) >= limit
@@ -255,7 +323,7 @@ def formulations() -> str:
     return table(head, rows)
 
 
-SECTIONS = (device, targets, layer, shapes, picture, decode, steps, sizes, trainers, formulations)
+SECTIONS = (device, targets, layer, shapes, picture, decode, steps, sizes, trainers, gpu, formulations)
 
 
 def section_text(section: Callable[[], str]) -> str:
