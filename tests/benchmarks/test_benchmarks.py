@@ -21,6 +21,7 @@ from benchmarks import (
     measure,
     page,
     scaling,
+    study_page,
     training_throughput,
 )
 from benchmarks.layers import Shape
@@ -131,3 +132,11 @@ def test_the_kept_heap_is_set_before_the_process_starts():
 def test_the_performance_page_says_what_was_measured():
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.written(text) == text, "run python -m benchmarks.page"
+
+
+def test_the_claim_page_s_learning_rates_are_those_of_the_runs():
+    text = (study_page.PAGES / "claim.md").read_text(encoding="utf-8")
+    found = json.loads((measure.RESULTS / "claim_rates-H200.json").read_text(encoding="utf-8"))["scores"]
+    for method, rates in found.items():
+        row = " | ".join(f"{rates[rate]['mean']:.3f}" for rate in ("0.0003", "0.001", "0.003"))
+        assert f"| {method} | {row} |" in text
