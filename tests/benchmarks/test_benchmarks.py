@@ -140,3 +140,18 @@ def test_the_claim_page_s_learning_rates_are_those_of_the_runs():
     for method, rates in found.items():
         row = " | ".join(f"{rates[rate]['mean']:.3f}" for rate in ("0.0003", "0.001", "0.003"))
         assert f"| {method} | {row} |" in text
+
+
+def test_the_readme_s_table_of_costs_is_what_was_measured():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("**", "")
+    found = page.load("gpu_speed-H200")["model"]["variants"]
+    rows = {
+        "frozen model": "floor",
+        "PEFT's LoRA": "PEFT LoRA r=8",
+        "R-LoRA": "R-LoRA, triton",
+        "R-LoRA as public code writes it, a loop over heads": "R-LoRA, public loop",
+    }
+    for title, name in rows.items():
+        v = found[name]
+        cells = (f"{v['time']['median']:.2f}", f"{v['tokens_per_second']:,.0f}", f"{v['peak_bytes'] / 2**30:.0f}")
+        assert f"| {title} | {' | '.join(cells)} |" in readme

@@ -48,7 +48,8 @@ class State:
 
     def range_of_tasks(self, ids: Tensor) -> tuple[int, int]:
         if self.task_range is None:  # once per forward, because reading it waits for an accelerator
-            self.task_range = (int(ids.min()), int(ids.max()))
+            low, high = torch.stack(torch.aminmax(ids)).tolist()
+            self.task_range = (low, high)
         return self.task_range
 
 
