@@ -3,113 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import enum
 import os
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import core_schema
-from typing_extensions import Self, TypedDict
+from typing_extensions import Self
 
 from headwater.compare.spec import CompareSpec
+from headwater.config_errors import explain
+from headwater.config_keys import DEFAULT_METHOD, NOT_METHOD_KEYS, MethodSchema, TrainingSchema, method_configs
 from headwater.data.encode import DataSpec
 from headwater.data.mixture import MixtureSpec
 from headwater.data.tasks import TaskSpec
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.spec import EvaluationSpec
-from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, field_name, read_document
+from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, read_document
 from headwater.tuner.align import AlignSpec
 
-DEFAULT_METHOD = "rlora"
 # What a file gets that has no `method:`. Where it comes from, and how sure that is: docs/recommended.md.
 RECOMMENDED = {"name": DEFAULT_METHOD, "r": 8, "num_heads": 3, "lora_alpha": 16, "target_modules": "all-linear"}
 RECOMMENDED_LEARNING_RATE = 1e-3
-# Written by PEFT into an adapter's own file; a run's file has no say in them.
-_NOT_METHOD_KEYS = {
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-}
-# They stand at the top of the file, once.
-_TOP_LEVEL_TRAINING_KEYS = {"output_dir", "seed"}
-
-
-def _plain(annotation: Any) -> Any:
-    """The type without its `str` arm where it has an enum: `IntervalStrategy | str` would take any text."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        arms = typing.get_args(annotation)
-        if any(isinstance(arm, type) and issubclass(arm, enum.Enum) for arm in arms):
-            arms = tuple(arm for arm in arms if arm is not str)
-        return Union[arms]  # noqa: UP007  (arms are only known here)
-    return annotation
-
-
-def _keys_of(config_class: type, *, without: set[str], extra: dict[str, Any] | None = None) -> Any:
-    """A TypedDict whose keys are a dataclass's fields, all optional: pydantic then checks keys and types one by one."""
-    hints = typing.get_type_hints(config_class)
-    names = [f.name for f in dataclasses.fields(config_class) if f.init and f.name not in without]
-    keys = TypedDict("Keys", {**{n: _plain(hints[n]) for n in names}, **(extra or {})}, total=False)  # type: ignore[misc]
-    keys.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_enum_values=True)  # type: ignore[attr-defined]
-    return keys
-
-
-def _training_keys() -> Any:
-    from headwater.training.arguments import HeadwaterArguments
-
-    # Trainer takes True for "the last checkpoint", though its annotation does not say so.
-    extra = {"resume_from_checkpoint": bool | str | None}
-    return _keys_of(HeadwaterArguments, without=_TOP_LEVEL_TRAINING_KEYS, extra=extra)
-
-
-def _method_configs() -> dict[str, type]:
-    from peft import LoraConfig
-
-    from headwater.methods.registry import methods
-
-    return {**{m.name: m.config for m in methods()}, "lora": LoraConfig}
-
-
-def method_fields(name: str) -> set[str]:
-    """The keys that `method:` takes besides `name` for that method; none for a name that is no method's."""
-    known = _method_configs().get(name)
-    return set() if known is None else {*_method_keys(known).__annotations__} - {"name"}
-
-
-def _method_keys(config_class: type) -> Any:
-    # PEFT's LoRA takes any alpha, though its annotation says int.
-    return _keys_of(config_class, without=_NOT_METHOD_KEYS, extra={"name": str, "lora_alpha": int | float})
-
-
-def _method_name(value: Any) -> Any:
-    return value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else None
-
-
-class _TrainingSchema:
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return handler.generate_schema(_training_keys())
-
-
-class _MethodSchema:
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        choices = {name: handler.generate_schema(_method_keys(cls)) for name, cls in _method_configs().items()}
-        return core_schema.tagged_union_schema(choices, discriminator=_method_name)
 
 
 class _Strict(BaseModel):
@@ -148,12 +72,12 @@ class RunConfig(BaseModel):
 
     model_name_or_path: str = Field(min_length=1)
     model: ModelSpec = Field(default_factory=ModelSpec)
-    method: Annotated[dict[str, Any], _MethodSchema()] = RECOMMENDED
+    method: Annotated[dict[str, Any], MethodSchema()] = RECOMMENDED
     tasks: list[TaskSpec] = Field(min_length=1)
     mixture: MixtureSpec = Field(default_factory=MixtureSpec)
     align: AlignSpec | None = None
     data: DataSpec = Field(default_factory=DataSpec)
-    training: Annotated[dict[str, Any], _TrainingSchema()] = {}
+    training: Annotated[dict[str, Any], TrainingSchema()] = {}
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     compare: CompareSpec | None = None
     output_dir: str = Field(min_length=1)
@@ -193,7 +117,7 @@ class RunConfig(BaseModel):
         from headwater.methods.base import MethodConfig
         from headwater.methods.registry import make_config
 
-        if "num_tasks" in (field.name for field in dataclasses.fields(_method_configs()[self.method["name"]])):
+        if "num_tasks" in (field.name for field in dataclasses.fields(method_configs()[self.method["name"]])):
             self.method.setdefault("num_tasks", len(self.tasks))
         config = make_config(**self.method)
         if isinstance(config, MethodConfig):
@@ -237,8 +161,8 @@ class RunConfig(BaseModel):
             return first, rest
         if name in RunConfig.model_fields:
             return (name,)
-        known = typing.get_type_hints(_method_configs()[self.method["name"]])
-        return ("method", name) if name in known and name not in _NOT_METHOD_KEYS else None
+        known = typing.get_type_hints(method_configs()[self.method["name"]])
+        return ("method", name) if name in known and name not in NOT_METHOD_KEYS else None
 
 
 class TasksFile(RunConfig):
@@ -300,7 +224,7 @@ def dump_config(config: RunConfig) -> str:
         del data["mixture"]["batching"]  # left open, it is balanced where an alignment loss needs that
     data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
     data["output_dir"] = str(Path(data["output_dir"]).absolute())
-    for field in getattr(_method_configs()[data["method"]["name"]], "files", ()):
+    for field in getattr(method_configs()[data["method"]["name"]], "files", ()):
         if data["method"].get(field):
             data["method"][field] = _absolute(Path.cwd(), data["method"][field])
     for task in data["tasks"]:
@@ -314,90 +238,3 @@ def _absolute(base: Path, name: str) -> str:
     """A local path made absolute; a hub name, which is no path here, unchanged."""
     path = base / Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
-
-
-def explain(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
-    """Pydantic's errors as problems with file, line and field, one per field, in the order of the file."""
-    texts: dict[KeyPath, list[str]] = {}
-    problems: list[Problem] = []
-    for item in error.errors(include_url=False):
-        path = _path_in(document.data, item["loc"], missing=item["type"] == "missing")
-        where = document.where(path)
-        cause = item.get("ctx", {}).get("error")
-        if item["type"] == "extra_forbidden":
-            problems.append(_unknown_key(path, where, model, document.data))
-        elif item["type"] == "missing":
-            problems.append(Problem(f"`{path[-1]}` is missing", where))
-        elif item["type"] == "union_tag_not_found":
-            problems.append(Problem("should be a mapping with a `name`", where, "e.g. method: {name: rlora, r: 8}"))
-        elif item["type"] == "union_tag_invalid":
-            name = item["ctx"]["tag"]
-            problems.append(_nearest("method", name, list(_method_configs()), document.where((*path, "name"))))
-        elif isinstance(cause, HeadwaterError):
-            for problem in cause.problems:
-                name = problem.where.removeprefix(f"{field_name(path)}.")
-                inner = (*path, *name.split(".")) if name else path
-                problems.append(dataclasses.replace(problem, where=document.where(inner)))
-        else:
-            texts.setdefault(path, []).append(_plain_text(item["msg"]))
-    for path, found in texts.items():
-        value = _at(document.data, path)
-        given = f", not {value!r}" if not isinstance(value, dict | list) else ""
-        problems.append(
-            Problem(" or ".join(dict.fromkeys(found)).replace(" or should be ", " or ") + given, document.where(path))
-        )
-    return sorted(problems, key=lambda problem: document.line(problem.where))
-
-
-def _plain_text(message: str) -> str:
-    message = " ".join(message.removeprefix("Value error, ").removeprefix("Input ").split())
-    return message.partition(", unable to parse")[0]
-
-
-def _path_in(data: Any, loc: tuple[str | int, ...], *, missing: bool) -> KeyPath:
-    """The part of a pydantic location that names values of the file, without the names of union arms."""
-    path: KeyPath = ()
-    for part in loc[:-1] if missing else loc:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
-            data = data[part]  # type: ignore[index]
-            path = (*path, part)
-    return (*path, loc[-1]) if missing else path
-
-
-def _at(data: Any, path: KeyPath) -> Any:
-    for part in path:
-        data = data[part]
-    return data
-
-
-def _known_keys(model: type[BaseModel], path: KeyPath, data: Any) -> list[str]:
-    """The keys that may stand in the mapping at `path`."""
-    if path[:1] == ("training",):
-        return sorted(_training_keys().__annotations__)
-    if path[:1] == ("method",):
-        return list(_method_keys(_method_configs()[_method_name(data["method"])]).__annotations__)
-    for part in path:
-        annotation = model.model_fields[part].annotation if isinstance(part, str) else None
-        for candidate in (annotation, *typing.get_args(annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-    return list(model.model_fields)
-
-
-def _unknown_key(path: KeyPath, where: str, model: type[BaseModel], data: Any) -> Problem:
-    key = str(path[-1])
-    if path[:-1] == ("training",) and key in _TOP_LEVEL_TRAINING_KEYS:
-        return Problem(f"`{key}` does not stand under training", where, f"move `{key}` to the top of the file")
-    known = _known_keys(model, path[:-1], data)
-    if len(path) == 1 and key not in known and key in _known_keys(model, ("training",), data):
-        return Problem(f"unknown key `{key}`", where, f"write it under training: as training.{key}")
-    return _nearest("key", key, known, where)
-
-
-def _nearest(kind: str, name: Any, known: Sequence[str], where: str) -> Problem:
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    if close:
-        fix = f"did you mean `{close[0]}`?"
-    else:
-        fix = f"known here: {', '.join(known)}" if len(known) <= 20 else "docs/config.md lists all keys"
-    return Problem(f"unknown {kind} `{name}`", where, fix)

@@ -52,7 +52,8 @@ def advise(
     Raises:
         HeadwaterError: if the time is too short for a pilot that could say anything, or whatever a run refuses.
     """
-    from headwater.config import DEFAULT_METHOD, changed
+    from headwater.config import changed
+    from headwater.config_keys import DEFAULT_METHOD
 
     if len(set(seeds)) < 2:
         raise HeadwaterError(Problem("one seed gives no interval", "--seeds", "give at least two, e.g. 0,1,2"))
@@ -106,7 +107,7 @@ def advise(
 
 def _shared(config: RunConfig, name: str) -> dict[str, Any]:
     """The fields of the config's `method:` section that a method has, too."""
-    from headwater.config import method_fields
+    from headwater.config_keys import method_fields
 
     known = method_fields(name)
     return {key: value for key, value in config.method.items() if key in known}

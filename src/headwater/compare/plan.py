@@ -128,7 +128,8 @@ def _configs(config: RunConfig, spec: CompareSpec) -> dict[str, RunConfig]:
 
 
 def _config_of(config: RunConfig, index: int, variant: Variant) -> RunConfig:
-    from headwater.config import changed, method_fields
+    from headwater.config import changed
+    from headwater.config_keys import method_fields
 
     name = variant.method.get("name", config.method["name"])
     taken = {key: value for key, value in config.method.items() if key in method_fields(name)}

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from headwater.config import DEFAULT_METHOD, RECOMMENDED, RunConfig
+from headwater.config import RECOMMENDED, RunConfig
+from headwater.config_keys import DEFAULT_METHOD
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import KeyPath
 

@@ -1,0 +1,102 @@
+"""What pydantic finds wrong in a run's file, as problems with file, line and field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from headwater.config_keys import TOP_LEVEL_TRAINING_KEYS, method_configs, method_keys, method_name, training_keys
+from headwater.errors import HeadwaterError, Problem
+from headwater.marked_yaml import Document, KeyPath, field_name
+
+
+def explain(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
+    """Pydantic's errors as problems with file, line and field, one per field, in the order of the file."""
+    texts: dict[KeyPath, list[str]] = {}
+    problems: list[Problem] = []
+    for item in error.errors(include_url=False):
+        path = _path_in(document.data, item["loc"], missing=item["type"] == "missing")
+        where = document.where(path)
+        cause = item.get("ctx", {}).get("error")
+        if item["type"] == "extra_forbidden":
+            problems.append(_unknown_key(path, where, model, document.data))
+        elif item["type"] == "missing":
+            problems.append(Problem(f"`{path[-1]}` is missing", where))
+        elif item["type"] == "union_tag_not_found":
+            problems.append(Problem("should be a mapping with a `name`", where, "e.g. method: {name: rlora, r: 8}"))
+        elif item["type"] == "union_tag_invalid":
+            name = item["ctx"]["tag"]
+            problems.append(_nearest("method", name, list(method_configs()), document.where((*path, "name"))))
+        elif isinstance(cause, HeadwaterError):
+            for problem in cause.problems:
+                name = problem.where.removeprefix(f"{field_name(path)}.")
+                inner = (*path, *name.split(".")) if name else path
+                problems.append(dataclasses.replace(problem, where=document.where(inner)))
+        else:
+            texts.setdefault(path, []).append(_plain_text(item["msg"]))
+    for path, found in texts.items():
+        value = _at(document.data, path)
+        given = f", not {value!r}" if not isinstance(value, dict | list) else ""
+        problems.append(
+            Problem(" or ".join(dict.fromkeys(found)).replace(" or should be ", " or ") + given, document.where(path))
+        )
+    return sorted(problems, key=lambda problem: document.line(problem.where))
+
+
+def _plain_text(message: str) -> str:
+    message = " ".join(message.removeprefix("Value error, ").removeprefix("Input ").split())
+    return message.partition(", unable to parse")[0]
+
+
+def _path_in(data: Any, loc: tuple[str | int, ...], *, missing: bool) -> KeyPath:
+    """The part of a pydantic location that names values of the file, without the names of union arms."""
+    path: KeyPath = ()
+    for part in loc[:-1] if missing else loc:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]  # type: ignore[index]
+            path = (*path, part)
+    return (*path, loc[-1]) if missing else path
+
+
+def _at(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        data = data[part]
+    return data
+
+
+def _known_keys(model: type[BaseModel], path: KeyPath, data: Any) -> list[str]:
+    """The keys that may stand in the mapping at `path`."""
+    if path[:1] == ("training",):
+        return sorted(training_keys().__annotations__)
+    if path[:1] == ("method",):
+        return list(method_keys(method_configs()[method_name(data["method"])]).__annotations__)
+    for part in path:
+        annotation = model.model_fields[part].annotation if isinstance(part, str) else None
+        for candidate in (annotation, *typing.get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)
+
+
+def _unknown_key(path: KeyPath, where: str, model: type[BaseModel], data: Any) -> Problem:
+    key = str(path[-1])
+    if path[:-1] == ("training",) and key in TOP_LEVEL_TRAINING_KEYS:
+        return Problem(f"`{key}` does not stand under training", where, f"move `{key}` to the top of the file")
+    known = _known_keys(model, path[:-1], data)
+    if len(path) == 1 and key not in known and key in _known_keys(model, ("training",), data):
+        return Problem(f"unknown key `{key}`", where, f"write it under training: as training.{key}")
+    return _nearest("key", key, known, where)
+
+
+def _nearest(kind: str, name: Any, known: Sequence[str], where: str) -> Problem:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    if close:
+        fix = f"did you mean `{close[0]}`?"
+    else:
+        fix = f"known here: {', '.join(known)}" if len(known) <= 20 else "docs/config.md lists all keys"
+    return Problem(f"unknown {kind} `{name}`", where, fix)
