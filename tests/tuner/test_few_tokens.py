@@ -124,3 +124,118 @@ def test_calls_for_one_token(row_id, most, tiny_llama):
 
     calls(layer)
     assert calls(layer) - calls(layer.base_layer) <= most
+
+
+# -- the whole gated block
+
+
+def block_of(row_id, tiny_llama, **fields):
+    model = adapt(BY_ID[row_id], tiny_llama(mlp_bias=True).double(), autocast=False, **fields).double().eval()
+    return model, model.get_submodule("base_model.model.model.layers.0.mlp")
+
+
+def held(block) -> list[bool]:
+    return [bool(update) for update in block.forward.args[1]]
+
+
+PARTS = [
+    (["gate_proj", "up_proj", "down_proj"], [True, True]),
+    (["up_proj"], [True, False]),
+    (["gate_proj", "down_proj"], [True, True]),
+    (["down_proj"], [False, True]),
+]
+
+
+@pytest.mark.parametrize("row_id", ROWS)
+@pytest.mark.parametrize(("targets", "kept"), PARTS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_block_of_few_tokens_is_what_it_is_among_many(row_id, tiny_llama, targets, kept, tokens):
+    _, block = block_of(row_id, tiny_llama, target_modules=targets)
+    x = torch.randn(1, tokens, 32, dtype=torch.float64)
+    for _ in range(2):
+        check(block, x.flatten(0, 1))
+        assert held(block) == kept
+    with torch.no_grad():
+        assert torch.equal(block(x)[0], block(x[0]))
+
+
+def test_gate_and_up_of_different_ranks_run_by_themselves(tiny_llama):
+    _, block = block_of("rlora", tiny_llama, rank_pattern={"gate_proj": 2})
+    check(block, torch.randn(2, 32, dtype=torch.float64))
+    assert held(block) == [False, False]
+    assert block.up_proj.branch("default")._few
+
+
+def test_no_write_to_a_block_is_missed(tiny_llama):
+    model, block = block_of("rlora", tiny_llama)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    check(block, x)
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        before = expected(block, x)
+        with torch.no_grad():
+            block(x)
+            tensor.add_(torch.randn_like(tensor))
+            assert not torch.equal(block(x), before), name
+        check(block, x)
+    stir(model, seed=3)
+    check(block, x)
+
+
+def test_a_block_holds_nothing_past_a_prompt_a_step_or_in_a_copy(tiny_llama):
+    model, block = block_of("rlora", tiny_llama)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    check(block, x)
+    assert held(copy.deepcopy(block)) == [False, False]
+    expected(block, x)  # many tokens
+    assert held(block) == [False, False]
+    check(block, x)
+    model.train()
+    block(x)
+    model.eval()
+    assert held(block) == [False, False]
+    check(block, x)
+    with model.disable_adapter(), torch.no_grad():
+        plain = block(x)
+    assert held(block) == [False, False]
+    assert not torch.allclose(plain, expected(block, x))
+
+
+def test_observers_see_the_gates_of_a_block(tiny_llama):
+    model, block = block_of("rlora", tiny_llama)
+    x, seen = torch.randn(1, 32, dtype=torch.float64), {}
+    with headwater.observe(model, lambda name, gate: seen.setdefault(name.rpartition(".")[2], []).append(gate)):
+        expected(block, x)
+        with torch.no_grad():
+            block(x)
+            block(x)
+    assert {name: len(gates) for name, gates in seen.items()} == {"gate_proj": 3, "up_proj": 3, "down_proj": 3}
+    for many, first, second in seen.values():
+        torch.testing.assert_close(first, many[:1])
+        assert torch.equal(first, second)
+
+
+def test_a_block_decodes_under_autocast(tiny_llama):
+    model = adapt(BY_ID["rlora"], tiny_llama()).eval()
+    block, x = model.get_submodule("base_model.model.model.layers.0.mlp"), torch.randn(2, 32)
+    with torch.no_grad():
+        wide = block(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = block(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), wide, rtol=0.05, atol=0.05 * wide.abs().max().item())
+
+
+@pytest.mark.parametrize(("row_id", "most"), [("rlora", 30), ("hydralora", 26), ("mlora", 11)])
+def test_calls_for_one_token_of_a_block(row_id, most, tiny_llama):
+    """Counted, not timed: beyond the frozen block. By itself each of the three layers takes up to 20."""
+    _, block = block_of(row_id, tiny_llama)
+    x = torch.randn(1, 32, dtype=torch.float64)
+
+    def calls(run):
+        with torch.inference_mode(), Calls() as counter:
+            run(x)
+        return counter.count
+
+    calls(block)
+    frozen = tiny_llama(mlp_bias=True).double().model.layers[0].mlp
+    assert calls(block) - calls(frozen) <= most

@@ -23,6 +23,7 @@ from ..ops import (
     Adapter,
     GatedHeads,
     HeldUpdate,
+    Part,
     Tensors,
     adapted_linear,
     add_update,
@@ -258,11 +259,10 @@ class Branch(nn.Module):
             return adapted_linear(self.adapter(x, call), base, x)
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
         if x.shape[0] <= FEW and y is not base and not plain and not call.learns and not self.training:
-            dropped, clean = self.reads()
-            heads = functools.partial(self.gated_heads, call, None)
-            update = self._few.get(heads, (*dropped, *clean), self.writes_apart(), self.scaling, y)
+            update = self._few.get([self.part(call)], y)
             if update is not None:
-                return update(y, x, call.saw_gate if call.observed else None)
+                update([y], x, [call.saw_gate if call.observed else None])
+                return y
         self._few.drop()
         if self.training:
             adapter = self.adapter(x, call)
@@ -286,6 +286,13 @@ class Branch(nn.Module):
             of_input if self.lora_dropout > 0 else None,
             self.input_masks,
             self.gated_heads(call, seed) if by_hand else None,
+        )
+
+    def part(self, call: Call) -> Part:
+        """What decoding needs to know of this branch; nothing in rank space drops there."""
+        dropped, clean = self.reads()
+        return Part(
+            functools.partial(self.gated_heads, call, None), (*dropped, *clean), self.writes_apart(), self.scaling
         )
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:

@@ -3,7 +3,7 @@
 from .adapter import Adapter, GatedHeads, Tensors, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, drop
-from .few_tokens import HeldUpdate
+from .few_tokens import HeldUpdate, Part
 from .fused import adapted_linear, is_plain
 from .heads import gated_heads
 from .losses import attach_loss
@@ -14,6 +14,7 @@ __all__ = [
     "Adapter",
     "GatedHeads",
     "HeldUpdate",
+    "Part",
     "Tensors",
     "adapted_linear",
     "add_update",
