@@ -136,9 +136,13 @@ def test_other_settings_for_a_kept_run_are_an_error_that_names_them(whole, tmp_p
     path = copy_of(whole, tmp_path)
     with pytest.raises(HeadwaterError) as caught:
         compared(path, "training.learning_rate=0.5", "data.max_length=99")
-    problems = [str(p) for p in caught.value.problems]
-    assert len(problems) == 4  # all runs at once, before any is made
-    assert all("training.learning_rate was 0.05, now 0.5" in p and "data.max_length" in p for p in problems)
+    (problem,) = caught.value.problems  # what all runs have in common is said once, before any is made
+    assert problem.where == f"{tmp_path / 'out' / 'lora' / 'seed-0'} and 3 more"
+    assert "training.learning_rate was 0.05, now 0.5" in problem.what
+    assert "data.max_length" in problem.what
+    with pytest.raises(HeadwaterError) as caught:
+        compared(path, "compare.methods=[lora, {label: heads, method: {name: hydralora, num_heads: 3}}]")
+    assert ["lora" in p.where for p in caught.value.problems] == [False]
     with pytest.raises(HeadwaterError, match=r"tasks\.1\.weight was 1\.0, now 2"):
         compared(path, "tasks.1.weight=2")
 

@@ -160,8 +160,7 @@ class _Bench:
         Raises:
             HeadwaterError: before the first run, for every kept run that was made with other settings.
         """
-        problems = [problem for job in jobs if (problem := _other_settings(job))]
-        if problems:
+        if problems := _other_settings(jobs):
             raise HeadwaterError(*problems)
         left = [job for job in jobs if not job.finished]
         if len(left) < len(jobs):
@@ -257,22 +256,31 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return parse_document(dump_config(config), "").data
 
 
-def _other_settings(job: Job) -> Problem | None:
-    """What the run that the folder holds was made with, where that differs from the job's config."""
+def _other_settings(jobs: Sequence[Job]) -> list[Problem]:
+    """What kept runs were made with, where that differs from their job's config; one problem for the same changes."""
+    folders: dict[str, list[Path]] = {}
+    for job in jobs:
+        if changes := _changes(job):
+            folders.setdefault(changes, []).append(job.folder)
+    return [
+        Problem(
+            f"the run there has other settings: {changes}",
+            f"{first}" + (f" and {len(others)} more" if others else ""),
+            "choose another output_dir, take the change back, or delete such a folder to have its run made again",
+        )
+        for changes, (first, *others) in folders.items()
+    ]
+
+
+def _changes(job: Job) -> str:
     path = job.folder / "config.yaml"
     if not path.is_file() or not (job.finished or last_checkpoint(job.folder)):
-        return None
+        return ""
     kept, asked = _flat(read_document(path).data), _flat(_settings(job.config))
     keys = [k for k in dict.fromkeys([*kept, *asked]) if k not in _NOT_SETTINGS and kept.get(k) != asked.get(k)]
-    if not keys:
-        return None
     changes = [f"{'.'.join(map(str, key))} was {kept.get(key)!r}, now {asked.get(key)!r}" for key in keys]
     more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-    return Problem(
-        f"the run there has other settings: {'; '.join(changes[:4])}{more}",
-        str(job.folder),
-        "choose another output_dir, take the change back, or delete this folder to have the run made again",
-    )
+    return "; ".join(changes[:4]) + more
 
 
 def _flat(value: Any, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], Any]:
