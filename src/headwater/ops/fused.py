@@ -67,7 +67,7 @@ class _AdaptedLinear(torch.autograd.Function):
         back.backward([dy], tuple(saved), x, [wanted])
         dx = None
         if of_x:
-            dx = torch.zeros_like(x) if weight is None else dy @ weight
+            dx = x.new_zeros(x.shape) if weight is None else dy @ weight
         back.add_to_dx(dx)
         return None, None, dy if of_y else None, dx, None, None, *back.gradients()[0]
 
