@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from headwater.training.memory import SavedBytes
 
 RESULTS = Path(__file__).parent / "results"
-# glibc then never gives large blocks back, so a fresh tensor costs no page faults
 PAUSE = 40_000_000  # cycles of a GPU, some 20 ms: longer than a program takes to queue one layer's step
+# glibc then never gives large blocks back, so a fresh tensor costs no page faults
 KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 

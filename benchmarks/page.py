@@ -191,11 +191,17 @@ def gpu_layers(run: Found) -> str:
     for name in names:
         row = [name]
         for shape in run["shapes"]:
-            v = next(v for own, v in shape["variants"].items() if plain_name(own) == name)
-            ms = (v["seconds"]["median"] * 1e3, v["alone"]["median"] * 1e3)
-            row.append(f"{median(v['time'])}: {ms[0]:.2f} ({ms[1]:.2f}) ms, {v['peak_bytes'] / 2**20:.0f} MiB")
+            v = next((v for own, v in shape["variants"].items() if plain_name(own) == name), None)
+            row.append("out of memory" if v is None else gpu_cell(v))
         rows.append(row)
     return f"{run['environment']['device']}, {gpu_versions(run)}:\n\n{table(head, rows)}"
+
+
+def gpu_cell(v: Found) -> str:
+    busy, alone, peak = v["seconds"]["median"] * 1e3, v["alone"]["median"] * 1e3, f"{v['peak_bytes'] / 2**20:.0f} MiB"
+    if busy > alone:  # the step waits for the GPU, and so for the pause that its launches were queued behind
+        return f"waits ({alone:.2f}) ms, {peak}"
+    return f"{median(v['time'])}: {busy:.2f} ({alone:.2f}) ms, {peak}"
 
 
 def plain_name(name: str) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from comparing import compared, plan_of, timeless, write_file
+from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
-from headwater.compare.run import compare
+from headwater.compare import run as run_module
+from headwater.compare.run import LOCKS, compare
 from headwater.config import load_config
 from headwater.errors import HeadwaterError
 from headwater.training import train
@@ -296,16 +300,56 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
         compared(path)
 
 
-def test_two_processes_share_the_runs(whole, tmp_path):
+def test_processes_share_the_runs(whole, tmp_path):
+    """While this one is at a run, another does the rest and waits; whatever order they come in."""
     path = write_file(tmp_path)
-    log = [tmp_path / f"{n}.log" for n in range(2)]
+    busy = tmp_path / "out" / "lora" / "seed-0"
+    (tmp_path / "out" / LOCKS).mkdir(parents=True)
     command = [sys.executable, "-m", "headwater", "compare", str(path)]
-    both = [subprocess.Popen(command, stdout=file.open("w"), stderr=subprocess.STDOUT) for file in log]
-    assert [process.wait(timeout=300) for process in both] == [0, 0], [file.read_text() for file in log]
+    log = tmp_path / "log"
+    with FileLock(tmp_path / "out" / LOCKS / "lora-seed-0"), log.open("w") as file:
+        other = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            waits_for(lambda: "waiting for 1 runs" in log.read_text() or other.poll() is not None)
+            assert other.poll() is None, log.read_text()
+            assert not busy.exists()
+            done = [(tmp_path / "out" / label / f"seed-{seed}" / "results.json") for label in LABELS for seed in SEEDS]
+            assert [file.is_file() for file in done] == [False, True, True, True]
+        except BaseException:
+            other.kill()
+            raise
+    assert other.wait(timeout=300) == 0, log.read_text()
+    there = (tmp_path / "out" / "comparison.json").read_text().replace(str(tmp_path), str(whole[0].parent))
+    assert timeless(json.loads(there)) == timeless(whole[1])
+
+
+def test_two_processes_end_one_comparison(whole, tmp_path):
+    path = write_file(tmp_path)
+    logs = [tmp_path / f"{n}.log" for n in range(2)]
+    command = [sys.executable, "-m", "headwater", "compare", str(path)]
+    both = [subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT) for log in logs]
+    assert [process.wait(timeout=300) for process in both] == [0, 0], [log.read_text() for log in logs]
     there = (tmp_path / "out" / "comparison.json").read_text().replace(str(tmp_path), str(whole[0].parent))
     assert timeless(json.loads(there)) == timeless(whole[1])
     names = [f"{label}, seed {seed}" for label in LABELS for seed in SEEDS]
-    done = [{name for name in names if f": {name}" in file.read_text()} for file in log]
-    assert done[0] | done[1] == set(names)
-    assert not done[0] & done[1]
-    assert all(done), "one of them did everything"
+    started = [name for log in logs for name in names if f": {name}" in log.read_text()]
+    assert sorted(started) == sorted(names)  # each run is one process's
+
+
+def test_what_another_process_made_with_other_settings_is_noticed(tmp_path, monkeypatch):
+    path = write_file(tmp_path)
+    original = run_module._run
+
+    def with_another_file(job, scores, console):  # as a process does that read the file before it was changed
+        config = job.config.model_copy(update={"training": {**job.config.training, "learning_rate": 1e-3}})
+        original(dataclasses.replace(job, config=config) if job.name == "heads, seed 1" else job, scores, console)
+
+    monkeypatch.setattr(run_module, "_run", with_another_file)
+    with pytest.raises(HeadwaterError, match=r"learning_rate was 0\.001, now 0\.05"):
+        compared(path)
+
+
+def waits_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)

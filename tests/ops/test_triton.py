@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from headwater.ops import triton_dropout, triton_heads
 
 pointers = {name: "*bf16" for name in ("z", "z_0", "h", "dh", "dz", "dz_0", "x", "dx", "back")}
-pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "out": "*bf16", "size": "i64"}
+pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "size": "i64"}
 kernels = [triton_heads._forward, triton_heads._backward]
 kernels += [triton_dropout._keep_mask, triton_dropout._dropped, triton_dropout._add_back]
 for kernel in kernels:
@@ -49,6 +49,7 @@ for kernel in kernels:
         constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024)
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         names = kernel.arg_names
+        pointers["out"] = "*i8" if kernel is triton_dropout._keep_mask else "*bf16"
         signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
         places = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=places)

@@ -239,3 +239,63 @@ def test_calls_for_one_token_of_a_block(row_id, most, tiny_llama):
     calls(block)
     frozen = tiny_llama(mlp_bias=True).double().model.layers[0].mlp
     assert calls(block) - calls(frozen) <= most
+
+
+def test_a_short_prompt_sees_what_pytorch_does_not(tiny_llama):
+    """Oracle: the same forwards of a model that holds nothing."""
+    model, block = block_of("rlora", tiny_llama)
+    ids = torch.tensor([[1, 2, 3]])
+
+    def tokens_of(model):
+        with torch.no_grad():
+            first = model(input_ids=ids, use_cache=True)
+            second = model(input_ids=ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        return first.logits, second.logits
+
+    before = tokens_of(model)
+    assert held(block) == [True, True]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1.5)
+    found, expected = tokens_of(model), tokens_of(copy.deepcopy(model))
+    for a, b, c in zip(found, expected, before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(a, c)
+
+
+def test_weights_at_an_address_that_was_another_adapters_are_not_taken_for_its_own(tiny_llama):
+    _, block = block_of("rlora", tiny_llama)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    check(block, x)
+    weights = [tensor for tensor in block.parameters() if tensor.requires_grad]
+    addresses = {tensor.data_ptr() for tensor in weights}
+    for tensor in weights:  # the old memory is nobody's now, but for what is held
+        tensor.data = tensor.data.clone()
+    again = [torch.empty_like(tensor) for _ in range(20) for tensor in weights]
+    assert not addresses & {tensor.data_ptr() for tensor in again}
+    check(block, x)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_a_projection_in_train_mode_drops(tiny_llama, name):
+    _, block = block_of("rlora", tiny_llama)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    check(block, x)
+    getattr(block, name).train()
+    with torch.no_grad():
+        assert not torch.equal(block(x), block(x))
+
+
+def test_hooks_on_all_modules_see_the_projections(tiny_llama):
+    from torch.nn.modules.module import register_module_forward_hook
+
+    _, block = block_of("rlora", tiny_llama)
+    x, seen = torch.randn(2, 32, dtype=torch.float64), []
+    check(block, x)
+    hook = register_module_forward_hook(lambda module, args, y: seen.append(module))
+    try:
+        with torch.no_grad():
+            block(x)
+    finally:
+        hook.remove()
+    assert {block.gate_proj, block.up_proj, block.down_proj} <= set(seen)

@@ -83,7 +83,7 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
     if (output / "results.json").exists():
         what, fix = f"{output} holds a run of `headwater train`", "choose another folder: --set output_dir=FOLDER"
         raise HeadwaterError(Problem(what, plan.config.where("output_dir"), fix))
-    output.mkdir(parents=True, exist_ok=True)
+    (output / LOCKS).mkdir(parents=True, exist_ok=True)
     bench = _Bench(console)
     planned, chosen = _with_learning_rates(plan, output, bench)
     spec = plan.spec
@@ -107,8 +107,9 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
             "learning_rate": chosen,
         },
     }
-    write_json(output / "comparison.json", content)
-    write_comparison_report(output)
+    with FileLock(output / LOCKS / "report"):  # all processes that shared the runs end with it
+        write_json(output / "comparison.json", content)
+        write_comparison_report(output)
     return content
 
 
@@ -158,7 +159,8 @@ class _Bench:
         """The results of all jobs, by name; `base` has their base model, tasks and evaluation.
 
         Raises:
-            HeadwaterError: before the first run, for every kept run that was made with other settings.
+            HeadwaterError: before the first run, for every kept run that was made with other settings; in the end, for
+                those that another process has made so meanwhile.
         """
         if problems := _other_settings(jobs):
             raise HeadwaterError(*problems)
@@ -180,13 +182,15 @@ class _Bench:
                 self.say(f"waiting for {len(left)} runs that other processes are at")
             waits = True
             time.sleep(POLL)
+        if problems := _other_settings(jobs):
+            raise HeadwaterError(*problems)
         return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
 
     def _take(self, job: Job, folder: Path, base_scores: Mapping[str, TaskScore], title: str) -> bool:
         """Does the job, if no other process is at it or has done it."""
         lock = "-".join(job.folder.relative_to(folder).parts)
         try:
-            with FileLock(folder / LOCKS / lock, blocking=False):
+            with FileLock(folder / LOCKS / lock, timeout=0):
                 if job.finished:
                     return False
                 self.say(title)

@@ -259,6 +259,8 @@ class Branch(nn.Module):
             return adapted_linear(self.adapter(x, call), base, x)
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
         if x.shape[0] <= FEW and y is not base and not plain and not call.learns and not self.training:
+            if call.begins:
+                self._few.drop()
             update = self._few.get([self.part(call)], y)
             if update is not None:
                 update([y], x, [call.saw_gate if call.observed else None])

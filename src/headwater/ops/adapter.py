@@ -65,7 +65,7 @@ class Adapter:
     """What one branch does to one layer in one call.
 
     Args:
-        tensors: gives the branch's tensors. Asked once for each direction, so that nothing made of them is kept.
+        tensors: gives the branch's tensors. Asked once for each direction, so that they need not be kept.
         mix: `mix(ranks, x, again)` -> h `(tokens, m)` and losses to be added to the training loss; `ranks` holds one
             `(tokens, k_i)` for each down-projection, at least float32. `again` is True in backward, where nothing may
             be counted or shown a second time. It must draw nothing from a global generator.
@@ -149,7 +149,7 @@ class Adapter:
                 seen = part @ whole
                 add_back(dx, seen, x, self.seed, self.dropout, n * x.shape[0])
             found.append((part.T @ seen)[:k])
-        return found[0] if len(found) == 1 else torch.stack(found).float().sum(0)
+        return found[0] if len(found) == 1 else widened(torch.stack(found)).sum(0)
 
     def _blocks(self, x: Tensor) -> list[tuple[int, slice, slice]]:
         """Masks and blocks of x's rows on a CPU, all rows at once elsewhere: mask, rows of x, rows of the masks."""

@@ -69,7 +69,7 @@ class ByHand:
         """From dy to du and the heads' gradients."""
         u, kept, *self.bits = saved
         assert u is not None
-        self.x, self.wanted = x, wanted
+        self.x = x
         self.tensors = [adapter.tensors() for adapter in self.adapters]
         r, N = self.heads.r, self.heads.num_heads
         z, logits, z_0 = self._parts(widened(u))

@@ -75,13 +75,14 @@ def few_tokens(heads: Sequence[GatedHeads], parts: Sequence[Part], like: Tensor)
 class HeldUpdate:
     """The `few_tokens` of layers that read the same x, made at the first token and held while tokens are decoded.
 
-    It is dropped with the first forward that is something else, such as the next prompt or a training step, and made
-    anew when a tensor is replaced or written to; so a write that PyTorch does not see, as through `.data`, is missed
-    for one generation at most. Copies hold nothing.
+    Who holds it drops it with the first forward that is something else, such as the next prompt or a training step; it
+    is made anew when a tensor is replaced or written to. So a write that PyTorch does not see, as through `.data`, is
+    missed for one generation at most. Copies hold nothing.
     """
 
     def __init__(self) -> None:
         self._key: Any = None
+        self._memory: list[Tensor] = []  # what the key names, kept so that nothing else comes to lie there
         self._update: Update | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,6 +93,7 @@ class HeldUpdate:
 
     def drop(self) -> None:
         self._key = self._update = None
+        self._memory = []
 
     def get(self, parts: Sequence[Part], like: Tensor) -> Update | None:
         """The update for ys of the dtype of `like`; None where a rank space is something else, or not like the others',
@@ -107,4 +109,5 @@ class HeldUpdate:
             if len(heads) < len(parts) or len(kinds) > 1:
                 return None
             self._key, self._update = key, few_tokens(heads, parts, like)
+            self._memory = [t.detach() for t in tensors]
         return self._update

@@ -48,11 +48,11 @@ def _dropped(seed, x, out, size, first, limit, ENTRIES: tl.constexpr):
 
 
 @triton.jit
-def _add_back(seed, back, dx, x, size, first, limit, ENTRIES: tl.constexpr):
+def _add_back(seed, back, dx, x, size, first, limit, WIDE: tl.constexpr, ENTRIES: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     kept = keeps(seed, at + first, limit)
-    total = tl.load(dx + at, mask=at < size, other=0.0).to(tl.float32)
-    total += tl.where(kept, tl.load(back + at, mask=at < size, other=0.0).to(tl.float32), 0.0)
+    total = tl.load(dx + at, mask=at < size, other=0.0).to(WIDE)
+    total += tl.where(kept, tl.load(back + at, mask=at < size, other=0.0).to(WIDE), 0.0)
     tl.store(dx + at, total, mask=at < size)
     tl.store(back + at, tl.where(kept, tl.load(x + at, mask=at < size, other=0.0), 0.0), mask=at < size)
 
@@ -68,15 +68,21 @@ def dropped(x: Tensor, seed: Tensor, p: float, first_row: int) -> Tensor:
 def add_back(dx: Tensor, back: Tensor, x: Tensor, seed: Tensor, p: float, first_row: int) -> None:
     """Adds `back` under the mask to dx, in place, and leaves x under the mask in `back`; all `(rows, columns)`, dx and
     `back` contiguous."""
-    _over(_add_back, x, (seed, back, dx, x.contiguous()), p, first_row)
+    _over(_add_back, x, (seed, back, dx, x.contiguous()), p, first_row, WIDE=wide(x))
 
 
-def _over(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], p: float, first_row: int) -> None:
+def _over(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], p: float, first_row: int, **constants: Any) -> None:
     require_gpu(x)
     if x.numel():
         with torch.cuda.device_of(x):  # a kernel starts on the current device, which need not be the tensor's
             kernel[(triton.cdiv(x.numel(), ENTRIES),)](
-                *tensors, x.numel(), first_row * x.shape[1], threshold(p), ENTRIES=ENTRIES, enable_fp_fusion=True
+                *tensors,
+                x.numel(),
+                first_row * x.shape[1],
+                threshold(p),
+                ENTRIES=ENTRIES,
+                enable_fp_fusion=True,
+                **constants,
             )
 
 

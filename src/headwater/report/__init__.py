@@ -53,7 +53,7 @@ def write_page(html: str, files: dict[str, bytes], folder: Path) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may end one comparison
     temporary.write_bytes(data)
     os.replace(temporary, path)
 

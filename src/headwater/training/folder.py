@@ -53,7 +53,7 @@ def last_checkpoint(output: Path) -> Path | None:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):  # another process may be taking it away
         return False
     return True
 

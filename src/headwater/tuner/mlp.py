@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from ..methods.base import Branch
 from ..ops import HeldUpdate, implementation, is_plain
@@ -85,6 +86,7 @@ def _is_usual(mlp: Any, layers: list[Any], branches: list[Any], plain: list[Any]
         return False
     return (
         all(map(is_plain, plain))
+        and not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
         and not _is_watched(mlp.act_fn)
         and not any(
             type(layer) is MethodLayer and (branch is None or _is_watched(layer) or _is_watched(branch))
@@ -98,8 +100,10 @@ def _decoded(
 ) -> Tensor | None:
     """The block for a few tokens without gradients; None where an update is not plain gated heads."""
     present = [i for i, branch in enumerate(branches) if branch is not None]
-    if any(type(branches[i]).gated_heads is Branch.gated_heads for i in present):
-        return None  # as `held` would find out more slowly
+    if any(branches[i].training or type(branches[i]).gated_heads is Branch.gated_heads for i in present):
+        return None
+    if any(calls[i].begins for i in present):
+        _drop(held)
     groups = [[i for i in present if i < 2], [i for i in present if i == 2]]
     updates = []
     for group, keeper in zip(groups, held, strict=True):
