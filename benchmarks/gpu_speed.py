@@ -6,8 +6,8 @@ The floors are the frozen layer's forward and the gradient of its input, and the
 A layer is timed twice: how long the GPU is at it when it never waits for the program, as in a model of such layers, and
 how long one step by itself takes, launches included.
 The base is bfloat16, adapters are float32 and run under autocast, as `Trainer` with `bf16` does it. R-LoRA runs with
-each implementation of its inner operation (`HEADWATER_OPS`). The model has random
-weights; what does not fit in the GPU's memory is left out and said. `--device cpu --smoke` shows that it runs.
+each implementation of its inner operation (`HEADWATER_OPS`). The model has random weights; what does not fit in the
+GPU's memory is left out and said. `--device cpu --smoke` shows that it runs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,7 @@ from .layers import FLOOR, LOOP, Shape
 SHAPES = (Shape(4096, 11008, 8192), Shape(11008, 4096, 8192), Shape(4096, 11008, 8192, r=16), Shape(896, 4864, 8192))
 SMOKE = (Shape(32, 48, 64, r=2, N=2),)
 COMPILED = "R-LoRA, compiled"
-OF_MODEL = {
-    "hydralora",
-    "mlora",
-    "mtl_lora",
-    "multilora",
-}  # those of the whole model besides R-LoRA: several heads each
+OF_MODEL = {"hydralora", "mlora", "mtl_lora", "multilora"}  # in the whole model besides R-LoRA: several heads each
 
 
 def with_ops(name: str, run: Callable[[], None]) -> Callable[[], None]:

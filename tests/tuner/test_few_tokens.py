@@ -115,15 +115,17 @@ def test_observers_see_every_token(tiny_llama):
 def test_calls_for_one_token(row_id, most, tiny_llama):
     """Counted, not timed: what a decoded token costs beyond the frozen layer; views count, too."""
     _, layer = made(row_id, tiny_llama)
-    x = torch.randn(1, 32, dtype=torch.float64)
+    assert calls_beyond(layer, layer.base_layer) <= most
 
-    def calls(function):
+
+def calls_beyond(run, frozen) -> int:
+    """Calls of one decoded token, once what is held has been made, without those of the frozen part."""
+    x, counts = torch.randn(1, 32, dtype=torch.float64), []
+    for function in (run, run, frozen):
         with torch.inference_mode(), Calls() as counter:
             function(x)
-        return counter.count
-
-    calls(layer)
-    assert calls(layer) - calls(layer.base_layer) <= most
+        counts.append(counter.count)
+    return counts[1] - counts[2]
 
 
 # -- the whole gated block
@@ -229,16 +231,7 @@ def test_a_block_decodes_under_autocast(tiny_llama):
 def test_calls_for_one_token_of_a_block(row_id, most, tiny_llama):
     """Counted, not timed: beyond the frozen block. By itself each of the three layers takes up to 20."""
     _, block = block_of(row_id, tiny_llama)
-    x = torch.randn(1, 32, dtype=torch.float64)
-
-    def calls(run):
-        with torch.inference_mode(), Calls() as counter:
-            run(x)
-        return counter.count
-
-    calls(block)
-    frozen = tiny_llama(mlp_bias=True).double().model.layers[0].mlp
-    assert calls(block) - calls(frozen) <= most
+    assert calls_beyond(block, tiny_llama(mlp_bias=True).double().model.layers[0].mlp) <= most
 
 
 def test_a_short_prompt_sees_what_pytorch_does_not(tiny_llama):

@@ -167,14 +167,20 @@ class _Bench:
         left = [job for job in jobs if not job.finished]
         if len(left) < len(jobs):
             self.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished and kept")
-        scores = {}
         if left:
-            (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / LOCKS / "before"):  # one process finds them, the others read them
-                scores = _base_scores(base, folder, self.console)
+            self._share(left, len(jobs), base, folder)
+            if problems := _other_settings(jobs):
+                raise HeadwaterError(*problems)
+        return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
+
+    def _share(self, left: Sequence[Job], count: int, base: RunConfig, folder: Path) -> None:
+        """Does what is left of `count` jobs, and waits for what other processes do of it."""
+        (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCKS / "before"):  # one process finds them, the others read them
+            scores = _base_scores(base, folder, self.console)
         waits = False
         while left := [job for job in left if not job.finished]:
-            place = f"run {len(jobs) - len(left) + 1} of {len(jobs)}"
+            place = f"run {count - len(left) + 1} of {count}"
             if any(self._take(job, folder, scores, f"{place}: {job.name}{self._time_left(len(left))}") for job in left):
                 waits = False
                 continue
@@ -182,9 +188,6 @@ class _Bench:
                 self.say(f"waiting for {len(left)} runs that other processes are at")
             waits = True
             time.sleep(POLL)
-        if problems := _other_settings(jobs):
-            raise HeadwaterError(*problems)
-        return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
 
     def _take(self, job: Job, folder: Path, base_scores: Mapping[str, TaskScore], title: str) -> bool:
         """Does the job, if no other process is at it or has done it."""

@@ -22,7 +22,8 @@ from .triton_heads import Ranks, gather, spread
 class ByKernels(ByHand):
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """As `ByHand.forward`; `kept` is not there, as no mask is ever in memory."""
-        down = self._down(tensors, x)
+        down = self.clean_rows(tensors, x)
+        down = None if down is None else aligned(down, 0)
         parts = [] if down is None else [x @ down.T]
         if self.drops:
             read = [a.read_dropped(x, cast(t.dropped[0], x.dtype)) for a, t in zip(self.adapters, tensors, strict=True)]
@@ -79,11 +80,6 @@ class ByKernels(ByHand):
             parts = found.split([k for k in sizes for _ in range(G)])
             for i in range(G):
                 self.of_down[i] += parts[i::G]
-
-    def _down(self, tensors: Sequence[Tensors], x: Tensor) -> Tensor | None:
-        """The down-projections that read x as it is, in the order of u's columns; None if there are none."""
-        down = self.clean_rows(tensors, x)
-        return None if down is None else aligned(down, 0)
 
     def _columns(self, u: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each layer's columns of z, logits and z_0; the last two may be none."""

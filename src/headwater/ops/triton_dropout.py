@@ -109,20 +109,9 @@ def wide(tensor: Tensor) -> Any:
 @torch.library.custom_op("headwater::keep_mask", mutates_args=())
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, first_row: int) -> Tensor:
     """`dropout.keep_mask`."""
-    require_gpu(seed)
     kept = seed.new_empty(rows, columns, dtype=torch.bool)
-    size = rows * columns
-    if size:
-        with torch.cuda.device_of(seed):  # a kernel starts on the current device, which need not be the tensor's
-            _keep_mask[(triton.cdiv(size, ENTRIES),)](
-                seed,
-                kept.view(torch.int8),
-                size,
-                first_row * columns,
-                threshold(p),
-                ENTRIES=ENTRIES,
-                enable_fp_fusion=True,
-            )
+    out = kept.view(torch.int8)
+    _over(_keep_mask, out, (seed, out), p, first_row)
     return kept
 
 

@@ -69,13 +69,12 @@ def _forward(mlp: Any, held: tuple[HeldUpdate, HeldUpdate], x: Tensor) -> Tensor
         ]
         y = None
         if torch.is_grad_enabled() or mlp.training:  # both forwards of reentrant checkpointing must round alike
+            _drop(held)
             adapters = [None if b is None else b.adapter(rows, call) for b, call in zip(branches, calls, strict=True)]
             y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, mlp.act_fn, rows)
         elif rows.shape[0] <= FEW and not torch.is_autocast_enabled(x.device.type):
             y = _decoded(plain, branches, calls, held, mlp.act_fn, rows)
         if y is not None:
-            if mlp.training or torch.is_grad_enabled():
-                _drop(held)
             return y.reshape(*lead, y.shape[-1])
     _drop(held)
     return type(mlp).forward(mlp, x)
