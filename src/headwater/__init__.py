@@ -1,33 +1,47 @@
-"""headwater: one adapter, many tasks. Importing it registers its methods with PEFT."""
+"""headwater: one adapter, many tasks.
 
-from . import analysis
-from . import methods as _methods
-from .compose import AdapterPool
-from .errors import HeadwaterError, Problem
-from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
-from .tuner import AlignSpec, align, merge_task, merge_with_gates, observe, task_ids
+Importing it registers its methods with PEFT, as soon as PEFT itself is imported. Until then, and until a public name is
+asked for, it loads nothing: the command line's help and the check of a file need neither torch nor PEFT.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from . import _peft_hook
+
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-# A method's config is public as soon as its file is there: headwater.RLoraConfig and so on.
-_CONFIGS = {m.config.__name__: m.config for m in _methods.methods()}
-globals().update(_CONFIGS)
 
-__all__ = [
-    "AdapterPool",
-    "AlignSpec",
-    "HeadwaterError",
-    "Heads",
-    "MethodConfig",
-    "NotMergeable",
-    "Problem",
-    "align",
-    "analysis",
-    "make_config",
-    "merge_task",
-    "merge_with_gates",
-    "methods",
-    "observe",
-    "task_ids",
-    *_CONFIGS,
-]
+class _Package(ModuleType):
+    """Keeps `headwater.methods` the function; Python would set it to the package of that name when that is loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        taken = name == "methods" and isinstance(value, ModuleType)
+        super().__setattr__(name, value.methods if taken else value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    from . import _public
+
+    found = {**vars(_public), **globals()}  # importing the public names has set the packages that hold them
+    if name not in found:
+        raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    return found[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+_peft_hook.install()

@@ -1,7 +1,7 @@
 """Loads headwater when, and only when, something imports PEFT.
 
-Standard library only and no import of headwater here: `headwater enable-autoload` puts a copy of this file where every
-Python of the environment runs it at its start.
+`import headwater` asks for that, and after `headwater enable-autoload`, which puts a copy of this file there, every Python
+of the environment at its start. So, standard library only, and no import of headwater here.
 """
 
 from __future__ import annotations
@@ -66,5 +66,5 @@ def install() -> None:
     """Wait for PEFT; where it is loaded already, load headwater at once."""
     if "peft" in sys.modules:
         load_headwater()
-    elif not any(isinstance(finder, AfterPeft) for finder in sys.meta_path):
+    elif not any(type(finder).__name__ == AfterPeft.__name__ for finder in sys.meta_path):  # or a copy of this file's
         sys.meta_path.insert(0, AfterPeft())

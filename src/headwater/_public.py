@@ -1,0 +1,30 @@
+"""All public names. `headwater` takes them from here when one is asked for."""
+
+from . import analysis
+from .compose import AdapterPool
+from .errors import HeadwaterError, Problem
+from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
+from .tuner import AlignSpec, align, merge_task, merge_with_gates, observe, task_ids
+
+# A method's config is public as soon as its file is there: headwater.RLoraConfig and so on.
+_CONFIGS = {m.config.__name__: m.config for m in methods()}
+globals().update(_CONFIGS)
+
+__all__ = [
+    "AdapterPool",
+    "AlignSpec",
+    "HeadwaterError",
+    "Heads",
+    "MethodConfig",
+    "NotMergeable",
+    "Problem",
+    "align",
+    "analysis",
+    "make_config",
+    "merge_task",
+    "merge_with_gates",
+    "methods",
+    "observe",
+    "task_ids",
+    *_CONFIGS,
+]
