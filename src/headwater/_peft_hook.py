@@ -1,7 +1,7 @@
 """Loads headwater when, and only when, something imports PEFT.
 
-`import headwater` asks for that, and after `headwater enable-autoload`, which puts a copy of this file there, every Python
-of the environment at its start. So, standard library only, and no import of headwater here.
+`import headwater` asks for that, and after `headwater enable-autoload`, which puts a copy of this file there, every
+Python of the environment at its start. So, standard library only, and no import of headwater here.
 """
 
 from __future__ import annotations

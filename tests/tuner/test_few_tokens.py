@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import headwater
 
-from .helpers import adapt, layer_output, stir
+from .helpers import adapt, stir
 from .rows import BY_ID
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -54,7 +54,7 @@ def test_a_few_tokens_are_what_they_are_among_many(row_id, tiny_llama, tokens):
     _, layer = made(row_id, tiny_llama)
     x = torch.randn(tokens, 32, dtype=torch.float64)
     check(layer, x)
-    assert layer.branch("default")._few
+    assert layer._held.decoder
     assert (expected(layer, x) - layer.base_layer(x)).abs().max() > 0.1
 
 
@@ -82,23 +82,21 @@ def test_no_write_is_missed(row_id, tiny_llama):
 
 def test_a_training_step_drops_what_is_kept(tiny_llama):
     model, layer = made("rlora", tiny_llama)
-    x, branch = torch.randn(2, 32, dtype=torch.float64), layer.branch("default")
-    for run in (lambda: layer(x), lambda: layer_output(BY_ID["rlora"], model, NAME, x.unsqueeze(0))):
-        check(layer, x)
-        assert branch._few
-        model.train()
-        run()  # the second through the whole gated block
-        model.eval()
-        assert not branch._few
+    x = torch.randn(2, 32, dtype=torch.float64)
+    check(layer, x)
+    assert layer._held.decoder
+    model.train()
+    layer(x)
+    model.eval()
+    assert not layer._held.decoder
 
 
 def test_copies_and_pickles_keep_nothing(tiny_llama):
     _, layer = made("rlora", tiny_llama)
-    branch = layer.branch("default")
     check(layer, torch.randn(1, 32, dtype=torch.float64))
-    assert branch._few
-    assert not copy.deepcopy(branch)._few
-    assert not pickle.loads(pickle.dumps(branch))._few
+    assert layer._held.decoder
+    assert not copy.deepcopy(layer)._held.decoder
+    assert not pickle.loads(pickle.dumps(layer))._held.decoder
 
 
 def test_observers_see_every_token(tiny_llama):
@@ -136,27 +134,22 @@ def block_of(row_id, tiny_llama, **fields):
     return model, model.get_submodule("base_model.model.model.layers.0.mlp")
 
 
-def held(block) -> list[bool]:
-    return [bool(update) for update in block.forward.args[1]]
+def held(block) -> bool:
+    return block.forward.args[1].decoder is not None
 
 
-PARTS = [
-    (["gate_proj", "up_proj", "down_proj"], [True, True]),
-    (["up_proj"], [True, False]),
-    (["gate_proj", "down_proj"], [True, True]),
-    (["down_proj"], [False, True]),
-]
+PARTS = [["gate_proj", "up_proj", "down_proj"], ["up_proj"], ["gate_proj", "down_proj"], ["down_proj"]]
 
 
 @pytest.mark.parametrize("row_id", ROWS)
-@pytest.mark.parametrize(("targets", "kept"), PARTS)
+@pytest.mark.parametrize("targets", PARTS)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_block_of_few_tokens_is_what_it_is_among_many(row_id, tiny_llama, targets, kept, tokens):
+def test_a_block_of_few_tokens_is_what_it_is_among_many(row_id, tiny_llama, targets, tokens):
     _, block = block_of(row_id, tiny_llama, target_modules=targets)
     x = torch.randn(1, tokens, 32, dtype=torch.float64)
     for _ in range(2):
         check(block, x.flatten(0, 1))
-        assert held(block) == kept
+        assert held(block)
     with torch.no_grad():
         assert torch.equal(block(x)[0], block(x[0]))
 
@@ -164,8 +157,8 @@ def test_a_block_of_few_tokens_is_what_it_is_among_many(row_id, tiny_llama, targ
 def test_gate_and_up_of_different_ranks_run_by_themselves(tiny_llama):
     _, block = block_of("rlora", tiny_llama, rank_pattern={"gate_proj": 2})
     check(block, torch.randn(2, 32, dtype=torch.float64))
-    assert held(block) == [False, False]
-    assert block.up_proj.branch("default")._few
+    assert not held(block)
+    assert block.up_proj._held.decoder
 
 
 def test_no_write_to_a_block_is_missed(tiny_llama):
@@ -187,18 +180,18 @@ def test_a_block_holds_nothing_past_a_prompt_a_step_or_in_a_copy(tiny_llama):
     model, block = block_of("rlora", tiny_llama)
     x = torch.randn(2, 32, dtype=torch.float64)
     check(block, x)
-    assert held(copy.deepcopy(block)) == [False, False]
+    assert not held(copy.deepcopy(block))
     expected(block, x)  # many tokens
-    assert held(block) == [False, False]
+    assert not held(block)
     check(block, x)
     model.train()
     block(x)
     model.eval()
-    assert held(block) == [False, False]
+    assert not held(block)
     check(block, x)
     with model.disable_adapter(), torch.no_grad():
         plain = block(x)
-    assert held(block) == [False, False]
+    assert not held(block)
     assert not torch.allclose(plain, expected(block, x))
 
 
@@ -246,7 +239,7 @@ def test_a_short_prompt_sees_what_pytorch_does_not(tiny_llama):
         return first.logits, second.logits
 
     before = tokens_of(model)
-    assert held(block) == [True, True]
+    assert held(block)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.mul_(1.5)

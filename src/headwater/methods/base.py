@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from ..ops import (
-    FEW,
     Adapter,
     GatedHeads,
-    HeldUpdate,
     Part,
     Tensors,
     adapted_linear,
@@ -213,7 +211,6 @@ class Branch(nn.Module):
         super().__init__()
         self.lora_dropout = config.lora_dropout
         self.scaling = config.scaling(shape.r, shape.alpha)
-        self._few = HeldUpdate()
 
     @property
     def drops(self) -> bool:
@@ -258,14 +255,6 @@ class Branch(nn.Module):
         if (call.learns or self.training) and not plain:
             return adapted_linear(self.adapter(x, call), base, x)
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
-        if x.shape[0] <= FEW and y is not base and not plain and not call.learns and not self.training:
-            if call.begins:
-                self._few.drop()
-            update = self._few.get([self.part(call)], y)
-            if update is not None:
-                update([y], x, [call.saw_gate if call.observed else None])
-                return y
-        self._few.drop()
         if self.training:
             adapter = self.adapter(x, call)
             h, losses = adapter.mix(read_plainly(adapter, x), x, False)
@@ -277,7 +266,6 @@ class Branch(nn.Module):
 
     def adapter(self, x: Tensor, call: Call) -> Adapter:
         """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
-        self._few.drop()
         of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
         by_hand = not (self.training and call.align is not None)
         return Adapter(
@@ -293,9 +281,7 @@ class Branch(nn.Module):
     def part(self, call: Call) -> Part:
         """What decoding needs to know of this branch; nothing in rank space drops there."""
         dropped, clean = self.reads()
-        return Part(
-            functools.partial(self.gated_heads, call, None), (*dropped, *clean), self.writes_apart(), self.scaling
-        )
+        return Part(self.gated_heads(call, None), (*dropped, *clean), self.writes_apart(), self.scaling)
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
         """What `mix` does, where that is plain gated heads under masks of `seed`; None where it is something else."""

@@ -3,7 +3,7 @@
 from .adapter import Adapter, GatedHeads, Tensors, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, drop
-from .few_tokens import HeldUpdate, Part
+from .few_tokens import Part, Update, few_tokens
 from .fused import adapted_linear, is_plain
 from .heads import gated_heads
 from .losses import attach_loss
@@ -13,14 +13,15 @@ __all__ = [
     "FEW",
     "Adapter",
     "GatedHeads",
-    "HeldUpdate",
     "Part",
     "Tensors",
+    "Update",
     "adapted_linear",
     "add_update",
     "attach_loss",
     "draw_seed",
     "drop",
+    "few_tokens",
     "gated_heads",
     "implementation",
     "is_plain",

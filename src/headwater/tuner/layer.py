@@ -13,6 +13,7 @@ from ..errors import HeadwaterError, Problem
 from ..methods.base import Branch
 from ..ops import is_plain
 from .context import Context
+from .decoding import Held, layer_decoder, may_decode
 
 
 class MethodLayer(nn.Module, BaseTunerLayer):
@@ -35,6 +36,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.merged_adapters: list[str] = []
         self._weight_before_merge: Tensor | None = None
+        self._held = Held()
         self.in_features, self.out_features = linear_sizes(self.get_base_layer())
         self.train(base_layer.training)  # a model in eval mode stays so, or dropout would run in it
 
@@ -48,6 +50,11 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         return cast(Branch, self.branches[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            decoder = self._held.decoder
+            if decoder is not None and not (args or kwargs) and decoder.fits(x):
+                return decoder(x)
+            self._held.decoder = None
         if self.disable_adapters or self.merged:
             if self.disable_adapters and self.merged:
                 self.unmerge()
@@ -62,6 +69,10 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         # A plain layer runs inside the first branch, flat: its fresh output is nobody else's, so the update is added in
         # its memory, where autograd would copy what is written through a view.
         y: Any = self.base_layer
+        if len(active) == 1 and may_decode(active[0], self.context, x) and not (args or kwargs) and is_plain(y):
+            self._held.decoder = decoder = layer_decoder(self, active[0], call, x)
+            if decoder is not None:
+                return decoder(x)
         if args or kwargs or not is_plain(y) or any(branch.folds for branch in active):
             y = self._base_forward(active, x, *args, **kwargs).reshape(-1, self.out_features)
         for branch in active:

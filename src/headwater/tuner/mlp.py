@@ -13,14 +13,12 @@ import re
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from ..methods.base import Branch
-from ..ops import HeldUpdate, implementation, is_plain
+from ..ops import implementation, is_plain
 from ..ops.gated_mlp import gated_mlp
-from ..ops.lowrank import FEW
+from .decoding import Held, block_decoder, may_decode
 from .layer import MethodLayer
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -37,7 +35,7 @@ def fuse_mlps(model: nn.Module) -> None:
         layers = [getattr(module, name, None) for name in PROJECTIONS]
         adapted = any(isinstance(layer, MethodLayer) for layer in layers)
         if adapted and "forward" not in module.__dict__ and _is_gated_block(cast(Any, type(module))):
-            module.forward = functools.partial(_forward, module, (HeldUpdate(), HeldUpdate()))
+            module.forward = functools.partial(_forward, module, Held())
 
 
 def unfuse_mlps(model: nn.Module) -> None:
@@ -57,7 +55,13 @@ def _is_gated_block(kind: Any) -> bool:
     return _BLOCK.fullmatch("".join(source.split())) is not None
 
 
-def _forward(mlp: Any, held: tuple[HeldUpdate, HeldUpdate], x: Tensor) -> Tensor:
+def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return type(mlp).forward(mlp, x)
+    decoder = held.decoder
+    if decoder is not None and decoder.fits(x):
+        return decoder(x)
+    held.decoder = None
     layers: list[Any] = [getattr(mlp, name) for name in PROJECTIONS]
     branches: list[Any] = [layer.only_branch() if type(layer) is MethodLayer else None for layer in layers]
     plain: list[Any] = [layer.base_layer if type(layer) is MethodLayer else layer for layer in layers]
@@ -67,21 +71,19 @@ def _forward(mlp: Any, held: tuple[HeldUpdate, HeldUpdate], x: Tensor) -> Tensor
             None if branch is None else layer.context.call(layer.name, tuple(lead))
             for layer, branch in zip(layers, branches, strict=True)
         ]
-        y = None
         if torch.is_grad_enabled() or mlp.training:  # both forwards of reentrant checkpointing must round alike
-            _drop(held)
             adapters = [None if b is None else b.adapter(rows, call) for b, call in zip(branches, calls, strict=True)]
             y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, mlp.act_fn, rows)
-        elif rows.shape[0] <= FEW and not torch.is_autocast_enabled(x.device.type):
-            y = _decoded(plain, branches, calls, held, mlp.act_fn, rows)
-        if y is not None:
             return y.reshape(*lead, y.shape[-1])
-    _drop(held)
+        if all(b is None or may_decode(b, layer.context, x) for layer, b in zip(layers, branches, strict=True)):
+            held.decoder = decoder = block_decoder(mlp, layers, branches, calls, x)
+            if decoder is not None:
+                return decoder(x)
     return type(mlp).forward(mlp, x)
 
 
 def _is_usual(mlp: Any, layers: list[Any], branches: list[Any], plain: list[Any], x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(x) is not Tensor or implementation(x.device) == "reference":
+    if type(x) is not Tensor or implementation(x.device) == "reference":
         return False
     return (
         all(map(is_plain, plain))
@@ -92,38 +94,6 @@ def _is_usual(mlp: Any, layers: list[Any], branches: list[Any], plain: list[Any]
             for layer, branch in zip(layers, branches, strict=True)
         )
     )
-
-
-def _decoded(
-    plain: list[Any], branches: list[Any], calls: list[Any], held: tuple[HeldUpdate, HeldUpdate], act: Any, x: Tensor
-) -> Tensor | None:
-    """The block for a few tokens without gradients; None where an update is not plain gated heads."""
-    present = [i for i, branch in enumerate(branches) if branch is not None]
-    if any(branches[i].training or type(branches[i]).gated_heads is Branch.gated_heads for i in present):
-        return None
-    if any(calls[i].begins for i in present):
-        _drop(held)
-    groups = [[i for i in present if i < 2], [i for i in present if i == 2]]
-    updates = []
-    for group, keeper in zip(groups, held, strict=True):
-        update = keeper.get([branches[i].part(calls[i]) for i in group], x) if group else None
-        if group and update is None:
-            return None
-        updates.append(update)
-    shows = [call.saw_gate if call is not None and call.observed else None for call in calls]
-    gate, up = (F.linear(x, layer.weight, layer.bias) for layer in plain[:2])
-    if updates[0] is not None:
-        updates[0]([(gate, up)[i] for i in groups[0]], x, [shows[i] for i in groups[0]])
-    product = act(gate) * up
-    y = F.linear(product, plain[2].weight, plain[2].bias)
-    if updates[1] is not None:
-        updates[1]([y], product, shows[2:])
-    return y
-
-
-def _drop(held: tuple[HeldUpdate, HeldUpdate]) -> None:
-    for update in held:
-        update.drop()
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -1,0 +1,186 @@
+"""Decoding: layers and gated blocks as one function on held weights, for as long as nothing changes.
+
+A decoded token costs a layer's few small products, and that much again to look up, module by module, what they are. So
+that is done once, and each token only asks whether all of it is still so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from ..methods.base import Branch
+from ..methods.call import Call
+from ..ops import FEW, Update, few_tokens, implementation
+from .context import Context
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MEMBERS = ("_modules", "_parameters", "_buffers")
+_version = operator.attrgetter("_version")
+
+
+class Watch:
+    """Knows whether anything has changed that decides what some adapted layers compute: modules, tensors and what is
+    written to the branches' own, mode, active adapters; and that nobody hooks in, looks at gates or has merged.
+
+    It reads dictionaries and lists that it knows from the beginning, a whole kind at a time: among the products of the
+    layers every attribute of a module would come from memory, one after the other.
+
+    Args:
+        layers: `MethodLayer`s, each with one branch in `branches`.
+        others: the frozen layers, and what else is between.
+        hooked: those modules whose hooks would be passed by.
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], branches: Sequence[nn.Module], others: Sequence[Any], hooked: Sequence[nn.Module]
+    ):
+        context = layers[0].context
+        hooks = [vars(module)[name] for module in hooked for name in _HOOKS]
+        everywhere = [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
+        lists = [context.observers, context.merging, *(layer.merged_adapters for layer in layers)]
+        self._empty = (*hooks, *everywhere, *lists)
+        self._fields = [
+            (vars(module), name)
+            for modules, names in (
+                (layers, ("forward", "merged_adapters", "_active_adapter", "_disable_adapters")),
+                (branches, ("forward", "training", "scaling")),
+                (others, ("forward", "training")),
+            )
+            for module in modules
+            for name in names
+        ]
+        modules = (*layers, *(layer.branches for layer in layers), *branches, *others)
+        self._members = [vars(module)[name] for module in modules for name in _MEMBERS]
+        self._tensors = [t for branch in branches for t in tensors_of(branch)]
+        self._memory = [t.detach() for t in self._tensors]  # kept, so that nothing else comes to lie there
+        self._before = self._now()
+
+    def unchanged(self) -> bool:
+        return not any(self._empty) and self._now() == self._before
+
+    def _now(self) -> tuple[list[Any], ...]:
+        return (
+            [d.get(name) for d, name in self._fields],
+            list(map(id, itertools.chain.from_iterable([d.values() for d in self._members]))),
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(_version, self._tensors)),
+        )
+
+
+def tensors_of(branch: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, which a branch has directly on it."""
+    return [t for t in (*branch._parameters.values(), *branch._buffers.values()) if t is not None]
+
+
+class Decoder:
+    """`run(rows)` on held copies of weights. A write that PyTorch does not see, as through `.data`, is missed until the
+    next prompt."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], watch: Watch, context: Context, like: Tensor):
+        self.run, self._watch, self._context = run, watch, context
+        self._dtype, self._device = like.dtype, like.device
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether this is one more token of what it was made for."""
+        state = self._context.state
+        return (
+            not torch.is_grad_enabled()
+            and type(x) is Tensor
+            and x.dtype == self._dtype
+            and x.device == self._device
+            and x.numel() <= FEW * x.shape[-1]
+            and not (state is not None and state.past == 0)  # a prompt
+            and not torch.is_autocast_enabled(x.device.type)
+            and self._watch.unchanged()
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.run(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class Held:
+    """Where a layer or a block holds its decoder; copies hold none."""
+
+    def __init__(self) -> None:
+        self.decoder: Decoder | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, ()
+
+
+def may_decode(branch: Branch, context: Context, x: Tensor) -> bool:
+    """Whether these are few tokens without gradients, and what the branch does to them can be held."""
+    return (
+        not torch.is_grad_enabled()
+        and type(branch).gated_heads is not Branch.gated_heads
+        and not branch.training
+        and type(x) is Tensor
+        and x.numel() <= FEW * x.shape[-1]
+        and not (context.observers or context.merging)
+        and not torch.is_autocast_enabled(x.device.type)
+        and implementation(x.device) != "reference"
+    )
+
+
+def layer_decoder(layer: Any, branch: Branch, call: Call, x: Tensor) -> Decoder | None:
+    """The decoder of a `MethodLayer` on a plain layer; None where it cannot be held. Hooks on the layer itself run
+    around it and do not matter."""
+    update = _update([branch], [call], x)
+    if update is None:
+        return None
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+
+    def run(rows: Tensor) -> Tensor:
+        y = F.linear(rows, weight, bias)
+        update([y], rows)
+        return y
+
+    watch = Watch([layer], [branch], [layer.base_layer], [layer.base_layer, branch])
+    return Decoder(run, watch, layer.context, x)
+
+
+def block_decoder(
+    mlp: Any, layers: Sequence[Any], branches: Sequence[Branch | None], calls: Sequence[Call | None], x: Tensor
+) -> Decoder | None:
+    """The decoder of a gated block of plain layers; None where it cannot be held, or gate and up are not alike.
+
+    Args:
+        layers, branches, calls: of the gate, up and down projection; branch and call are None where one has no adapter.
+    """
+    present = [i for i, branch in enumerate(branches) if branch is not None]
+    read_x, read_product = [i for i in present if i < 2], [i for i in present if i == 2]
+    above, below = (_update([branches[i] for i in g], [calls[i] for i in g], x) for g in (read_x, read_product))
+    if above is None or below is None:
+        return None
+    plain = [layer if branch is None else layer.base_layer for layer, branch in zip(layers, branches, strict=True)]
+    (W_gate, b_gate), (W_up, b_up), (W_down, b_down) = ((layer.weight, layer.bias) for layer in plain)
+    act = mlp.act_fn
+
+    def run(rows: Tensor) -> Tensor:
+        gate, up = F.linear(rows, W_gate, b_gate), F.linear(rows, W_up, b_up)
+        above([(gate, up)[i] for i in read_x], rows)
+        product = act(gate) * up
+        y = F.linear(product, W_down, b_down)
+        below([y] if read_product else [], product)
+        return y
+
+    adapted, own = [layers[i] for i in present], [branch for branch in branches if branch is not None]
+    watch = Watch(adapted, own, [mlp, *plain, act], [*adapted, *own, *plain, act])
+    return Decoder(run, watch, adapted[0].context, x)
+
+
+def _update(branches: Sequence[Any], calls: Sequence[Any], like: Tensor) -> Update | None:
+    """What layers that read the same x add to their outputs; None where that is not plain gated heads, all of one kind,
+    or where nobody counts the writes to a tensor (inference mode)."""
+    if any(t.is_inference() for branch in branches for t in tensors_of(branch)):
+        return None
+    return few_tokens([branch.part(call) for branch, call in zip(branches, calls, strict=True)], like)
