@@ -21,7 +21,6 @@ from ..errors import HeadwaterError, Problem
 from ..ops import (
     Adapter,
     GatedHeads,
-    Part,
     Tensors,
     adapted_linear,
     add_update,
@@ -277,11 +276,6 @@ class Branch(nn.Module):
             self.input_masks,
             self.gated_heads(call, seed) if by_hand else None,
         )
-
-    def part(self, call: Call) -> Part:
-        """What decoding needs to know of this branch; nothing in rank space drops there."""
-        dropped, clean = self.reads()
-        return Part(self.gated_heads(call, None), (*dropped, *clean), self.writes_apart(), self.scaling)
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
         """What `mix` does, where that is plain gated heads under masks of `seed`; None where it is something else."""

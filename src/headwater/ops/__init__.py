@@ -3,7 +3,7 @@
 from .adapter import Adapter, GatedHeads, Tensors, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, drop
-from .few_tokens import Part, Update, few_tokens
+from .few_tokens import Update, factor_updates, mixed_update, routed_updates
 from .fused import adapted_linear, is_plain
 from .heads import gated_heads
 from .losses import attach_loss
@@ -13,7 +13,6 @@ __all__ = [
     "FEW",
     "Adapter",
     "GatedHeads",
-    "Part",
     "Tensors",
     "Update",
     "adapted_linear",
@@ -21,11 +20,13 @@ __all__ = [
     "attach_loss",
     "draw_seed",
     "drop",
-    "few_tokens",
+    "factor_updates",
     "gated_heads",
     "implementation",
     "is_plain",
+    "mixed_update",
     "project",
     "read_plainly",
+    "routed_updates",
     "spread_heads",
 ]

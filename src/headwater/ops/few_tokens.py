@@ -1,73 +1,81 @@
-"""Gated heads for a few tokens without gradients, as in decoding, where every call costs more than its work."""
+"""Updates of a few tokens without gradients, as in decoding, where every call costs more than its work.
+
+All hold copies of the weights, stacked and in the dtype of the layer, and add to the layers' outputs in place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import GatedHeads
 from .lowrank import cast, stack, widened
 
-Update = Callable[[Sequence[Tensor], Tensor], None]
+Update = Callable[[Sequence[Tensor], Tensor, tuple[int, ...]], None]
+"""`update(ys, x, lead)`: the outputs `(tokens, d_out)` of layers that read the same x `(tokens, d_in)`, and the leading
+dimensions that x had."""
 
 
-class Part(NamedTuple):
-    """One layer's adapter.
+def factor_updates(factors: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Update:
+    """Each layer's update is one product: A `(R, d_in)` and B `(d_out, R)`."""
+    down, sizes = stack([A for A, _ in factors], like), [A.shape[0] for A, _ in factors]
+    ups = [cast(B, like.dtype).T.contiguous() for _, B in factors]
+
+    def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
+        u = F.linear(x, down)
+        for y, part, up in zip(ys, u.split_with_sizes(sizes, 1), ups, strict=True):
+            y.addmm_(part, up)
+
+    return update
+
+
+def routed_updates(
+    reads: Sequence[Sequence[Tensor]],
+    ups: Sequence[Sequence[Tensor]],
+    scales: Sequence[float],
+    N: int,
+    show: Callable[[Tensor, tuple[int, ...]], None],
+    like: Tensor,
+) -> Update:
+    """Heads behind a softmax over a router's logits, on all layers as many and of the same rank.
 
     Args:
-        heads: what it does in rank space; None where that is something else.
-        read: the down-projections: A, the router, the start's.
-        up: the heads' up-projections `(N r, d_out)`, and the start's.
-        scale: s.
+        reads: of each layer A `(r, d_in)`, the router `(N, d_in)` and the start's A, or no start on any.
+        ups: the heads' `(N r, d_out)` and the start's, which is taken out.
+        show: is given the gates, `(tokens, layers, N)`, and x's leading dimensions.
     """
+    G, r = len(reads), reads[0][0].shape[0]
+    # all layers' A, then all routers, then all starts
+    order = list(zip(*[(*read[:2], *(-A0 for A0 in read[2:])) for read in reads], strict=True))
+    down, sizes = stack([w for group in order for w in group], like), [sum(w.shape[0] for w in g) for g in order]
+    stacked = [stack(up, like) for up in ups]
 
-    heads: GatedHeads | None
-    read: tuple[Tensor, ...]
-    up: tuple[Tensor, ...]
-    scale: float
-
-
-def few_tokens(parts: Sequence[Part], like: Tensor) -> Update | None:
-    """The updates of layers that read the same x in as few calls as there are: `update(ys, x)` adds them to the ys in
-    place. None where one is not gated heads, or they differ in more than their gates' values.
-
-    Copies of the weights are held, stacked and in the dtype of `like`; heads behind fixed gates become one.
-    """
-    heads = [part.heads for part in parts if part.heads is not None]
-    if len(heads) < len(parts) or len({(one.r, one.num_heads, one.routed, one.start) for one in heads}) > 1:
-        return None
-    if not heads:
-        return lambda ys, x: None
-    G, N, r = len(heads), heads[0].num_heads, heads[0].r
-    down, Bs = [], []
-    for one, part in zip(heads, parts, strict=True):
-        of_heads, *start = part.up
-        if not one.routed:
-            of_heads = one.gate * of_heads.unflatten(0, (N, r)).sum(0)
-        trained = len(part.read) - len(start)
-        down.append([*part.read[:trained], *(-w for w in part.read[trained:])])  # what is written for the start is -z_0
-        Bs.append(stack([of_heads, *start], like))
-    # all layers' A, then all routers, then all starts; layer by layer where nothing happens between the products
-    order = list(zip(*down, strict=True)) if heads[0].routed else down
-    stacked = stack([w for group in order for w in group], like)
-    scales, sizes = [part.scale for part in parts], [sum(w.shape[0] for w in group) for group in order]
-
-    def fixed(ys: Sequence[Tensor], x: Tensor) -> None:
-        u = F.linear(x, stacked)
-        write(ys, [u] if G == 1 else u.split_with_sizes(sizes, 1))
-
-    def routed(ys: Sequence[Tensor], x: Tensor) -> None:
-        z, logits, *rest = widened(F.linear(x, stacked)).split_with_sizes(sizes, 1)
+    def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
+        z, logits, *start = widened(F.linear(x, down)).split_with_sizes(sizes, 1)
         gates = torch.softmax(logits.view(-1, G, N), 2)
+        show(gates, lead)
         h = (gates.unsqueeze(3) * z.view(-1, G, 1, r)).flatten(2)
-        write(ys, (torch.cat([h, rest[0].view(-1, G, r)], 2) if rest else h).unbind(1))
+        hs = (torch.cat([h, start[0].view(-1, G, r)], 2) if start else h).unbind(1)
+        for y, h, up, scale in zip(ys, hs, stacked, scales, strict=True):
+            y.addmm_(cast(h, y.dtype), up, alpha=scale)
 
-    def write(ys: Sequence[Tensor], hs: Sequence[Tensor]) -> None:
-        for y, h, B, scale in zip(ys, hs, Bs, scales, strict=True):
-            y.addmm_(cast(h, y.dtype), B, alpha=scale)
+    return update
 
-    return routed if heads[0].routed else fixed
+
+def mixed_update(
+    reads: Sequence[Tensor],
+    mix: Callable[[Sequence[Tensor], tuple[int, ...]], Tensor],
+    up: Tensor,
+    scale: float,
+    like: Tensor,
+) -> Update:
+    """Any method on one layer: `mix(ranks, lead)` gives what is written, `(tokens, m)`."""
+    down, sizes, up = stack(reads, like), [w.shape[0] for w in reads], cast(up, like.dtype).clone()
+
+    def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
+        ranks = widened(F.linear(x, down)).split_with_sizes(sizes, 1)
+        ys[0].addmm_(cast(mix(ranks, lead), like.dtype), up, alpha=scale)
+
+    return update

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from ..methods.base import Branch
-from ..methods.call import Call
-from ..ops import FEW, Update, few_tokens, implementation
+from ..methods.registry import method
+from ..ops import FEW, Update, factor_updates, implementation, mixed_update, routed_updates
 from .context import Context
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -28,7 +28,7 @@ _version = operator.attrgetter("_version")
 
 class Watch:
     """Knows whether anything has changed that decides what some adapted layers compute: modules, tensors and what is
-    written to the branches' own, mode, active adapters; and that nobody hooks in, looks at gates or has merged.
+    written to the branches' own, mode, active adapters; and that nobody hooks in or has merged.
 
     It reads dictionaries and lists that it knows from the beginning, a whole kind at a time: among the products of the
     layers every attribute of a module would come from memory, one after the other.
@@ -42,17 +42,15 @@ class Watch:
     def __init__(
         self, layers: Sequence[Any], branches: Sequence[nn.Module], others: Sequence[Any], hooked: Sequence[nn.Module]
     ):
-        context = layers[0].context
         hooks = [vars(module)[name] for module in hooked for name in _HOOKS]
         everywhere = [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
-        lists = [context.observers, context.merging, *(layer.merged_adapters for layer in layers)]
-        self._empty = (*hooks, *everywhere, *lists)
+        self._empty = (*hooks, *everywhere, *(layer.merged_adapters for layer in layers))
         self._fields = [
             (vars(module), name)
             for modules, names in (
                 (layers, ("forward", "merged_adapters", "_active_adapter", "_disable_adapters")),
                 (branches, ("forward", "training", "scaling")),
-                (others, ("forward", "training")),
+                (others, ("forward",)),
             )
             for module in modules
             for name in names
@@ -81,12 +79,12 @@ def tensors_of(branch: nn.Module) -> list[Tensor]:
 
 
 class Decoder:
-    """`run(rows)` on held copies of weights. A write that PyTorch does not see, as through `.data`, is missed until the
-    next prompt."""
+    """`run(rows, lead)` on held copies of weights: x `(tokens, d_in)`, and the leading dimensions it had. A write that
+    PyTorch does not see, as through `.data`, is missed until the next prompt."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], watch: Watch, context: Context, like: Tensor):
+    def __init__(self, run: Callable[[Tensor, tuple[int, ...]], Tensor], watch: Watch, context: Context, like: Tensor):
         self.run, self._watch, self._context = run, watch, context
-        self._dtype, self._device = like.dtype, like.device
+        self._dtype = like.dtype
 
     def fits(self, x: Tensor) -> bool:
         """Whether this is one more token of what it was made for."""
@@ -95,7 +93,6 @@ class Decoder:
             not torch.is_grad_enabled()
             and type(x) is Tensor
             and x.dtype == self._dtype
-            and x.device == self._device
             and x.numel() <= FEW * x.shape[-1]
             and not (state is not None and state.past == 0)  # a prompt
             and not torch.is_autocast_enabled(x.device.type)
@@ -103,8 +100,9 @@ class Decoder:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.run(x.reshape(-1, x.shape[-1]))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        lead = x.shape[:-1]
+        y = self.run(x.reshape(-1, x.shape[-1]), lead)
+        return y.view(*lead, y.shape[-1])
 
 
 class Held:
@@ -117,70 +115,111 @@ class Held:
         return Held, ()
 
 
-def may_decode(branch: Branch, context: Context, x: Tensor) -> bool:
+def may_decode(branch: Branch, x: Tensor) -> bool:
     """Whether these are few tokens without gradients, and what the branch does to them can be held."""
     return (
         not torch.is_grad_enabled()
-        and type(branch).gated_heads is not Branch.gated_heads
-        and not branch.training
+        and not (branch.training or branch.folds)
         and type(x) is Tensor
         and x.numel() <= FEW * x.shape[-1]
-        and not (context.observers or context.merging)
+        and not (is_watched(branch) or hooks_everywhere())
         and not torch.is_autocast_enabled(x.device.type)
         and implementation(x.device) != "reference"
     )
 
 
-def layer_decoder(layer: Any, branch: Branch, call: Call, x: Tensor) -> Decoder | None:
+def is_watched(module: nn.Module) -> bool:
+    """True if somebody hooks into the module's forward or backward, or has replaced it."""
+    return any(vars(module)[name] for name in _HOOKS) or "forward" in vars(module)
+
+
+def hooks_everywhere() -> bool:
+    """True if somebody hooks into all modules."""
+    return bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+
+
+def layer_decoder(layer: Any, branch: Branch, x: Tensor) -> Decoder | None:
     """The decoder of a `MethodLayer` on a plain layer; None where it cannot be held. Hooks on the layer itself run
     around it and do not matter."""
-    update = _update([branch], [call], x)
+    update = _update([layer], [branch], x)
     if update is None:
         return None
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
 
-    def run(rows: Tensor) -> Tensor:
+    def run(rows: Tensor, lead: tuple[int, ...]) -> Tensor:
         y = F.linear(rows, weight, bias)
-        update([y], rows)
+        update([y], rows, lead)
         return y
 
     watch = Watch([layer], [branch], [layer.base_layer], [layer.base_layer, branch])
     return Decoder(run, watch, layer.context, x)
 
 
-def block_decoder(
-    mlp: Any, layers: Sequence[Any], branches: Sequence[Branch | None], calls: Sequence[Call | None], x: Tensor
-) -> Decoder | None:
-    """The decoder of a gated block of plain layers; None where it cannot be held, or gate and up are not alike.
+def block_decoder(mlp: Any, layers: Sequence[Any], branches: Sequence[Branch | None], x: Tensor) -> Decoder | None:
+    """The decoder of a gated block of plain layers; None where it cannot be held.
 
     Args:
-        layers, branches, calls: of the gate, up and down projection; branch and call are None where one has no adapter.
+        layers, branches: of the gate, up and down projection; a branch is None where one has no adapter.
     """
     present = [i for i, branch in enumerate(branches) if branch is not None]
     read_x, read_product = [i for i in present if i < 2], [i for i in present if i == 2]
-    above, below = (_update([branches[i] for i in g], [calls[i] for i in g], x) for g in (read_x, read_product))
+    above, below = (_update([layers[i] for i in g], [branches[i] for i in g], x) for g in (read_x, read_product))
     if above is None or below is None:
         return None
     plain = [layer if branch is None else layer.base_layer for layer, branch in zip(layers, branches, strict=True)]
     (W_gate, b_gate), (W_up, b_up), (W_down, b_down) = ((layer.weight, layer.bias) for layer in plain)
     act = mlp.act_fn
 
-    def run(rows: Tensor) -> Tensor:
+    def run(rows: Tensor, lead: tuple[int, ...]) -> Tensor:
         gate, up = F.linear(rows, W_gate, b_gate), F.linear(rows, W_up, b_up)
-        above([(gate, up)[i] for i in read_x], rows)
+        above([(gate, up)[i] for i in read_x], rows, lead)
         product = act(gate) * up
         y = F.linear(product, W_down, b_down)
-        below([y] if read_product else [], product)
+        below([y] if read_product else [], product, lead)
         return y
 
     adapted, own = [layers[i] for i in present], [branch for branch in branches if branch is not None]
-    watch = Watch(adapted, own, [mlp, *plain, act], [*adapted, *own, *plain, act])
+    watch = Watch(adapted, own, [mlp, *plain], [*adapted, *own, *plain])
     return Decoder(run, watch, adapted[0].context, x)
 
 
-def _update(branches: Sequence[Any], calls: Sequence[Any], like: Tensor) -> Update | None:
-    """What layers that read the same x add to their outputs; None where that is not plain gated heads, all of one kind,
-    or where nobody counts the writes to a tensor (inference mode)."""
+def _update(layers: Sequence[Any], branches: Sequence[Any], like: Tensor) -> Update | None:
+    """What layers that read the same x add to their outputs; None where nobody counts the writes to a tensor (inference
+    mode)."""
     if any(t.is_inference() for branch in branches for t in tensors_of(branch)):
         return None
-    return few_tokens([branch.part(call) for branch, call in zip(branches, calls, strict=True)], like)
+    if not branches:
+        return lambda ys, x, lead: None
+    if all(method(layer.method_name).mergeable for layer in layers):
+        return factor_updates([branch.factors() for branch in branches], like)
+    heads = [
+        branch.gated_heads(layer.context.call(layer.name, ()), None)
+        for layer, branch in zip(layers, branches, strict=True)
+    ]
+    kinds = {None if one is None or not one.routed else (one.r, one.num_heads, one.start) for one in heads}
+    if len(kinds) == 1 and None not in kinds:
+        reads = [[w for part in branch.reads() for w in part] for branch in branches]
+        ups = [branch.writes_apart() for branch in branches]
+        context = layers[0].context
+
+        def show(gates: Tensor, lead: tuple[int, ...]) -> None:
+            if context.observers or context.merging:
+                for layer, gate in zip(layers, gates.unbind(1), strict=True):
+                    context.call(layer.name, lead).saw_gate(gate)
+
+        return routed_updates(reads, ups, [branch.scaling for branch in branches], heads[0].num_heads, show, like)
+    each = [_of_any(layer, branch, like) for layer, branch in zip(layers, branches, strict=True)]
+
+    def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
+        for one, y in zip(each, ys, strict=True):
+            one([y], x, lead)
+
+    return update
+
+
+def _of_any(layer: Any, branch: Branch, like: Tensor) -> Update:
+    def mix(ranks: Sequence[Tensor], lead: tuple[int, ...]) -> Tensor:
+        return branch.mix(*ranks, call=layer.context.call(layer.name, lead))
+
+    dropped, clean = branch.reads()
+    return mixed_update((*dropped, *clean), mix, branch.writes(), branch.scaling, like)

@@ -69,8 +69,8 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         # A plain layer runs inside the first branch, flat: its fresh output is nobody else's, so the update is added in
         # its memory, where autograd would copy what is written through a view.
         y: Any = self.base_layer
-        if len(active) == 1 and may_decode(active[0], self.context, x) and not (args or kwargs) and is_plain(y):
-            self._held.decoder = decoder = layer_decoder(self, active[0], call, x)
+        if len(active) == 1 and may_decode(active[0], x) and not (args or kwargs) and is_plain(y):
+            self._held.decoder = decoder = layer_decoder(self, active[0], x)
             if decoder is not None:
                 return decoder(x)
         if args or kwargs or not is_plain(y) or any(branch.folds for branch in active):

@@ -14,11 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 
 from ..ops import implementation, is_plain
 from ..ops.gated_mlp import gated_mlp
-from .decoding import Held, block_decoder, may_decode
+from .decoding import Held, block_decoder, hooks_everywhere, is_watched, may_decode
 from .layer import MethodLayer
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -67,16 +66,15 @@ def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
     plain: list[Any] = [layer.base_layer if type(layer) is MethodLayer else layer for layer in layers]
     if _is_usual(mlp, layers, branches, plain, x):
         lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        calls = [
-            None if branch is None else layer.context.call(layer.name, tuple(lead))
-            for layer, branch in zip(layers, branches, strict=True)
-        ]
         if torch.is_grad_enabled() or mlp.training:  # both forwards of reentrant checkpointing must round alike
-            adapters = [None if b is None else b.adapter(rows, call) for b, call in zip(branches, calls, strict=True)]
+            adapters = [
+                None if branch is None else branch.adapter(rows, layer.context.call(layer.name, tuple(lead)))
+                for layer, branch in zip(layers, branches, strict=True)
+            ]
             y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, mlp.act_fn, rows)
             return y.reshape(*lead, y.shape[-1])
-        if all(b is None or may_decode(b, layer.context, x) for layer, b in zip(layers, branches, strict=True)):
-            held.decoder = decoder = block_decoder(mlp, layers, branches, calls, x)
+        if all(branch is None or may_decode(branch, x) for branch in branches):
+            held.decoder = decoder = block_decoder(mlp, layers, branches, x)
             if decoder is not None:
                 return decoder(x)
     return type(mlp).forward(mlp, x)
@@ -87,16 +85,10 @@ def _is_usual(mlp: Any, layers: list[Any], branches: list[Any], plain: list[Any]
         return False
     return (
         all(map(is_plain, plain))
-        and not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
-        and not _is_watched(mlp.act_fn)
+        and not hooks_everywhere()
+        and not is_watched(mlp.act_fn)
         and not any(
-            type(layer) is MethodLayer and (branch is None or _is_watched(layer) or _is_watched(branch))
+            type(layer) is MethodLayer and (branch is None or is_watched(layer) or is_watched(branch))
             for layer, branch in zip(layers, branches, strict=True)
         )
     )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """True if somebody hooks into the module's forward or backward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
