@@ -220,14 +220,20 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def mix(self, *ranks: Any, **call: Any) -> Tensor:
-        """`mix(u_1, u_2, ..., call=call)`: from what was read, in the order of `reads`, to what is written.
+        """`mix(u_1, u_2, ..., call=call)`: from what was read, in the order of `reads`, to what is written; by default
+        all ranks as they are, side by side.
 
         Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.methods.call.Call`.
         Training runs it twice, without gradients in forward and from the same ranks in backward (`call.again`), so that
         what happens once is behind `call.first_time`, and dropout comes from `call.seed`, never from a global
         generator. Gradients reach the ranks and what `mixes` names.
         """
-        raise NotImplementedError
+        return ranks[0] if len(ranks) == 1 else torch.cat(ranks, dim=-1)
+
+    @property
+    def unmixed(self) -> bool:
+        """Whether `mix` is the default one."""
+        return type(self).mix is Branch.mix
 
     def writes(self) -> Tensor:
         """The up-projections, `(m, d_out)`."""
@@ -275,6 +281,7 @@ class Branch(nn.Module):
             of_input if self.lora_dropout > 0 else None,
             self.input_masks,
             self.gated_heads(call, seed) if by_hand else None,
+            self.unmixed and by_hand,
         )
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:

@@ -182,10 +182,14 @@ class ColaBranch(Branch):
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), () if self.folds else (self.A_tied,)
 
+    @property
+    def unmixed(self) -> bool:
+        return self.config.alpha_mode == "fixed_scaling"
+
     def mix(self, z: Tensor, *tied: Tensor, call: Call) -> Tensor:
-        if self.config.alpha_mode == "fixed_alpha":
+        if not self.unmixed:
             z = z * self.relative_scaling(int(self.link))
-        return torch.cat([z, *tied], dim=-1) if tied else z
+        return super().mix(z, *tied)
 
     def writes(self) -> Tensor:
         return torch.cat(self.writes_apart())

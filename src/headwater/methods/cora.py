@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
-from .call import Call
 from .files import read_tensors
 
 
@@ -98,9 +97,6 @@ class CoraBranch(Branch):
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), ()
-
-    def mix(self, z: Tensor, *, call: Call) -> Tensor:
-        return z
 
     def writes(self) -> Tensor:
         return self.B

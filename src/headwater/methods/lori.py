@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
-from .call import Call
 from .files import pack_bits, read_tensors, unpack_bits
 
 _TENSORS = ("A", "B", "values", "index", "values_before", "index_before")
@@ -176,9 +175,6 @@ class LoriBranch(Branch):
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), ()
-
-    def mix(self, z: Tensor, *, call: Call) -> Tensor:
-        return z
 
     def writes(self) -> Tensor:
         if hasattr(self, "B"):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..errors import Problem
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
-from .call import Call
 
 
 @dataclass
@@ -51,9 +50,6 @@ class MultiLoraBranch(Branch):
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A.flatten(0, 1),), ()
-
-    def mix(self, z: Tensor, *, call: Call) -> Tensor:
-        return z
 
     def writes(self) -> Tensor:
         return (self.c.unsqueeze(1) * self.B).flatten(0, 1)

@@ -73,6 +73,7 @@ class Adapter:
         dropout, seed: of the input dropout; seed None without.
         masks: independent dropout masks on x; above 1 the ranks behind them are one tensor, mask by mask.
         heads: says the same as `mix` where that is plain gated heads; they are then computed by hand.
+        unmixed: `mix` gives the ranks as they are, side by side; it is not called then.
     """
 
     tensors: Callable[[], Tensors]
@@ -82,6 +83,7 @@ class Adapter:
     seed: Tensor | None = None
     masks: int = 1
     heads: GatedHeads | None = None
+    unmixed: bool = False
 
     def ranks(self, u: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
         """The parts of u, all ranks side by side, for `mix`, scaled for the input dropout."""

@@ -82,7 +82,7 @@ class ByHand:
             dh[i] = product(dy, stack(t.up, dy).T, scale).T
             of_heads = product(cast(h[i, : N * r], dy.dtype), dy, scale) if wanted[i][0] else None
             self.of_up.append(None if of_heads is None else cast(of_heads, t.up[0].dtype))
-        v = dh[:, : N * r].unflatten(1, (N, r))
+        v = dh[:, : N * r].view(len(dh), N, r, -1)
         if kept is not None:
             v.mul_(kept)
         du = torch.empty_like(u, dtype=z.dtype)
@@ -114,7 +114,7 @@ class ByHand:
             dx.addmm_(du.T, clean)
         G = len(self.adapters)
         if sizes:  # not the starts', which come last and are frozen
-            found = cast(du[: G * sum(sizes)] @ x, self.tensors[0].dropped[0].dtype).split(
+            found = cast(du[: G * sum(sizes)] @ x, self.tensors[0].dropped[0].dtype).split_with_sizes(
                 [k for k in sizes for _ in range(G)]
             )
             for i in range(G):
@@ -136,8 +136,8 @@ class ByHand:
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""
-        G = len(self.adapters)
-        z, logits, z_0 = (part.unflatten(0, (G, part.shape[0] // G)) for part in u.split(self.rows))
+        G, tokens = len(self.adapters), u.shape[1]
+        z, logits, z_0 = (part.view(G, part.shape[0] // G, tokens) for part in u.split_with_sizes(self.rows))
         return z, logits, z_0
 
     def _spread(self, z: Tensor, z_0: Tensor, gates: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -145,7 +145,7 @@ class ByHand:
         G, r, tokens = z.shape
         N = self.heads.num_heads
         h = z.new_empty(G, N * r + z_0.shape[1], tokens)
-        heads, z = h[:, : N * r].unflatten(1, (N, r)), z.unsqueeze(1)
+        heads, z = h[:, : N * r].view(G, N, r, tokens), z.unsqueeze(1)
         if gates is not None:
             torch.mul(gates.unsqueeze(2), z, out=heads)
         else:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .adapter import Adapter, Tensors
 from .by_hand import ByHand, can_share
 from .dispatch import implementation
-from .replayed import Replayed
+from .replayed import Replayed, Unmixed
 
 
 def rank_spaces(adapters: Sequence[Adapter], device: torch.device) -> list[ByHand | Replayed]:
@@ -28,7 +28,8 @@ def rank_spaces(adapters: Sequence[Adapter], device: torch.device) -> list[ByHan
     by_hand = _by_hand(device)
     if len(adapters) > 1 and can_share(adapters):
         return [by_hand(adapters)]
-    return [Replayed(adapter) if adapter.heads is None else by_hand([adapter]) for adapter in adapters]
+    alone = {True: Unmixed, False: Replayed}
+    return [alone[adapter.unmixed](adapter) if adapter.heads is None else by_hand([adapter]) for adapter in adapters]
 
 
 def _by_hand(device: torch.device) -> type[ByHand]:

@@ -6,7 +6,7 @@
     dx = dy W, then du A_cat added in place       dA_cat = du^T x
 
 The graph of `mix` in backward is a few numbers a token. So no method has to write a backward, and none saves more than
-another.
+another. Where `mix` changes nothing there is nothing to replay (`Unmixed`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Replayed:
         """Adds the update to y `(tokens, d_out)` in place; returns what backward needs."""
         (of_adapter,), (y,) = tensors, ys
         u, bits = self._read(x, of_adapter)
-        h, _ = self.adapter.mix(self.adapter.ranks(u, of_adapter), x, False)
+        h = self._mixed(u, of_adapter, x)
         y.addmm_(aligned(cast(h, y.dtype)), aligned(stack(of_adapter.up, y), 0), alpha=self.adapter.scale)
         return u, bits
 
@@ -54,19 +54,27 @@ class Replayed:
         tensors = self.tensors
         ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
         wanted_up, self.wanted_reads, wanted_others = wants[:ups], wants[ups : ups + reads], wants[ups + reads :]
+        up = stack(tensors.up, dy)
+        dh = product(dy, aligned(up, 0).T, adapter.scale)[:, : up.shape[0]]
+        h = self._pull(u, dh, wanted_others)
+        self.of_up = outer(h, dy, tensors.up, wanted_up, adapter.scale)
+
+    def _mixed(self, u: Tensor, tensors: Tensors, x: Tensor) -> Tensor:
+        return self.adapter.mix(self.adapter.ranks(u, tensors), x, False)[0]
+
+    def _pull(self, u: Tensor, dh: Tensor, wanted: Sequence[bool]) -> Tensor:
+        """From dh to du and the gradients of `mix`'s parameters; returns h."""
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            h, losses = adapter.mix(adapter.ranks(leaf, tensors), x, True)
-        trained = [p for p, want in zip(tensors.others, wanted_others, strict=True) if want]
-        up = stack(tensors.up, dy)
-        dh = cast(product(dy, aligned(up, 0).T, adapter.scale)[:, : up.shape[0]], h.dtype)
-        ends = [(h, dh), *((loss, torch.ones_like(loss)) for loss in losses)]
+            h, losses = self.adapter.mix(self.adapter.ranks(leaf, self.tensors), self.x, True)
+        trained = [p for p, want in zip(self.tensors.others, wanted, strict=True) if want]
+        ends = [(h, cast(dh, h.dtype)), *((loss, torch.ones_like(loss)) for loss in losses)]
         outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
         du, *of_trained = torch.autograd.grad(outputs, [leaf, *trained], grads, allow_unused=True)
         self.du = torch.zeros_like(u) if du is None else du
         given = iter(of_trained)
-        self.of_others = [next(given) if want else None for want in wanted_others]
-        self.of_up = outer(h.detach(), dy, tensors.up, wanted_up, adapter.scale)
+        self.of_others = [next(given) if want else None for want in wanted]
+        return h.detach()
 
     def add_to_dx(self, dx: Tensor | None) -> None:
         """Adds the update's part to dx `(tokens, d_in)` in place, and finds the down-projections' gradients."""
@@ -87,6 +95,21 @@ class Replayed:
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
         """In the order of `Tensors.flat`."""
         return [(*self.of_up, *self.of_reads, *self.of_others)]
+
+
+class Unmixed(Replayed):
+    """One adapter on one layer whose h is u, all ranks in their order; those behind dropout are scaled for it."""
+
+    def _mixed(self, u: Tensor, tensors: Tensors, x: Tensor) -> Tensor:
+        if self.adapter.seed is None:
+            return u
+        behind = u.shape[1] - sum(w.shape[0] for w in tensors.clean)
+        scaled = u[:, :behind] * (1 / (1 - self.adapter.dropout))
+        return torch.cat([scaled, u[:, behind:]], 1) if tensors.clean else scaled
+
+    def _pull(self, u: Tensor, dh: Tensor, wanted: Sequence[bool]) -> Tensor:
+        self.du, self.of_others = self._mixed(dh, self.tensors, self.x), [None] * len(wanted)
+        return self._mixed(u, self.tensors, self.x)
 
 
 def read(x: Tensor, down: Tensor) -> Tensor:
