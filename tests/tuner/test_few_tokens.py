@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -360,6 +362,15 @@ def test_weights_at_an_address_that_was_another_adapters_are_not_taken_for_its_o
     again = [torch.empty_like(tensor) for _ in range(20) for tensor in weights]
     assert not addresses & {tensor.data_ptr() for tensor in again}
     check(block, x)
+
+
+def test_no_new_module_comes_to_lie_at_the_address_of_an_old_one(tiny_llama):
+    _, block = block_of("rlora", tiny_llama)
+    check(block, torch.randn(2, 32, dtype=torch.float64))
+    held_modules = [weakref.ref(block.up_proj.base_layer), weakref.ref(block.up_proj.branch("default"))]
+    del block.up_proj.base_layer, block.up_proj.branches["default"]
+    gc.collect()
+    assert all(module() is not None for module in held_modules)
 
 
 @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])

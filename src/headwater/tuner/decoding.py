@@ -58,7 +58,8 @@ class Watch:
         modules = (*layers, *(layer.branches for layer in layers), *branches, *others)
         self._members = [vars(module)[name] for module in modules for name in _MEMBERS]
         self._tensors = [t for branch in branches for t in tensors_of(branch)]
-        self._memory = [t.detach() for t in self._tensors]  # kept, so that nothing else comes to lie there
+        # kept, so that nothing else comes to lie at their addresses
+        self._modules, self._memory = modules, [t.detach() for t in self._tensors]
         self._before = self._now()
 
     def unchanged(self) -> bool:
