@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import headwater
+from headwater.methods.base import Branch
+from headwater.ops.replayed import Replayed
 from headwater.tuner import MethodLayer, context_of
 
-from .helpers import adapt, assert_near, gradients, layer_output, task_kwargs, tokens
+from .helpers import adapt, assert_near, assert_same, gradients, layer_output, task_kwargs, tokens
 from .rows import BY_ID, Row
 
 
@@ -41,6 +43,33 @@ def test_values_and_gradients_are_those_of_plain_autograd(row, tiny_llama, monke
     found = step(row, model, monkeypatch, None)
     assert_near(found, expected, relative=1e-9)
     assert all(value.abs().max() > 0 for name, value in found.items() if name.endswith((".A", ".S")))
+
+
+UNMIXED = ["multilora", "cora", "lori", "lori-sparse", "cola"]
+
+
+@pytest.mark.parametrize("row_id", UNMIXED)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_to_mix_is_what_replaying_it_gives(row_id, autocast, tiny_llama, monkeypatch):
+    """To the bit; and it is not replayed."""
+    row = BY_ID[row_id]
+    model = adapt(row, tiny_llama()).train()
+    kind, replayed = type(next(m for m in model.modules() if isinstance(m, Branch))), []
+    monkeypatch.setattr(Replayed, "_pull", counted(Replayed._pull, replayed))
+    found = step(row, model, monkeypatch, None, autocast=autocast)
+    assert not replayed
+    monkeypatch.setattr(kind, "unmixed", False)
+    expected = step(row, model, monkeypatch, None, autocast=autocast)
+    assert len(replayed) == len([m for m in model.modules() if isinstance(m, MethodLayer)])
+    assert_same(found, expected)
+
+
+def counted(function, calls):
+    def run(*args):
+        calls.append(args)
+        return function(*args)
+
+    return run
 
 
 def watch(model: nn.Module) -> None:

@@ -197,7 +197,8 @@ class Branch(nn.Module):
     A subclass creates its tensors in `__init__`, float32 on the CPU, drawn from `generator`; frozen ones are buffers,
     because PEFT turns the gradients of parameters back on. It says what it reads from x (`reads`), what happens in rank
     space (`mix`) and what it writes to y (`writes`).
-    Keep parameters directly on the module: PEFT's file format has room for one name behind the adapter's.
+    Keep parameters directly on the module: PEFT's file format has room for one name behind the adapter's. What `reads`,
+    `writes` and `factors` give may change with these tensors and with `scaling` alone: decoding holds it until they do.
     """
 
     needs_state: bool = False  # uses task ids, the padding mask or auxiliary losses of the forward pass

@@ -98,11 +98,6 @@ class Call:
         """False whenever the layer runs again in backward: count and log only when True."""
         return not self.again and (self.state is None or not self.state.closed)
 
-    @property
-    def begins(self) -> bool:
-        """The forward starts a sequence: no key-value cache lies behind it."""
-        return self.state is not None and self.state.past == 0
-
     def task_of_row(self, num_tasks: int | None = None) -> Tensor:
         """LongTensor `(rows,)`, the task of each row of the batch.
 

@@ -184,10 +184,10 @@ class ColaBranch(Branch):
 
     @property
     def unmixed(self) -> bool:
-        return self.config.alpha_mode == "fixed_scaling"
+        return type(self).mix is ColaBranch.mix and self.config.alpha_mode == "fixed_scaling"
 
     def mix(self, z: Tensor, *tied: Tensor, call: Call) -> Tensor:
-        if not self.unmixed:
+        if self.config.alpha_mode == "fixed_alpha":
             z = z * self.relative_scaling(int(self.link))
         return super().mix(z, *tied)
 

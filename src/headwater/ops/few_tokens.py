@@ -20,8 +20,8 @@ dimensions that x had."""
 
 def factor_updates(factors: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Update:
     """Each layer's update is one product: A `(R, d_in)` and B `(d_out, R)`."""
-    down, sizes = stack([A for A, _ in factors], like), [A.shape[0] for A, _ in factors]
-    ups = [cast(B, like.dtype).T.contiguous() for _, B in factors]
+    down, sizes = _copied([A for A, _ in factors], like), [A.shape[0] for A, _ in factors]
+    ups = [_copied([B.T], like) for _, B in factors]
 
     def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
         u = F.linear(x, down)
@@ -49,8 +49,8 @@ def routed_updates(
     G, r = len(reads), reads[0][0].shape[0]
     # all layers' A, then all routers, then all starts
     order = list(zip(*[(*read[:2], *(-A0 for A0 in read[2:])) for read in reads], strict=True))
-    down, sizes = stack([w for group in order for w in group], like), [sum(w.shape[0] for w in g) for g in order]
-    stacked = [stack(up, like) for up in ups]
+    down, sizes = _copied([w for group in order for w in group], like), [sum(w.shape[0] for w in g) for g in order]
+    stacked = [_copied(up, like) for up in ups]
 
     def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
         z, logits, *start = widened(F.linear(x, down)).split_with_sizes(sizes, 1)
@@ -72,10 +72,17 @@ def mixed_update(
     like: Tensor,
 ) -> Update:
     """Any method on one layer: `mix(ranks, lead)` gives what is written, `(tokens, m)`."""
-    down, sizes, up = stack(reads, like), [w.shape[0] for w in reads], cast(up, like.dtype).clone()
+    down, sizes, up = _copied(reads, like), [w.shape[0] for w in reads], _copied([up], like)
 
     def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
         ranks = widened(F.linear(x, down)).split_with_sizes(sizes, 1)
         ys[0].addmm_(cast(mix(ranks, lead), like.dtype), up, alpha=scale)
 
     return update
+
+
+def _copied(weights: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Stacked, never the weight itself: what is held is all of one moment."""
+    if len(weights) == 1:
+        return weights[0].to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+    return stack(weights, like)

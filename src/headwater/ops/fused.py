@@ -28,8 +28,11 @@ def rank_spaces(adapters: Sequence[Adapter], device: torch.device) -> list[ByHan
     by_hand = _by_hand(device)
     if len(adapters) > 1 and can_share(adapters):
         return [by_hand(adapters)]
-    alone = {True: Unmixed, False: Replayed}
-    return [alone[adapter.unmixed](adapter) if adapter.heads is None else by_hand([adapter]) for adapter in adapters]
+    return [_replayed(adapter) if adapter.heads is None else by_hand([adapter]) for adapter in adapters]
+
+
+def _replayed(adapter: Adapter) -> Replayed:
+    return Unmixed(adapter) if adapter.unmixed else Replayed(adapter)
 
 
 def _by_hand(device: torch.device) -> type[ByHand]:

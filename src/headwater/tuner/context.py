@@ -45,6 +45,12 @@ class Context:
     def state(self) -> State | None:
         return getattr(self._local, "state", None)
 
+    @property
+    def begins(self) -> bool:
+        """Whether the running forward starts a sequence: no key-value cache lies behind it."""
+        state = self.state
+        return state is not None and state.past == 0
+
     @contextlib.contextmanager
     def use(self, state: State | None) -> Iterator[None]:
         before, self._local.state = self.state, state

@@ -27,8 +27,9 @@ _version = operator.attrgetter("_version")
 
 
 class Watch:
-    """Knows whether anything has changed that decides what some adapted layers compute: modules, tensors and what is
-    written to the branches' own, mode, active adapters; and that nobody hooks in or has merged.
+    """Knows whether some adapted layers still compute what they did: the same modules and tensors, nothing written to
+    the branches' own, the same mode, scaling and active adapters, no forward replaced; nobody hooks in or has merged.
+    Other settings of a branch are taken for constant.
 
     It reads dictionaries and lists that it knows from the beginning, a whole kind at a time: among the products of the
     layers every attribute of a module would come from memory, one after the other.
@@ -60,7 +61,8 @@ class Watch:
         self._tensors = [t for branch in branches for t in tensors_of(branch)]
         # kept, so that nothing else comes to lie at their addresses
         self._modules, self._memory = modules, [t.detach() for t in self._tensors]
-        self._before = self._now()
+        fields, *rest = self._now()
+        self._before = ([list(v) if isinstance(v, list) else v for v in fields], *rest)  # PEFT keeps the caller's list
 
     def unchanged(self) -> bool:
         return not any(self._empty) and self._now() == self._before
@@ -81,7 +83,7 @@ def tensors_of(branch: nn.Module) -> list[Tensor]:
 
 class Decoder:
     """`run(rows, lead)` on held copies of weights: x `(tokens, d_in)`, and the leading dimensions it had. A write that
-    PyTorch does not see, as through `.data`, is missed until the next prompt."""
+    PyTorch does not see, as through `.data`, is missed until the next prompt (or many tokens, or a training step)."""
 
     def __init__(self, run: Callable[[Tensor, tuple[int, ...]], Tensor], watch: Watch, context: Context, like: Tensor):
         self.run, self._watch, self._context = run, watch, context
@@ -89,13 +91,12 @@ class Decoder:
 
     def fits(self, x: Tensor) -> bool:
         """Whether this is one more token of what it was made for."""
-        state = self._context.state
         return (
             not torch.is_grad_enabled()
             and type(x) is Tensor
             and x.dtype == self._dtype
             and x.numel() <= FEW * x.shape[-1]
-            and not (state is not None and state.past == 0)  # a prompt
+            and not self._context.begins
             and not torch.is_autocast_enabled(x.device.type)
             and self._watch.unchanged()
         )
@@ -107,20 +108,36 @@ class Decoder:
 
 
 class Held:
-    """Where a layer or a block holds its decoder; copies hold none."""
+    """Where a layer or a block holds its decoder; copies hold none.
+
+    One is made at the second token in a row that goes the same way, so that nobody who switches adapters with each
+    token pays for it.
+    """
 
     def __init__(self) -> None:
         self.decoder: Decoder | None = None
+        self._last: Any = None
+
+    def drop(self) -> Any:
+        """Forgets the decoder, and what `repeats` was told; returns the latter."""
+        last, self._last, self.decoder = self._last, None, None
+        return last
+
+    def repeats(self, branches: Sequence[Any], last: Any) -> bool:
+        """Whether these branches also had the token before, by what `drop` returned."""
+        key = tuple(map(id, branches))
+        self._last = None if key == last else key
+        return key == last
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Held, ()
 
 
-def may_decode(branch: Branch, x: Tensor) -> bool:
-    """Whether these are few tokens without gradients, and what the branch does to them can be held."""
+def may_decode(branch: Branch, context: Context, x: Tensor) -> bool:
+    """Whether these are few tokens behind a prompt, without gradients, and what the branch does to them can be held."""
     return (
         not torch.is_grad_enabled()
-        and not (branch.training or branch.folds)
+        and not (branch.training or branch.folds or context.begins)
         and type(x) is Tensor
         and x.numel() <= FEW * x.shape[-1]
         and not (is_watched(branch) or hooks_everywhere())

@@ -36,7 +36,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.merged_adapters: list[str] = []
         self._weight_before_merge: Tensor | None = None
-        self._held = Held()
+        self.held = [Held()]  # its own, and that of the gated block it is in
         self.in_features, self.out_features = linear_sizes(self.get_base_layer())
         self.train(base_layer.training)  # a model in eval mode stays so, or dropout would run in it
 
@@ -50,11 +50,12 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         return cast(Branch, self.branches[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        last = None
         if not torch.compiler.is_compiling():
-            decoder = self._held.decoder
+            decoder = self.held[0].decoder
             if decoder is not None and not (args or kwargs) and decoder.fits(x):
                 return decoder(x)
-            self._held.decoder = None
+            last = self.held[0].drop()
         if self.disable_adapters or self.merged:
             if self.disable_adapters and self.merged:
                 self.unmerge()
@@ -69,8 +70,9 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         # A plain layer runs inside the first branch, flat: its fresh output is nobody else's, so the update is added in
         # its memory, where autograd would copy what is written through a view.
         y: Any = self.base_layer
-        if len(active) == 1 and may_decode(active[0], x) and not (args or kwargs) and is_plain(y):
-            self._held.decoder = decoder = layer_decoder(self, active[0], x)
+        holds = len(active) == 1 and not (args or kwargs) and is_plain(y) and may_decode(active[0], self.context, x)
+        if holds and self.held[0].repeats(active, last):
+            self.held[0].decoder = decoder = layer_decoder(self, active[0], x)
             if decoder is not None:
                 return decoder(x)
         if args or kwargs or not is_plain(y) or any(branch.folds for branch in active):
@@ -102,6 +104,19 @@ class MethodLayer(nn.Module, BaseTunerLayer):
                 )
             )
         return torch.func.functional_call(self.base_layer, {"weight": folded[0]}, (x, *args), kwargs)
+
+    def drop_held(self) -> None:
+        """Frees what decoding holds of the layer's adapters."""
+        for held in self.held:
+            held.drop()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.drop_held()
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.drop_held()
+        return super()._apply(fn, recurse)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters to the base weight; the weight before is kept, so `unmerge` restores it bit for bit.

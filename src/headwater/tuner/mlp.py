@@ -32,17 +32,23 @@ def fuse_mlps(model: nn.Module) -> None:
     """Lets every gated block with at least one adapted projection run as one function in training and decoding."""
     for module in model.modules():
         layers = [getattr(module, name, None) for name in PROJECTIONS]
-        adapted = any(isinstance(layer, MethodLayer) for layer in layers)
+        adapted = [layer for layer in layers if isinstance(layer, MethodLayer)]
         if adapted and "forward" not in module.__dict__ and _is_gated_block(cast(Any, type(module))):
             module.forward = functools.partial(_forward, module, Held())
+        forward: Any = module.__dict__.get("forward")
+        for layer in adapted if _is_ours(forward) else []:
+            layer.held[1:] = [forward.args[1]]
 
 
 def unfuse_mlps(model: nn.Module) -> None:
     """Undoes `fuse_mlps`."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, functools.partial) and forward.func is _forward:
+        if _is_ours(module.__dict__.get("forward")):
             del module.forward
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is _forward
 
 
 @functools.lru_cache
@@ -60,7 +66,7 @@ def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
     decoder = held.decoder
     if decoder is not None and decoder.fits(x):
         return decoder(x)
-    held.decoder = None
+    last = held.drop()
     layers: list[Any] = [getattr(mlp, name) for name in PROJECTIONS]
     branches: list[Any] = [layer.only_branch() if type(layer) is MethodLayer else None for layer in layers]
     plain: list[Any] = [layer.base_layer if type(layer) is MethodLayer else layer for layer in layers]
@@ -73,7 +79,8 @@ def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
             ]
             y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, mlp.act_fn, rows)
             return y.reshape(*lead, y.shape[-1])
-        if all(branch is None or may_decode(branch, x) for branch in branches):
+        holds = all(b is None or may_decode(b, layer.context, x) for layer, b in zip(layers, branches, strict=True))
+        if holds and held.repeats(branches, last):
             held.decoder = decoder = block_decoder(mlp, layers, branches, x)
             if decoder is not None:
                 return decoder(x)
@@ -86,7 +93,7 @@ def _is_usual(mlp: Any, layers: list[Any], branches: list[Any], plain: list[Any]
     return (
         all(map(is_plain, plain))
         and not hooks_everywhere()
-        and not is_watched(mlp.act_fn)
+        and not (isinstance(mlp.act_fn, nn.Module) and is_watched(mlp.act_fn))
         and not any(
             type(layer) is MethodLayer and (branch is None or is_watched(layer) or is_watched(branch))
             for layer, branch in zip(layers, branches, strict=True)
