@@ -34,14 +34,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")
     from . import _public
 
-    found = {**vars(_public), **globals()}  # importing the public names has set the packages that hold them
-    if name not in found:
+    globals().update({public: getattr(_public, public) for public in ("__all__", *_public.__all__)})
+    if name not in globals():
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")
-    return found[name]
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted({*__getattr__("__all__"), *globals()})
 
 
 _peft_hook.install()

@@ -4,7 +4,7 @@ from .adapter import Adapter, GatedHeads, Tensors, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, drop
 from .few_tokens import Update, factor_updates, mixed_update, routed_updates
-from .fused import adapted_linear, is_plain
+from .fused import adapted_linear, is_plain, is_watched
 from .heads import gated_heads
 from .losses import attach_loss
 from .lowrank import FEW, add_update, project, spread_heads
@@ -24,6 +24,7 @@ __all__ = [
     "gated_heads",
     "implementation",
     "is_plain",
+    "is_watched",
     "mixed_update",
     "project",
     "read_plainly",

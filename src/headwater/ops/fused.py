@@ -104,6 +104,11 @@ def is_plain(layer: nn.Module) -> bool:
         type(weight) is nn.Parameter
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and "forward" not in layer.__dict__
+        and not is_watched(layer)
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """True if somebody hooks into the module's forward or backward, or has replaced it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_modules
 
 from ..methods.base import Branch
 from ..methods.registry import method
-from ..ops import FEW, Update, factor_updates, implementation, mixed_update, routed_updates
+from ..ops import FEW, Update, factor_updates, implementation, is_watched, mixed_update, routed_updates
 from .context import Context
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -136,7 +136,7 @@ class Held:
 def may_decode(branch: Branch, context: Context, x: Tensor) -> bool:
     """Whether these are few tokens behind a prompt, without gradients, and what the branch does to them can be held."""
     return (
-        not torch.is_grad_enabled()
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled())
         and not (branch.training or branch.folds or context.begins)
         and type(x) is Tensor
         and x.numel() <= FEW * x.shape[-1]
@@ -144,11 +144,6 @@ def may_decode(branch: Branch, context: Context, x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and implementation(x.device) != "reference"
     )
-
-
-def is_watched(module: nn.Module) -> bool:
-    """True if somebody hooks into the module's forward or backward, or has replaced it."""
-    return any(vars(module)[name] for name in _HOOKS) or "forward" in vars(module)
 
 
 def hooks_everywhere() -> bool:

@@ -70,7 +70,7 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         # A plain layer runs inside the first branch, flat: its fresh output is nobody else's, so the update is added in
         # its memory, where autograd would copy what is written through a view.
         y: Any = self.base_layer
-        holds = len(active) == 1 and not (args or kwargs) and is_plain(y) and may_decode(active[0], self.context, x)
+        holds = len(active) == 1 and not (args or kwargs) and may_decode(active[0], self.context, x) and is_plain(y)
         if holds and self.held[0].repeats(active, last):
             self.held[0].decoder = decoder = layer_decoder(self, active[0], x)
             if decoder is not None:

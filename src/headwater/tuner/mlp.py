@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import implementation, is_plain
+from ..ops import implementation, is_plain, is_watched
 from ..ops.gated_mlp import gated_mlp
-from .decoding import Held, block_decoder, hooks_everywhere, is_watched, may_decode
+from .decoding import Held, block_decoder, hooks_everywhere, may_decode
 from .layer import MethodLayer
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
