@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwater import HeadwaterError
 from headwater.ops import gated_heads
-from headwater.ops.dropout import draw_seed, drop, keep_mask, keep_masks, pack, threshold, unpack
+from headwater.ops.dropout import TABLE, draw_seed, drop, keep_mask, keep_masks, masked, pack, unpack
 from headwater.ops.heads import backward, forward, implementation, reference
 
 quick = settings(max_examples=25, deadline=None)
@@ -28,10 +28,11 @@ def is_kept(i: int, seed: int, p: float) -> bool:
     def signed(value: int, bits: int = 32) -> int:
         return (value + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
 
-    h = signed(i // 2 * -1640531527 + (seed & 0x7FFFFFFF))
+    h = signed(i // 4 * -1640531527 + (seed & 0x7FFFFFFF))
     h = signed((h ^ (h >> 16)) * 0x21F0AAAD) ^ (seed >> 31)
-    h = signed((h ^ (h >> 15)) * 0x735A2D97)
-    return signed(h >> 16 * (i % 2), 16) < round((1 - p) * 2**16) - 2**15
+    h = signed((h ^ (h >> 16)) * 0x735A2D97)
+    byte = (h % 2**32) >> 8 * (i % 4) & 255
+    return 256 * byte + (i + (seed >> 54)) * 159 % 256 >= round(p * 2**16)
 
 
 @quick
@@ -44,9 +45,27 @@ def test_masks_are_the_documented_hash(rows, columns, first, seed):
             assert got[t, c].item() == is_kept((first + t) * columns + c, seed, 0.3)
 
 
-def test_the_least_dropout_drops_and_the_largest_keeps_nothing():
-    assert threshold(1e-9) == 2**15 - 1
-    assert threshold(1 - 1e-9) == -(2**15)
+def test_the_least_dropout_drops_nothing_and_the_largest_keeps_one_in_256():
+    seed = torch.tensor([5])
+    assert keep_mask(seed, 64, 1024, 1e-9).all()
+    share = keep_mask(seed, 64, 1024, 1 - 1e-9).float().mean()
+    assert 0.5 / 256 < share < 1.5 / 256
+
+
+def test_masks_longer_than_the_tables_go_on_as_they_began():
+    seed, p = draw_seed(torch.device("cpu")), 0.1
+    long = keep_mask(seed, 4 * TABLE // 1000 + 1, 1000, p)
+    assert torch.equal(long[:5], keep_mask(seed, 5, 1000, p))
+    assert torch.equal(long[-5:], keep_mask(seed, 5, 1000, p, first_row=len(long) - 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_masked_values_are_those_or_zero(dtype):
+    values = noise(6, 2 * 16).to(dtype)[:, ::2]
+    values[0, :2] = torch.tensor([torch.nan, torch.inf])
+    kept = keep_mask(torch.tensor([3]), 6, 16, 0.5)
+    kept[0, :2] = False
+    assert torch.equal(masked(values, kept), torch.where(kept, values, 0))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])

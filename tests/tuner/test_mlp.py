@@ -171,7 +171,7 @@ def test_matmuls_of_a_block_read_x_once_for_each_weight(tiny_llama):
     assert counter.matmuls == 3 + 3 + 3 * (1 + 2) + 2 * (1 + 2)
 
 
-@pytest.mark.parametrize(("row_id", "most"), [("rlora", 285), ("mlora", 260), ("hydralora", 365)])
+@pytest.mark.parametrize(("row_id", "most"), [("rlora", 250), ("mlora", 215), ("hydralora", 325)])
 def test_operations_of_a_block(tiny_llama, row_id, most):
     """Counted, not timed: with few tokens, a training step's time is that of its calls. Views count, too."""
     from .test_few_tokens import Calls

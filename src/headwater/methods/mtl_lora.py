@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Problem
-from ..ops import spread_heads
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, NotMergeable, kaiming, known_task, register
 from .call import Call
 
@@ -93,24 +92,29 @@ class MtlLoraBranch(Branch):
         task = call.task_of_row(None if self.mean_for_unknown else self.num_tasks).to(z.device)
         z = call.by_row(z)  # (rows, length, r): a task's tensors are gathered once a row, not once a token
         L, gate = (t.to(z.dtype) for t in self.of_tasks(task))
-        v = z * L.unsqueeze(1) if L.dim() == 2 else z @ L.transpose(1, 2)
-        gate = gate.repeat_interleave(z.shape[1], dim=0)
-        call.saw_gate(gate)
-        return spread_heads(v.flatten(0, 1), gate)
+        if call.observed:
+            call.saw_gate(gate.repeat_interleave(z.shape[1], dim=0))
+        # m_t goes into L_t, once a row, so that a token's ranks are touched once: h_k = (m_tk L_t) z
+        if L.dim() == 2:
+            h = z.unsqueeze(2) * (gate.unsqueeze(2) * L.unsqueeze(1)).unsqueeze(1)
+        else:
+            h = z @ (gate[:, None, :, None] * L.transpose(1, 2).unsqueeze(2)).flatten(2)
+        return h.reshape(call.tokens, -1)
 
     def of_tasks(self, task: Tensor) -> tuple[Tensor, Tensor]:
         """L_t, `(rows, r, r)` or `(rows, r)`, and m_t, `(rows, n)`, for a LongTensor of tasks."""
         if not self.mean_for_unknown:
-            return self.L[task], self.mixing(task)
+            return self.L.index_select(0, task), self.mixing(task)
         T = self.num_tasks
         task = torch.where((task >= 0) & (task < T), task, T)
         m = self.mixing(torch.arange(T, device=task.device))
         L, m = (torch.cat([t, t.mean(0, keepdim=True)]) for t in (self.L, m))
-        return L[task], m[task]
+        return L.index_select(0, task), m.index_select(0, task)
 
     def mixing(self, task: Tensor | int) -> Tensor:
         """m_t, `(n,)` for one task or `(rows, n)` for a LongTensor of tasks."""
-        return torch.softmax(self.w[task] / self.temperature, dim=-1)
+        w = self.w[task] if isinstance(task, int) else self.w.index_select(0, task)
+        return torch.softmax(w / self.temperature, dim=-1)
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)

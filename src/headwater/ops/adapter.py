@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
-from .dropout import keep_mask, pack, unpack
+from .dropout import keep_mask, masked, pack, unpack
 from .lowrank import aligned, project, widened
 
 BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
@@ -108,29 +108,32 @@ class Adapter:
             parts = [(self._dropped(x, n) @ whole)[:, :k] for n in range(self.masks)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
         packs = x.device.type == "cpu" and d_in % 8 == 0  # elsewhere they are drawn again
-        bits = torch.empty(self.masks * tokens, d_in // 8, dtype=torch.uint8) if packs else None
-        u = x.new_empty(tokens, self.masks * k)
-        for n, rows, place in self._blocks(x):
-            kept = self.draw(place, d_in)
-            if bits is not None:
-                bits[place] = pack(kept)
-                kept = unpack(bits[place], x.dtype)
-            torch.mm(kept * x[rows], down.T, out=u[rows, n * k : (n + 1) * k])
-        return u, bits
+        u: list[list[Tensor]] = [[] for _ in range(self.masks)]
+        bits: list[list[Tensor]] = [[] for _ in range(self.masks)]
+        for n, rows in self._blocks(x):
+            kept = self.draw(slice(n * tokens + rows.start, n * tokens + rows.stop), d_in)
+            if packs:
+                bits[n].append(pack(kept))
+            u[n].append(masked(_rows(x, rows), kept) @ down.T)
+        ranks = [_joined(parts) for parts in u]
+        return _joined(ranks, 1), _joined([part for parts in bits for part in parts]) if packs else None
 
     def add_dropped(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor, bits: Tensor | None) -> Tensor:
         """Adds to dx what comes back through `read_dropped`, in place; returns the gradient of `down`."""
-        k = down.shape[0]
+        (tokens, d_in), k = x.shape, down.shape[0]
         if implementation(x.device) == "triton":
             return self._add_dropped_by_kernel(dx, x, du, down)
-        d_down = torch.zeros_like(down, dtype=torch.promote_types(x.dtype, torch.float32))
-        for n, rows, place in self._blocks(x):
-            kept = self.draw(place, x.shape[1]).to(x.dtype) if bits is None else unpack(bits[place], x.dtype)
-            part = du[rows, n * k : (n + 1) * k]
+        total = None
+        for n, rows in self._blocks(x):
+            place = slice(n * tokens + rows.start, n * tokens + rows.stop)
+            kept = self.draw(place, d_in).to(x.dtype) if bits is None else unpack(_rows(bits, place), x.dtype)
+            part = _rows(du[:, n * k : (n + 1) * k], rows)
             if dx is not None:
-                dx[rows].addcmul_(part @ down, kept)
-            d_down += part.T @ kept.mul_(x[rows])
-        return d_down
+                _rows(dx, rows).addcmul_(part @ down, kept)
+            found = part.T @ kept.mul_(_rows(x, rows))
+            total = found if total is None else widened(total).add_(found)
+        assert total is not None
+        return total
 
     def _dropped(self, x: Tensor, n: int) -> Tensor:
         from .triton_dropout import dropped
@@ -153,12 +156,20 @@ class Adapter:
             found.append((part.T @ seen)[:k])
         return found[0] if len(found) == 1 else widened(torch.stack(found)).sum(0)
 
-    def _blocks(self, x: Tensor) -> list[tuple[int, slice, slice]]:
-        """Masks and blocks of x's rows on a CPU, all rows at once elsewhere: mask, rows of x, rows of the masks."""
+    def _blocks(self, x: Tensor) -> list[tuple[int, slice]]:
+        """Masks and blocks of x's rows on a CPU, all rows at once elsewhere."""
         tokens = x.shape[0]
         size = max(1, BLOCK // x.shape[1] if x.device.type == "cpu" else tokens)
         blocks = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
-        return [(n, b, slice(n * tokens + b.start, n * tokens + b.stop)) for b in blocks for n in range(self.masks)]
+        return [(n, block) for block in blocks for n in range(self.masks)]
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def read_plainly(adapter: Adapter, x: Tensor) -> tuple[Tensor, ...]:

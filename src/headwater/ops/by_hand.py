@@ -2,10 +2,11 @@
 
     h = c [g_n * m_n * z  for n = 1..N]  and  -z_0         c = 1 / ((1 - p_x) (1 - p)),  y += s B_cat h
 
-`g` is a softmax of logits or one number, `m` a 0/1 mask, `z_0 = A_0 x` of a frozen start, p_x the dropout on x. c, and
-a gate that is one number, are factors of the matrix products, where they cost nothing. Backward, for dh = s c dy B^T:
+`g` is a softmax of logits or one number, `m` a 0/1 mask, `z_0 = A_0 x` of a frozen start, p_x the dropout on x. s c,
+and a gate that is one number, go into operations that scale for nothing (`_times`): a scaled product of matrices costs
+more than a plain one, and each small operation of another kind does, too. Backward, for dh = dy B^T:
 
-    v_n = m_n * dh_n    dz = sum_n g_n v_n    dl = g * (d - sum_n g_n d_n), d_n = <v_n, z>    dz_0 = -dh_0 / c
+    v_n = s c m_n * dh_n    dz = sum_n g_n v_n    dl = g * (d - sum_n g_n d_n), d_n = <v_n, z>    dz_0 = -s dh_0
 
 `replayed` gives the same (tests compare them); with few tokens its many small operations cost as much as the matrix
 products. Everything is laid out feature by feature, `(layers, features, tokens)`: tokens are the long, contiguous
@@ -14,15 +15,26 @@ dimension, and layers that read the same x share every operation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, Tensors
 from .dropout import keep_masks
-from .lowrank import cast, product, stack, widened
+from .lowrank import cast, stack, widened
 from .replayed import Saved
+
+
+class Weights(NamedTuple):
+    """Stacked as the products take them, in x's dtype: the down-projections that read x as it is, those behind dropout
+    and the up-projections, one of each a layer."""
+
+    clean: Tensor | None
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
 
 
 class ByHand:
@@ -34,6 +46,7 @@ class ByHand:
         self.adapters, self.heads = adapters, heads
         self.drops = adapters[0].seed is not None
         p_x, p = adapters[0].dropout if self.drops else 0.0, 0.0 if heads.seed is None else heads.dropout
+        self.scale = adapters[0].scale
         self.factor = heads.gate / ((1 - p_x) * (1 - p))  # c
         G, r, N = len(adapters), heads.r, heads.num_heads
         # u's rows: every layer's z, then every layer's logits, then every layer's z_0
@@ -42,9 +55,10 @@ class ByHand:
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """Adds the updates to the layers' fresh outputs, each `(tokens, d_out)`, in place; returns what to save. `kept`
         are the heads' masks if they are drawn already (`draw_masks`)."""
-        clean, bits = self.clean_rows(tensors, x), []
+        clean, downs, ups = self._weights(tensors, x)
+        bits: list[Tensor | None] = []
         if self.drops:
-            read = [a.read_dropped(x, cast(t.dropped[0], x.dtype)) for a, t in zip(self.adapters, tensors, strict=True)]
+            read = [adapter.read_dropped(x, down) for adapter, down in zip(self.adapters, downs, strict=True)]
             bits = [b for _, b in read]
             u = torch.cat([*(part for part, _ in read), *([] if clean is None else [x @ clean.T])], 1)
         else:
@@ -59,32 +73,35 @@ class ByHand:
             if adapter.heads.show is not None and gates is not None:
                 adapter.heads.show(gates[i].T)
         h = self._spread(z, z_0, gates, None if kept is None else kept.to(z.dtype))
-        for adapter, t, y, of_layer in zip(self.adapters, tensors, ys, h, strict=True):
-            y.addmm_(cast(of_layer, y.dtype).T, stack(t.up, y), alpha=adapter.scale * self.factor)
-        return u, kept, *bits
+        casts = tensors[0].up[0].dtype != x.dtype  # which takes long; what it makes is small, and kept for backward
+        for up, y, of_layer in zip(ups, ys, cast(h, x.dtype), strict=True):
+            y.addmm_(of_layer.T, up)
+        return u, kept, *bits, *([clean, *downs, *ups] if casts else [])
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
     ) -> None:
         """From dy to du and the heads' gradients."""
-        u, kept, *self.bits = saved
+        u, kept, *rest = saved
         assert u is not None
         self.x = x
         self.tensors = [adapter.tensors() for adapter in self.adapters]
+        drawn = len(self.adapters) if self.drops else 0
+        self.bits, rest = rest[:drawn], rest[drawn:]
+        downs, ups = ([w for w in part if w is not None] for part in (rest[1 : 1 + drawn], rest[1 + drawn :]))
+        self.weights = Weights(rest[0], downs, ups) if rest else self._weights(self.tensors, x)
         r, N = self.heads.r, self.heads.num_heads
         z, logits, z_0 = self._parts(widened(u))
         gates = torch.softmax(logits, 1) if self.heads.routed else None
         kept = None if kept is None else kept.to(z.dtype)  # a CPU takes several times as long to multiply by a bool
         h = self._spread(z, z_0, gates, kept)
         dh, self.of_up = torch.empty_like(h), []
-        for i, (adapter, t, dy) in enumerate(zip(self.adapters, self.tensors, dys, strict=True)):
-            scale = adapter.scale * self.factor
-            dh[i] = product(dy, stack(t.up, dy).T, scale).T
-            of_heads = product(cast(h[i, : N * r], dy.dtype), dy, scale) if wanted[i][0] else None
-            self.of_up.append(None if of_heads is None else cast(of_heads, t.up[0].dtype))
+        of_layers = zip(self.tensors, self.weights.ups, dys, cast(h, x.dtype), dh, wanted, strict=True)
+        for t, up, dy, of_layer, d_layer, wants in of_layers:
+            d_layer.copy_((dy @ up.T).T)
+            self.of_up.append(cast(of_layer[: N * r] @ dy, t.up[0].dtype) if wants[0] else None)
         v = dh[:, : N * r].view(len(dh), N, r, -1)
-        if kept is not None:
-            v.mul_(kept)
+        self._times(v, kept, out=v)
         du = torch.empty_like(u, dtype=z.dtype)
         dz, d_logits, dz_0 = self._parts(du)
         if gates is None:
@@ -95,7 +112,7 @@ class ByHand:
             d -= (gates * d).sum(1, keepdim=True)
             torch.mul(gates, d, out=d_logits)
         if self.heads.start:
-            torch.mul(dh[:, N * r :], -1 / self.factor, out=dz_0)
+            torch.mul(dh[:, N * r :], -self.scale, out=dz_0)
         self.du = cast(du, x.dtype)
 
     def add_to_dx(self, dx: Tensor | None) -> None:
@@ -106,10 +123,10 @@ class ByHand:
         if self.drops:
             behind, du, sizes = du[: self.rows[0]].T, du[self.rows[0] :], sizes[1:]
             for i, (adapter, t) in enumerate(zip(self.adapters, self.tensors, strict=True)):
-                down, part = cast(t.dropped[0], x.dtype), behind[:, i * r : (i + 1) * r]
-                of_down = adapter.add_dropped(dx, x, part, down, self.bits[i])
+                part = behind[:, i * r : (i + 1) * r]
+                of_down = adapter.add_dropped(dx, x, part, self.weights.downs[i], self.bits[i])
                 self.of_down[i].append(cast(of_down, t.dropped[0].dtype))
-        clean = self.clean_rows(self.tensors, x)
+        clean = self.weights.clean
         if clean is not None and dx is not None:
             dx.addmm_(du.T, clean)
         G = len(self.adapters)
@@ -128,6 +145,10 @@ class ByHand:
             for t, up, down in zip(self.tensors, self.of_up, self.of_down, strict=True)
         ]
 
+    def _weights(self, tensors: Sequence[Tensors], x: Tensor) -> Weights:
+        downs = [cast(t.dropped[0], x.dtype) for t in tensors] if self.drops else []
+        return Weights(self.clean_rows(tensors, x), downs, [stack(t.up, x) for t in tensors])
+
     def clean_rows(self, tensors: Sequence[Tensors], x: Tensor) -> Tensor | None:
         """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
         weights = [t.clean if self.drops else (*t.dropped, *t.clean) for t in tensors]
@@ -141,20 +162,32 @@ class ByHand:
         return z, logits, z_0
 
     def _spread(self, z: Tensor, z_0: Tensor, gates: Tensor | None, kept: Tensor | None) -> Tensor:
-        """h / c, `(layers, N r, and r of the start, tokens)`."""
+        """s h, `(layers, N r, and r of the start, tokens)`."""
         G, r, tokens = z.shape
         N = self.heads.num_heads
         h = z.new_empty(G, N * r + z_0.shape[1], tokens)
         heads, z = h[:, : N * r].view(G, N, r, tokens), z.unsqueeze(1)
-        if gates is not None:
-            torch.mul(gates.unsqueeze(2), z, out=heads)
+        if gates is None:
+            self._times(z, kept, out=heads)
+        elif kept is None:
+            self._times(gates.unsqueeze(2), z, out=heads)
         else:
-            heads.copy_(z)
-        if kept is not None:
-            heads.mul_(kept)
+            self._times(torch.mul(gates.unsqueeze(2), z, out=heads), kept, out=heads)
         if self.heads.start:
-            torch.mul(z_0, -1 / self.factor, out=h[:, N * r :])
+            torch.mul(z_0, -self.scale, out=h[:, N * r :])
         return h
+
+    def _times(self, a: Tensor, b: Tensor | None, *, out: Tensor) -> None:
+        """out = s c a b."""
+        if b is None:
+            torch.mul(a.expand_as(out), self.scale * self.factor, out=out)
+        else:
+            torch.addcmul(_zero(a.dtype, a.device), a, b, value=self.scale * self.factor, out=out)
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def can_share(adapters: Sequence[Adapter]) -> bool:
@@ -162,7 +195,7 @@ def can_share(adapters: Sequence[Adapter]) -> bool:
     kinds = {
         (
             a.heads.r, a.heads.num_heads, a.heads.routed, a.heads.start, a.heads.gate, a.heads.dropout,
-            a.heads.seed is None, a.seed is None, a.dropout,
+            a.heads.seed is None, a.seed is None, a.dropout, a.scale,
         )
         if a.heads is not None
         else id(a)

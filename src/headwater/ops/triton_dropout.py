@@ -18,6 +18,7 @@ from . import dropout
 from .dropout import threshold
 
 M0, M1, M2 = tl.constexpr(dropout.M0), tl.constexpr(dropout.M1), tl.constexpr(dropout.M2)
+TURN = tl.constexpr(dropout.TURN)
 ENTRIES = 1024
 
 
@@ -25,13 +26,14 @@ ENTRIES = 1024
 def keeps(seed, place, limit):
     """Whether entries are kept, as `dropout.keep_mask` says; `place` is their number, int64."""
     bits = tl.load(seed)
-    h = (place >> 1).to(tl.int32) * M0 + (bits & 0x7FFFFFFF).to(tl.int32)
+    h = (place >> 2).to(tl.int32) * M0 + (bits & 0x7FFFFFFF).to(tl.int32)
     h = h ^ (h >> 16)
     h = h * M1
     h = h ^ ((bits >> 31) & 0x7FFFFFFF).to(tl.int32)
-    h = h ^ (h >> 15)
+    h = h ^ (h >> 16)
     h = h * M2
-    return tl.where((place & 1) == 1, h >> 16, (h << 16) >> 16) < limit
+    byte = (h >> ((place & 3) * 8).to(tl.int32)) & 255
+    return byte * 256 + (((place + (bits >> 54)) * TURN) & 255).to(tl.int32) >= limit
 
 
 @triton.jit
