@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +24,7 @@ from torch import Tensor
 from .adapter import Adapter, Tensors
 from .dropout import keep_masks
 from .lowrank import cast, stack, widened
-from .replayed import Saved
-
-
-class Weights(NamedTuple):
-    """Stacked as the products take them, in x's dtype: the down-projections that read x as it is, those behind dropout
-    and the up-projections, one of each a layer."""
-
-    clean: Tensor | None
-    downs: Sequence[Tensor]
-    ups: Sequence[Tensor]
+from .replayed import Saved, Weights
 
 
 class ByHand:
@@ -55,7 +45,7 @@ class ByHand:
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """Adds the updates to the layers' fresh outputs, each `(tokens, d_out)`, in place; returns what to save. `kept`
         are the heads' masks if they are drawn already (`draw_masks`)."""
-        clean, downs, ups = self._weights(tensors, x)
+        clean, downs, ups = weights = self._weights(tensors, x)
         bits: list[Tensor | None] = []
         if self.drops:
             read = [adapter.read_dropped(x, down) for adapter, down in zip(self.adapters, downs, strict=True)]
@@ -73,10 +63,9 @@ class ByHand:
             if adapter.heads.show is not None and gates is not None:
                 adapter.heads.show(gates[i].T)
         h = self._spread(z, z_0, gates, None if kept is None else kept.to(z.dtype))
-        casts = tensors[0].up[0].dtype != x.dtype  # which takes long; what it makes is small, and kept for backward
         for up, y, of_layer in zip(ups, ys, cast(h, x.dtype), strict=True):
             y.addmm_(of_layer.T, up)
-        return u, kept, *bits, *([clean, *downs, *ups] if casts else [])
+        return u, kept, *bits, *weights.to_keep(tensors[0])
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
@@ -87,9 +76,8 @@ class ByHand:
         self.x = x
         self.tensors = [adapter.tensors() for adapter in self.adapters]
         drawn = len(self.adapters) if self.drops else 0
-        self.bits, rest = rest[:drawn], rest[drawn:]
-        downs, ups = ([w for w in part if w is not None] for part in (rest[1 : 1 + drawn], rest[1 + drawn :]))
-        self.weights = Weights(rest[0], downs, ups) if rest else self._weights(self.tensors, x)
+        self.bits = rest[:drawn]
+        self.weights = Weights.kept(rest[drawn:], drawn) or self._weights(self.tensors, x)
         r, N = self.heads.r, self.heads.num_heads
         z, logits, z_0 = self._parts(widened(u))
         gates = torch.softmax(logits, 1) if self.heads.routed else None

@@ -12,6 +12,7 @@ another. Where `mix` changes nothing there is nothing to replay (`Unmixed`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,42 +23,73 @@ from .lowrank import aligned, cast, product, stack
 Saved = tuple[Tensor | None, ...]
 
 
+class Weights(NamedTuple):
+    """Stacked as the products take them, in x's dtype: the down-projections that read x as it is, those behind dropout
+    and the up-projections, one of the latter two for each layer."""
+
+    clean: Tensor | None
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
+
+    def to_keep(self, tensors: Tensors) -> Saved:
+        """What to save for backward: all if they were cast, which takes long and gives little to keep; else nothing."""
+        return () if tensors.up[0].dtype == self.ups[0].dtype else (self.clean, *self.downs, *self.ups)
+
+    @classmethod
+    def kept(cls, saved: Sequence[Tensor | None], downs: int) -> Weights | None:
+        """From what `to_keep` gave; None if that was nothing."""
+        if not saved:
+            return None
+        clean, *others = saved
+        present = [w for w in others if w is not None]
+        return cls(clean, present[:downs], present[downs:])
+
+
 class Replayed:
     """One adapter on one layer."""
 
     def __init__(self, adapter: Adapter):
         self.adapter, self.adapters = adapter, [adapter]
+        self.alpha = adapter.scale  # what h is still to be multiplied by
 
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """Adds the update to y `(tokens, d_out)` in place; returns what backward needs."""
         (of_adapter,), (y,) = tensors, ys
-        u, bits = self._read(x, of_adapter)
+        weights = self._weights(of_adapter, x)
+        parts, bits = [], None
+        if weights.downs:
+            u, bits = self.adapter.read_dropped(x, weights.downs[0])
+            parts.append(u)
+        if weights.clean is not None:
+            parts.append((x @ aligned(weights.clean, 0).T)[:, : weights.clean.shape[0]])
+        u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         h = self._mixed(u, of_adapter, x)
-        y.addmm_(aligned(cast(h, y.dtype)), aligned(stack(of_adapter.up, y), 0), alpha=self.adapter.scale)
-        return u, bits
+        y.addmm_(aligned(cast(h, y.dtype)), aligned(weights.ups[0], 0), alpha=self.alpha)
+        return u, bits, *weights.to_keep(of_adapter)
 
-    def _read(self, x: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
-        """u, all ranks side by side, in x's dtype: those behind dropout first, mask by mask."""
+    def _weights(self, tensors: Tensors, x: Tensor) -> Weights:
         dropped, clean = tensors.dropped, tensors.clean
-        if self.adapter.seed is None or not dropped:
-            return read(x, stack((*dropped, *clean), x)), None
-        u, bits = self.adapter.read_dropped(x, stack(dropped, x))
-        return torch.cat([u, read(x, stack(clean, x))], 1) if clean else u, bits
+        if self.adapter.seed is None:
+            dropped, clean = (), (*dropped, *clean)
+        downs = [stack(dropped, x)] if dropped else []
+        return Weights(stack(clean, x) if clean else None, downs, [stack(tensors.up, x)])
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
     ) -> None:
         """From dy to du, and the gradients of the up-projections and of `mix`'s parameters."""
-        adapter, (dy,), (u, self.bits), (wants,) = self.adapter, dys, saved, wanted
+        (dy,), (u, self.bits, *rest), (wants,) = dys, saved, wanted
         assert u is not None
-        self.x, self.tensors = x, adapter.tensors()
+        self.x, self.tensors = x, self.adapter.tensors()
         tensors = self.tensors
+        drops = self.adapter.seed is not None and bool(tensors.dropped)
+        self.weights = Weights.kept(rest, int(drops)) or self._weights(tensors, x)
         ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
         wanted_up, self.wanted_reads, wanted_others = wants[:ups], wants[ups : ups + reads], wants[ups + reads :]
-        up = stack(tensors.up, dy)
-        dh = product(dy, aligned(up, 0).T, adapter.scale)[:, : up.shape[0]]
+        up = self.weights.ups[0]
+        dh = product(dy, aligned(up, 0).T, self.alpha)[:, : up.shape[0]]
         h = self._pull(u, dh, wanted_others)
-        self.of_up = outer(h, dy, tensors.up, wanted_up, adapter.scale)
+        self.of_up = outer(h, dy, tensors.up, wanted_up, self.alpha)
 
     def _mixed(self, u: Tensor, tensors: Tensors, x: Tensor) -> Tensor:
         return self.adapter.mix(self.adapter.ranks(u, tensors), x, False)[0]
@@ -78,19 +110,21 @@ class Replayed:
 
     def add_to_dx(self, dx: Tensor | None) -> None:
         """Adds the update's part to dx `(tokens, d_in)` in place, and finds the down-projections' gradients."""
-        x, du, dropped, clean = self.x, self.du, self.tensors.dropped, self.tensors.clean
+        x, du, (clean, downs, _) = self.x, self.du, self.weights
+        behind, straight = self.tensors.dropped, self.tensors.clean
         self.of_reads: list[Tensor | None] = []
-        if self.adapter.seed is None or not dropped:
-            clean = (*dropped, *clean)
+        if downs:
+            count = 0 if clean is None else len(clean)
+            of_behind, du = du.split([du.shape[1] - count, count], 1)
+            found = self.adapter.add_dropped(dx, x, of_behind, downs[0], self.bits)
+            rows_of = found.split([w.shape[0] for w in behind])
+            self.of_reads += [cast(g, w.dtype) for g, w in zip(rows_of, behind, strict=True)]
         else:
-            behind, du = du.split([du.shape[1] - sum(w.shape[0] for w in clean), sum(w.shape[0] for w in clean)], 1)
-            of_dropped = self.adapter.add_dropped(dx, x, behind, stack(dropped, x), self.bits)
-            rows_of = of_dropped.split([w.shape[0] for w in dropped])
-            self.of_reads += [cast(g, w.dtype) for g, w in zip(rows_of, dropped, strict=True)]
-        if clean:
+            straight = (*behind, *straight)
+        if clean is not None:
             if dx is not None:
-                dx.addmm_(aligned(du), aligned(stack(clean, x), 0))
-            self.of_reads += outer(du, x, clean, self.wanted_reads[len(self.of_reads) :], 1.0)
+                dx.addmm_(aligned(du), aligned(clean, 0))
+            self.of_reads += outer(du, x, straight, self.wanted_reads[len(self.of_reads) :], 1.0)
 
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
         """In the order of `Tensors.flat`."""
@@ -98,23 +132,22 @@ class Replayed:
 
 
 class Unmixed(Replayed):
-    """One adapter on one layer whose h is u, all ranks in their order; those behind dropout are scaled for it."""
+    """One adapter on one layer whose h is u, all ranks in their order; s and what scales for dropout go in at once."""
+
+    def __init__(self, adapter: Adapter):
+        super().__init__(adapter)
+        self.alpha = 1.0
 
     def _mixed(self, u: Tensor, tensors: Tensors, x: Tensor) -> Tensor:
         if self.adapter.seed is None:
-            return u
+            return u * self.adapter.scale
         behind = u.shape[1] - sum(w.shape[0] for w in tensors.clean)
-        scaled = u[:, :behind] * (1 / (1 - self.adapter.dropout))
-        return torch.cat([scaled, u[:, behind:]], 1) if tensors.clean else scaled
+        scaled = u[:, :behind] * (self.adapter.scale / (1 - self.adapter.dropout))
+        return torch.cat([scaled, u[:, behind:] * self.adapter.scale], 1) if tensors.clean else scaled
 
     def _pull(self, u: Tensor, dh: Tensor, wanted: Sequence[bool]) -> Tensor:
         self.du, self.of_others = self._mixed(dh, self.tensors, self.x), [None] * len(wanted)
         return self._mixed(u, self.tensors, self.x)
-
-
-def read(x: Tensor, down: Tensor) -> Tensor:
-    """`x down^T`."""
-    return (x @ aligned(down, 0).T)[:, : down.shape[0]]
 
 
 def outer(
