@@ -19,7 +19,7 @@ tasks:
   - {{name: animals, train: animals-train.jsonl, test: animals-test.jsonl}}
   - {{name: colours, train: colours-train.jsonl, test: colours-test.jsonl}}
 training:
-  {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 5e-2, save_steps: 2, logging_steps: 1,
+  {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 2e-1, save_steps: 2, logging_steps: 1,
     report_to: none, use_cpu: true}}
 compare:
   methods: [lora, {{label: heads, method: {{name: hydralora, num_heads: 2}}}}]

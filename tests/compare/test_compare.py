@@ -142,7 +142,7 @@ def test_other_settings_for_a_kept_run_are_an_error_that_names_them(whole, tmp_p
         compared(path, "training.learning_rate=0.5", "data.max_length=99")
     (problem,) = caught.value.problems  # what all runs have in common is said once, before any is made
     assert problem.where == f"{tmp_path / 'out' / 'lora' / 'seed-0'} and 3 more"
-    assert "training.learning_rate was 0.05, now 0.5" in problem.what
+    assert "training.learning_rate was 0.2, now 0.5" in problem.what
     assert "data.max_length" in problem.what
     with pytest.raises(HeadwaterError) as caught:
         compared(path, "compare.methods=[lora, {label: heads, method: {name: hydralora, num_heads: 3}}]")
@@ -345,7 +345,7 @@ def test_what_another_process_made_with_other_settings_is_noticed(tmp_path, monk
         original(dataclasses.replace(job, config=config) if job.name == "heads, seed 1" else job, scores, console)
 
     monkeypatch.setattr(run_module, "_run", with_another_file)
-    with pytest.raises(HeadwaterError, match=r"learning_rate was 0\.001, now 0\.05"):
+    with pytest.raises(HeadwaterError, match=r"learning_rate was 0\.001, now 0\.2"):
         compared(path)
 
 

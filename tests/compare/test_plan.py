@@ -55,7 +55,7 @@ def test_a_method_changes_training_alignment_and_what_it_is_trained_on(path):
         ),
     )
     first, slow, mmd, one = (planned.config for planned in plan.methods)
-    assert (first.training["learning_rate"], slow.training["learning_rate"]) == (5e-2, 1e-3)
+    assert (first.training["learning_rate"], slow.training["learning_rate"]) == (2e-1, 1e-3)
     assert slow.training["max_steps"] == 4
     assert (first.align.weight, slow.align, mmd.align.kind) == (0.5, None, "mmd")
     assert [(c.mixture.strategy, c.mixture.batching) for c in (first, mmd)] == [

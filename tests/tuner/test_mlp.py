@@ -183,3 +183,35 @@ def test_operations_of_a_block(tiny_llama, row_id, most):
     with Calls() as counter:
         mlp(x).sum().backward()
     assert counter.count <= most
+
+
+@pytest.mark.parametrize("row_id", ["rlora", "mlora", "hydralora", "mtl_lora", "multilora"])
+@pytest.mark.parametrize("whole_block", [True, False])
+def test_backward_takes_the_weights_that_forward_cast(tiny_llama, row_id, whole_block):
+    """Adapters in float32 on a base in bfloat16."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        """Of matrices to bfloat16 that are not as long as the batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            to_half = function.overloadpacket is torch.ops.aten._to_copy and kwargs["dtype"] is torch.bfloat16
+            self.count += to_half and args[0].dim() == 2 and x.shape[1] not in args[0].shape
+            return function(*args, **(kwargs or {}))
+
+    row = BY_ID[row_id]
+    model = adapt(row, tiny_llama().bfloat16()).train()
+    if not whole_block:
+        watch(model)
+    x = torch.randn(1, 41, 32, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):  # the first makes tables, too
+        with Casts() as forward, headwater.task_ids(model, [0]):
+            y = model(inputs_embeds=x).logits.sum()
+        with Casts() as backward:
+            y.backward()
+    assert forward.count > 0
+    assert backward.count == 0
