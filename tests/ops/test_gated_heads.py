@@ -45,6 +45,13 @@ def test_masks_are_the_documented_hash(rows, columns, first, seed):
             assert got[t, c].item() == is_kept((first + t) * columns + c, seed, 0.3)
 
 
+@pytest.mark.parametrize("seed", [0, 2**62 - 1, 0x2B67_1234_89AB_CDEF])
+def test_large_masks_are_the_documented_hash(seed):
+    """Large enough for the bits that take turns, which decide about one entry in 256."""
+    got = keep_mask(torch.tensor([seed]), 128, 200, 0.3, first_row=3).flatten()
+    assert got.tolist() == [is_kept(i, seed, 0.3) for i in range(600, 600 + 128 * 200)]
+
+
 def test_the_least_dropout_drops_nothing_and_the_largest_keeps_one_in_256():
     seed = torch.tensor([5])
     assert keep_mask(seed, 64, 1024, 1e-9).all()

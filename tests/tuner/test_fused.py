@@ -33,11 +33,12 @@ def step(row: Row, model: nn.Module, monkeypatch, ops: str | None, autocast: boo
     return {"logits": out.logits.detach(), "x": embedded.grad, **gradients(model), **losses}
 
 
-@pytest.mark.parametrize("whole_block", [True, False], ids=["block", "layers"])
-def test_values_and_gradients_are_those_of_plain_autograd(row, tiny_llama, monkeypatch, whole_block):
+@pytest.mark.parametrize("how", ["block", "layers", "alphas apart"])
+def test_values_and_gradients_are_those_of_plain_autograd(row, tiny_llama, monkeypatch, how):
     """In float64, to rounding. Dropout on: the masks are the same."""
-    model = adapt(row, tiny_llama().double(), autocast=False).double().train()
-    if not whole_block:
+    fields = {"alpha_pattern": {"gate_proj": 5}} if how == "alphas apart" else {}
+    model = adapt(row, tiny_llama().double(), autocast=False, **fields).double().train()
+    if how == "layers":
         watch(model)
     expected = step(row, model, monkeypatch, "reference")
     found = step(row, model, monkeypatch, None)
@@ -62,6 +63,20 @@ def test_nothing_to_mix_is_what_replaying_it_gives(row_id, autocast, tiny_llama,
     expected = step(row, model, monkeypatch, None, autocast=autocast)
     assert len(replayed) == len([m for m in model.modules() if isinstance(m, MethodLayer)])
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("row_id", UNMIXED)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nothing_to_mix_is_scaled_as_it_should_be(row_id, dropout, tiny_llama, monkeypatch):
+    """Also what reads x without dropout: a chain's earlier link."""
+    row = BY_ID[row_id]
+    fields = {"lora_dropout": dropout, "alpha_pattern": {"gate_proj": 5, "down_proj": 7}}
+    model = adapt(row, tiny_llama().double(), autocast=False, **fields).double().train()
+    for name, buffer in model.named_buffers():
+        if name.endswith("_tied"):
+            nn.init.normal_(buffer)
+    expected = step(row, model, monkeypatch, "reference")
+    assert_near(step(row, model, monkeypatch, None), expected, relative=1e-9)
 
 
 def counted(function, calls):
