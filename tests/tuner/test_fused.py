@@ -79,6 +79,18 @@ def test_nothing_to_mix_is_scaled_as_it_should_be(row_id, dropout, tiny_llama, m
     assert_near(step(row, model, monkeypatch, None), expected, relative=1e-9)
 
 
+def test_a_layer_that_gets_no_tokens(row, tiny_llama):
+    """As an expert that nobody was sent to."""
+    if row.needs_task_ids or row.name == "cond_mixlora":
+        pytest.skip("knows whose row a token is")
+    layer = next(m for m in adapt(row, tiny_llama()).train().modules() if isinstance(m, MethodLayer))
+    x = torch.randn(0, layer.base_layer.in_features, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape) == ((0, layer.base_layer.out_features), x.shape)
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
+
+
 def counted(function, calls):
     def run(*args):
         calls.append(args)

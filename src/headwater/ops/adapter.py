@@ -160,7 +160,7 @@ class Adapter:
         """Masks and blocks of x's rows on a CPU, all rows at once elsewhere."""
         tokens = x.shape[0]
         size = max(1, BLOCK // x.shape[1] if x.device.type == "cpu" else tokens)
-        blocks = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+        blocks = [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]  # one of none without tokens
         return [(n, block) for block in blocks for n in range(self.masks)]
 
 

@@ -134,7 +134,9 @@ def pack(kept: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask of `pack` as ones and zeros `(rows, columns)` of a dtype; much cheaper than to draw it again."""
-    return _bits_of_bytes(dtype, bits.device).index_select(0, bits.flatten().int()).view(bits.shape[0], -1)
+    return (
+        _bits_of_bytes(dtype, bits.device).index_select(0, bits.flatten().int()).view(bits.shape[0], 8 * bits.shape[1])
+    )
 
 
 @functools.cache
