@@ -102,16 +102,16 @@ class Adapter:
 
     def read_dropped(self, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(mask * x) down^T`, mask by mask side by side, `(tokens, masks k)`; and the masks' bits."""
-        (tokens, d_in), k = x.shape, down.shape[0]
+        d_in, k = x.shape[1], down.shape[0]
         if implementation(x.device) == "triton":
             whole = aligned(down, 0).T
             parts = [(self._dropped(x, n) @ whole)[:, :k] for n in range(self.masks)]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+            return _joined(parts, 1), None
         packs = x.device.type == "cpu" and d_in % 8 == 0  # elsewhere they are drawn again
         u: list[list[Tensor]] = [[] for _ in range(self.masks)]
         bits: list[list[Tensor]] = [[] for _ in range(self.masks)]
-        for n, rows in self._blocks(x):
-            kept = self.draw(slice(n * tokens + rows.start, n * tokens + rows.stop), d_in)
+        for n, rows, place in self._blocks(x):
+            kept = self.draw(place, d_in)
             if packs:
                 bits[n].append(pack(kept))
             u[n].append(masked(_rows(x, rows), kept) @ down.T)
@@ -120,13 +120,12 @@ class Adapter:
 
     def add_dropped(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor, bits: Tensor | None) -> Tensor:
         """Adds to dx what comes back through `read_dropped`, in place; returns the gradient of `down`."""
-        (tokens, d_in), k = x.shape, down.shape[0]
+        k = down.shape[0]
         if implementation(x.device) == "triton":
             return self._add_dropped_by_kernel(dx, x, du, down)
         total = None
-        for n, rows in self._blocks(x):
-            place = slice(n * tokens + rows.start, n * tokens + rows.stop)
-            kept = self.draw(place, d_in).to(x.dtype) if bits is None else unpack(_rows(bits, place), x.dtype)
+        for n, rows, place in self._blocks(x):
+            kept = self.draw(place, x.shape[1]).to(x.dtype) if bits is None else unpack(_rows(bits, place), x.dtype)
             part = _rows(du[:, n * k : (n + 1) * k], rows)
             if dx is not None:
                 _rows(dx, rows).addcmul_(part @ down, kept)
@@ -156,12 +155,12 @@ class Adapter:
             found.append((part.T @ seen)[:k])
         return found[0] if len(found) == 1 else widened(torch.stack(found)).sum(0)
 
-    def _blocks(self, x: Tensor) -> list[tuple[int, slice]]:
-        """Masks and blocks of x's rows on a CPU, all rows at once elsewhere."""
+    def _blocks(self, x: Tensor) -> list[tuple[int, slice, slice]]:
+        """Masks and blocks of x's rows on a CPU, all rows at once elsewhere: mask, rows of x, rows of the masks."""
         tokens = x.shape[0]
         size = max(1, BLOCK // x.shape[1] if x.device.type == "cpu" else tokens)
         blocks = [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]  # one of none without tokens
-        return [(n, block) for block in blocks for n in range(self.masks)]
+        return [(n, b, slice(n * tokens + b.start, n * tokens + b.stop)) for b in blocks for n in range(self.masks)]
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
