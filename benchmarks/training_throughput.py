@@ -16,7 +16,7 @@ import contextlib
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ def run_file(folder: Path, options: Any, tasks: list[dict[str, Any]]) -> Any:
     return load_config(path)
 
 
+def useful(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch that are not padding; a packed one has none."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
 # -- one step under one trainer
 
 
@@ -138,7 +143,7 @@ def compare_steps(base: Any, rows: dict[str, list[Encoded]], config: Any, pad: i
             )
             for name, trainer in trainers.items()
         }
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches][WARMUP[options.device] :]
+    tokens = [useful(batch) for batch in batches][WARMUP[options.device] :]
     ratio = measure.ratios(seconds, FLOOR)
     to_lora = measure.ratios(seconds, f"PEFT LoRA r={r}")
     return {
@@ -171,8 +176,8 @@ class Clock(TrainerCallback):
         self.hook = model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.tokens += int(kwargs["attention_mask"].sum())
-        self.slots += kwargs["attention_mask"].numel()
+        self.tokens += useful(kwargs)
+        self.slots += kwargs["input_ids"].numel()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
@@ -299,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the base model; bfloat16 with eager attention on a CPU",
+        help="of the base model",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=25, help="steps of a run of each trainer")
@@ -312,10 +317,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tasks = [{"name": path.name, "train": str(path / "train.jsonl")} for path in sorted(options.tasks.iterdir())]
     with tempfile.TemporaryDirectory() as folder:
         config = run_file(Path(folder), options, tasks)
-        # PyTorch's fused attention is slow in bfloat16 on CPUs
-        eager = options.dtype == "bfloat16" and options.device == "cpu"
-        attention = {"attn_implementation": "eager"} if eager else {}
-        base, tokenizer = load_base_model(options.model, dtype=options.dtype, **attention)
+        base, tokenizer = load_base_model(options.model, dtype=options.dtype)
         base = base.to(options.device)
         loaded = load_tasks([TaskSpec(**task) for task in tasks], Path.cwd())
         rows = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in loaded}

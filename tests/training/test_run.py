@@ -105,7 +105,7 @@ def test_results_have_the_schema(finished):
     # weights 1 : 2 of 26 draws an epoch, 6.5 batches
     assert extra["realised_shares"]["copy"]["row_share"] == pytest.approx(2 / 3, abs=0.05)
     assert sum(share["tokens"] for share in extra["realised_shares"].values()) == extra["tokens"]
-    assert 0 < extra["padding_share"] < 1
+    assert extra["padding_share"] == 0
     assert extra["majority"] == {"colour": 0.5, "copy": None}
     low, high = extra["intervals"]["copy"]["after"]
     assert low <= found["tasks"]["copy"]["after"] <= high

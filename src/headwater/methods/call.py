@@ -13,8 +13,30 @@ from ..errors import HeadwaterError, Problem
 from ..ops import attach_loss
 
 KEYWORD = "headwater_task_ids"
+LENGTHS = "headwater_row_lengths"
 Observer = Callable[[str, Tensor], None]
 Align = Callable[["Call", Tensor, Callable[[], Tensor]], Tensor]
+
+
+@dataclass
+class Packed:
+    """Rows that follow one another in an input of shape `(1, tokens)`, without padding.
+
+    Args:
+        lengths: each row's tokens.
+    """
+
+    lengths: tuple[int, ...]
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """LongTensors `(tokens,)`: the row of each token, and its place in rows padded to the longest, flattened."""
+        if device not in self._on:
+            lengths = torch.tensor(self.lengths)
+            row = torch.arange(len(lengths)).repeat_interleave(lengths)
+            shift = torch.arange(len(lengths)) * lengths.max() - (lengths.cumsum(0) - lengths)
+            self._on[device] = row.to(device), (torch.arange(len(row)) + shift[row]).to(device)
+        return self._on[device]
 
 
 @dataclass
@@ -22,10 +44,11 @@ class State:
     """One forward pass of the whole model.
 
     Args:
-        batch, length: rows and positions of the input, 0 when unknown.
+        batch, length: rows and positions of the input, 0 when unknown; of packed rows, the longest one's positions.
         task_ids: LongTensor `(batch,)`, or None.
         valid: bool `(batch, length)`, False on padding, or None when no 2-D mask was given.
-        prompt: bool `(batch, length)`, True on tokens that are neither padding nor learned; None without labels.
+        prompt: bool of the input's shape, True on tokens that are neither padding nor learned; None without labels.
+        packed: set where the input's rows are packed into one.
         past: positions already in the key-value cache; above 0 in cached decoding.
         memory: what branches remember for as long as a key-value cache lives; fresh in each forward that starts one.
         loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
@@ -39,6 +62,7 @@ class State:
     task_ids: Tensor | None = None
     valid: Tensor | None = None
     prompt: Tensor | None = None
+    packed: Packed | None = None
     past: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
     loss_scale: float | Tensor = 1.0
@@ -118,7 +142,7 @@ class Call:
                 )
             )
         rows = state.task_ids.shape[0]
-        if self.shape[0] != rows and self.tokens != rows * max(state.length, 1):
+        if not self._shows_rows(rows, state):
             raise HeadwaterError(
                 Problem(
                     f"the activations at {self.name}, {tuple(self.shape)}, do not show which of {rows} rows a token "
@@ -141,18 +165,41 @@ class Call:
 
     def task_of_token(self, num_tasks: int | None = None) -> Tensor:
         """LongTensor `(tokens,)`, the task of each token. Raises as `task_of_row` does."""
-        tasks = self.task_of_row(num_tasks)
-        return tasks.repeat_interleave(self.tokens // tasks.shape[0])
+        return self.to_tokens(self.task_of_row(num_tasks))
+
+    def _shows_rows(self, rows: int, state: State) -> bool:
+        if state.packed is not None:
+            return self.tokens == sum(state.packed.lengths)
+        return self.shape[0] == rows or self.tokens == rows * max(state.length, 1)
 
     def highest_task(self) -> int:
         """The highest task id of the batch."""
         ids = self.task_of_row()
         return int(ids.max()) if self.state is None else self.state.range_of_tasks(ids)[1]
 
+    @property
+    def _packed(self) -> Packed | None:
+        return None if self.state is None else self.state.packed
+
     def by_row(self, values: Tensor) -> Tensor:
-        """`(tokens, k)` as `(rows, tokens per row, k)`."""
-        rows = self.shape[0] if self.state is None or not self.state.batch else self.state.batch
-        return values.unflatten(0, (rows, -1))
+        """`(tokens, k)` as `(rows, tokens per row, k)`; packed rows are filled up with zeros."""
+        state = self.state
+        if self._packed is None or state is None:
+            return values.unflatten(0, (self.shape[0] if state is None or not state.batch else state.batch, -1))
+        place = self._packed.on(values.device)[1]
+        filled = values.new_zeros(state.batch * state.length, *values.shape[1:])
+        return filled.index_copy(0, place, values).unflatten(0, (state.batch, state.length))
+
+    def from_rows(self, values: Tensor) -> Tensor:
+        """The way back from `by_row`: `(rows, tokens per row, k)` as `(tokens, k)`."""
+        flat = values.flatten(0, 1)
+        return flat if self._packed is None else flat.index_select(0, self._packed.on(values.device)[1])
+
+    def to_tokens(self, values: Tensor) -> Tensor:
+        """A value per row, `(rows, ...)`, as one per token, `(tokens, ...)`."""
+        if self._packed is None:
+            return values.repeat_interleave(self.tokens // values.shape[0], dim=0)
+        return values.index_select(0, self._packed.on(values.device)[0])
 
     def valid_tokens(self) -> Tensor | None:
         """bool `(tokens,)`, False on padding; None when every token counts."""

@@ -107,22 +107,22 @@ class CondMixLoraBranch(Branch):
             pairs = z.new_zeros(rows.shape[0], E * E)
             pairs = pairs.scatter_add(-1, index_a * E + index_b, (weight_a * weight_b).to(pairs)).unflatten(-1, (E, E))
             call.saw_gate(  # both pools: what A's router chose, then what B's did
-                used.repeat_interleave(length, dim=0), lambda: pairs.repeat_interleave(length, dim=0)
+                call.to_tokens(used), lambda: call.to_tokens(pairs)
             )
-        return h.flatten(0, 1)
+        return call.from_rows(h)
 
     def pooled(self, logits: Tensor, call: Call) -> Tensor:
         """The router's output on the row's mean input, `(rows, E)`: a linear map of a mean is the mean of the maps."""
-        rows = call.by_row(logits)
-        state = call.state
-        mask = None if state is None else state.valid
-        if self.config.pool == "prompt" and state is not None and state.prompt is not None:
-            whole = torch.ones_like(state.prompt) if mask is None else mask
-            mask = torch.where(state.prompt.any(1, keepdim=True), state.prompt, whole)  # plain text has no prompt
-        if mask is None or mask.shape != rows.shape[:2]:
-            return rows.mean(1)
-        weight = mask.to(rows).unsqueeze(-1)
-        return (rows * weight).sum(1) / weight.sum(1).clamp_min(1)
+        counted = call.valid_tokens()
+        if counted is None:
+            counted = torch.ones(call.tokens, dtype=torch.bool, device=logits.device)
+        prompt = None if call.state is None else call.state.prompt
+        if self.config.pool == "prompt" and prompt is not None and prompt.numel() == call.tokens:
+            prompt = prompt.reshape(-1)
+            has_prompt = call.by_row(prompt).any(1)  # plain text has none
+            counted = torch.where(call.to_tokens(has_prompt), prompt, counted)
+        weight = counted.to(logits).unsqueeze(-1)
+        return call.by_row(logits * weight).sum(1) / call.by_row(weight).sum(1).clamp_min(1)
 
     def choose(self, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Indices of the a's `(rows, r)`, their weights, and the same for the b's."""

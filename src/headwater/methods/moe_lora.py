@@ -281,7 +281,7 @@ class MoeLoraBranch(ExpertsBranch):
     def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
         if self.by_task:
             rows = self.task_logits(call.task_of_row(self.num_tasks)).to(z)
-            gate = self.route(rows.repeat_interleave(z.shape[0] // rows.shape[0], dim=0), call)
+            gate = self.route(call.to_tokens(rows), call)
         else:
             gate = self.route(logits[0], call)
         return spread_heads(z.unflatten(-1, (self.num_experts, -1)), gate)

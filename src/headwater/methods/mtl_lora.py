@@ -93,13 +93,13 @@ class MtlLoraBranch(Branch):
         z = call.by_row(z)  # (rows, length, r): a task's tensors are gathered once a row, not once a token
         L, gate = (t.to(z.dtype) for t in self.of_tasks(task))
         if call.observed:
-            call.saw_gate(gate.repeat_interleave(z.shape[1], dim=0))
+            call.saw_gate(call.to_tokens(gate))
         # m_t goes into L_t, once a row, so that a token's ranks are touched once: h_k = (m_tk L_t) z
         if L.dim() == 2:
             h = z.unsqueeze(2) * (gate.unsqueeze(2) * L.unsqueeze(1)).unsqueeze(1)
         else:
             h = z @ (gate[:, None, :, None] * L.transpose(1, 2).unsqueeze(2)).flatten(2)
-        return h.reshape(call.tokens, -1)
+        return call.from_rows(h.flatten(2))
 
     def of_tasks(self, task: Tensor) -> tuple[Tensor, Tensor]:
         """L_t, `(rows, r, r)` or `(rows, r)`, and m_t, `(rows, n)`, for a LongTensor of tasks."""

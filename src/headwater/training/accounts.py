@@ -43,7 +43,7 @@ class Accounts(TrainerCallback):
         books = losses.new_zeros(2 * n + 2)
         books[:n].index_add_(0, tasks, losses)
         books[n : 2 * n].index_add_(0, tasks, items.to(losses))
-        books[-2] = inputs["attention_mask"].sum()
+        books[-2] = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         books[-1] = inputs["input_ids"].numel()
         self._step = books if self._step is None else self._step + books
 

@@ -26,6 +26,8 @@ class HeadwaterArguments(TrainingArguments):
         loss_normalization: `example` is the mean over the rows of an optimiser step of each row's mean over its
             completion tokens, so that long answers do not outweigh short ones; `token` is the mean over all completion
             tokens of the step, as in transformers and TRL. Both are exact under gradient accumulation and over ranks.
+        padding_free: train on batches whose rows follow one another without padding, with attention within each. By
+            default on a CPU, where the model can; on a GPU it was not measured.
         overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
 
     Raises:
@@ -42,6 +44,7 @@ class HeadwaterArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not name."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Broadcast buffers at each step."})
     loss_normalization: LossNormalization = field(default="example", metadata={"help": "One of example, token."})
+    padding_free: bool | None = field(default=None, metadata={"help": "Pack rows; by default on a CPU."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self) -> None:

@@ -10,23 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+from ..data.encode import IGNORED
+from ..methods.call import LENGTHS
 
 
-def loss_positions(labels: Tensor) -> dict[str, Tensor]:
+def loss_positions(labels: Tensor, lengths: Sequence[int] | None = None) -> dict[str, Tensor]:
     """Where the loss of a batch is.
 
     Args:
         labels: LongTensor `[batch, seq]`, -100 where there is no loss; `labels[b, s]` is predicted at s - 1.
+        lengths: of the rows, where they are packed into one.
 
     Returns:
         `completion_index`: LongTensor `[n]`, the positions that predict a label, counted through the flattened batch;
         `completion_lengths`: LongTensor `[batch]`, how many of them each row has.
     """
-    counted = labels[:, 1:] != IGNORED
+    counted = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    rows = counted if lengths is None else counted[0].split(list(lengths))
     return {
-        "completion_index": F.pad(counted, (0, 1)).flatten().nonzero().squeeze(1),
-        "completion_lengths": counted.sum(1),
+        "completion_index": counted.flatten().nonzero().squeeze(1),
+        "completion_lengths": torch.stack([row.sum() for row in rows]),
     }
 
 
@@ -34,7 +37,7 @@ class CompletionCollator:
     """Adds `loss_positions` to what `collate` returns: on the CPU, so that no step waits for the device to count.
 
     Args:
-        collate: pads rows on the right.
+        collate: pads rows on the right, or packs them.
         pass_cost: what a further forward and backward costs beside its positions, in positions. Where the padding of a
             batch costs more, its rows are sorted by length and `cuts` says how it is cut into narrower parts, see
             `narrowed`. None: batches stay whole.
@@ -49,7 +52,7 @@ class CompletionCollator:
             rows = sorted(rows, key=len)
             widths = cuts([len(row) for row in rows], self.pass_cost)
         batch: dict[str, Any] = self.collate(rows)
-        batch |= loss_positions(batch["labels"])
+        batch |= loss_positions(batch["labels"], batch.get(LENGTHS))
         if len(widths) > 1:
             counts = batch["completion_lengths"].tolist()
             ends = [*widths[1:], len(rows)]
@@ -79,10 +82,12 @@ def cuts(lengths: Sequence[int], pass_cost: int) -> list[int]:
 
 def narrowed(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """A batch as the parts that its `cuts` say, each as wide as its longest row; a batch without them as it is."""
+    if "cuts" not in batch:
+        return [batch]
     batch = dict(batch)
     parts, done, width = [], 0, batch["labels"].shape[1]
     index = batch.pop("completion_index")
-    for i, j, narrow, count in batch.pop("cuts", [(0, len(batch["labels"]), width, len(index))]):
+    for i, j, narrow, count in batch.pop("cuts"):
         part = {key: value[i:j, :narrow] if value.dim() == 2 else value[i:j] for key, value in batch.items()}
         own = index[done : done + count]
         part["completion_index"] = (own // width - i) * narrow + own % width
@@ -145,8 +150,8 @@ def completion_losses(
 
     Args:
         logits: `[n, vocab]`, any float dtype; the softmax is computed in float32.
-        labels: LongTensor `[batch, seq]`.
-        index, lengths: from `loss_positions(labels)`.
+        labels: LongTensor `[batch, seq]`, or `[1, tokens]` of packed rows.
+        index, lengths: from `loss_positions`.
         per_example: a row counts as the mean over its completion tokens instead of their sum.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
@@ -155,10 +160,10 @@ def completion_losses(
     """
     targets = labels.flatten()[index + 1]
     losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
-    row_of = index // labels.shape[1]
+    row_of = torch.arange(len(lengths), device=index.device).repeat_interleave(lengths, output_size=len(index))
     if per_example:
         losses = losses / lengths[row_of]
-    return losses.new_zeros(labels.shape[0]).index_add(0, row_of, losses)
+    return losses.new_zeros(len(lengths)).index_add(0, row_of, losses)
 
 
 def count_items(lengths: Tensor, *, per_example: bool) -> Tensor:

@@ -19,9 +19,10 @@ from transformers.trainer_utils import TrainOutput
 from ..data.collate import Collator
 from ..data.mixture import MixtureSpec, shares
 from ..data.sampler import MixtureBatchSampler
-from ..errors import HeadwaterError
+from ..errors import HeadwaterError, Problem
 from ..evaluation.scores import TaskScore, mean_score
-from ..tuner.context import KEYWORD, LABELS
+from ..methods.call import KEYWORD, LENGTHS
+from ..tuner.context import LABELS
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments
@@ -29,6 +30,7 @@ from .head_monitor import HeadMonitor
 from .loss import CompletionCollator, CompletionHead, completion_losses, count_items, narrowed
 from .memory import SavedBytes
 from .method_callback import MethodCallback
+from .packed import pack, rows_apart, why_not
 
 if TYPE_CHECKING:
     from ..data.encode import Encoded
@@ -43,9 +45,10 @@ class HeadwaterTrainer(Trainer):
     """Trains one adapter on a mixture of tasks.
 
     Every key of the arguments works as in `transformers.Trainer`, which does the work. New are: batches from a
-    `MixtureBatchSampler`; a loss on completions whose logits exist only there, normalised exactly over the whole
-    optimiser step (gradient accumulation and ranks included); each task's loss in the logs, as `task_loss/<name>`; task
-    ids for methods that take them; a stop at the first non-finite loss or gradient; checkpoints that know the mixture.
+    `MixtureBatchSampler`, without padding where `args.padding_free` says so; a loss on completions whose logits exist
+    only there, normalised exactly over the whole optimiser step (gradient accumulation and ranks included); each task's
+    loss in the logs, as `task_loss/<name>`; task ids for methods that take them; a stop at the first non-finite loss or
+    gradient; checkpoints that know the mixture.
 
     Args:
         model: a causal language model; with an adapter, PEFT's wrapped model.
@@ -59,7 +62,7 @@ class HeadwaterTrainer(Trainer):
         kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        HeadwaterError: if the model is an encoder-decoder, or no task has rows.
+        HeadwaterError: if the model is an encoder-decoder, no task has rows, or `padding_free` cannot be.
     """
 
     args: HeadwaterArguments
@@ -113,9 +116,28 @@ class HeadwaterTrainer(Trainer):
         self.activation_bytes: int | None = None
         self._counting = False
 
+    def _packs(self) -> bool:
+        """Whether batches are to be packed."""
+        wanted = self.args.padding_free
+        if wanted is False or (wanted is None and self.args.device.type != "cpu"):
+            return False
+        if self._context is not None and self._context.needs_padding:
+            reason: str | None = "align.token_mode: per_position compares padded rows"
+        elif self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            reason = "it cannot be together with torch_compile, FSDP or DeepSpeed"
+        else:
+            reason = why_not(self.model)
+        if reason is not None and wanted:
+            raise HeadwaterError(Problem(f"this model cannot train on packed rows: {reason}", "padding_free"))
+        return reason is None
+
+    def _rows_apart(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return rows_apart(self.model) if LENGTHS in inputs else contextlib.nullcontext()
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the mixture, split over ranks by accelerate."""
         args = self.args
+        collate = CompletionCollator(pack) if self._packs() else self.data_collator
         self.sampler = MixtureBatchSampler(
             self.lengths,
             self.shares,
@@ -127,7 +149,7 @@ class HeadwaterTrainer(Trainer):
         loader: DataLoader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
@@ -213,7 +235,7 @@ class HeadwaterTrainer(Trainer):
         losses = []
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self._rows_apart(part):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         self._counting = False
         return torch.stack(losses).sum()
@@ -231,7 +253,10 @@ class HeadwaterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This batch's part of the loss of its optimiser step; without `num_items_in_batch`, the batch's own loss."""
+        """This batch's part of the loss of its optimiser step; without `num_items_in_batch`, the batch's own loss.
+
+        Of packed rows, under gradient checkpointing, its backward must run inside `rows_apart(model)`, too.
+        """
         inputs = dict(inputs)
         labels, tasks = inputs.pop("labels"), inputs.pop(KEYWORD)
         inputs.pop("cuts", None)
@@ -244,7 +269,7 @@ class HeadwaterTrainer(Trainer):
             inputs |= {KEYWORD: tasks, LABELS: labels}
             self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
         head = self._head or CompletionHead(self.model)
-        with head.at(index), self._count_activations(model):
+        with head.at(index), self._count_activations(model), self._rows_apart(inputs):
             outputs = model(**inputs)
         if head is not self._head:
             head.remove()

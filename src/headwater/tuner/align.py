@@ -140,6 +140,7 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
             for A in layer.lora_A.values():
                 A.register_forward_hook(_LoraHook(context, name))
     context.needs_state = context.needs_batch = True
+    context.needs_padding = spec.token_mode == "per_position"
 
 
 class _LoraHook:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..methods.call import KEYWORD, Align, Call, Observer, State
+from ..methods.call import KEYWORD, LENGTHS, Align, Call, Observer, Packed, State
 
 LABELS = "headwater_labels"
 
@@ -33,12 +33,13 @@ class Context:
         self.loss_scale = 1.0
         self.needs_state = False  # some branch reads the state, so checkpointed layers must carry it
         self.needs_batch = False  # some loss is of a whole batch, so it may not be cut into parts
+        self.needs_padding = False  # some loss counts padding, so rows may not be packed
         self.last_losses: dict[str, Tensor] = {}
         self._checkpointing: list[nn.Module] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
-        kept = ("loss_scale", "needs_state", "needs_batch")
+        kept = ("loss_scale", "needs_state", "needs_batch", "needs_padding")
         return Context, (), {name: getattr(self, name) for name in kept}
 
     @property
@@ -83,19 +84,22 @@ class Context:
         inputs: Any = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
-        batch, length = inputs.shape[:2] if isinstance(inputs, Tensor) and inputs.dim() > 1 else (0, 0)
+        shape = batch, length = inputs.shape[:2] if isinstance(inputs, Tensor) and inputs.dim() > 1 else (0, 0)
+        packed = Packed(kwargs[LENGTHS]) if LENGTHS in kwargs else None  # attention needs them, too, so they stay
+        if packed is not None:
+            batch, length = len(packed.lengths), max(packed.lengths)
         mask = kwargs.get("attention_mask")
         valid = None
         if isinstance(mask, Tensor) and mask.dim() == 2 and length and mask.shape[1] >= length:
             valid = mask[:, -length:].bool()  # with a cache the mask also covers the past
-        state = State(batch, length, _fit_ids(ids, batch), valid, loss_scale=self.loss_scale)
+        state = State(batch, length, _fit_ids(ids, batch), valid, packed=packed, loss_scale=self.loss_scale)
         cache: Any = kwargs.get("past_key_values")
         state.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if self.needs_state and not module.training:
             state.memory = self._memory(cache, state.past)
         # a trainer that computes the loss itself gives no `labels` to the model, but may still tell us which they are
         labels = kwargs.pop(LABELS, kwargs.get("labels"))
-        if isinstance(labels, Tensor) and labels.shape == (batch, length):
+        if isinstance(labels, Tensor) and labels.shape == shape:
             state.prompt = (labels == -100) if valid is None else (labels == -100) & valid
             total = kwargs.get("num_items_in_batch")
             if total is not None:
