@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from . import test_packed
 from .helpers import adapt, assert_near, gradients, logits, stir, task_kwargs, tokens
 
 DEVICE = os.environ.get("HEADWATER_TEST_DEVICE", "cuda")
@@ -58,6 +59,11 @@ def test_all_implementations_draw_the_same_dropout(row, tiny_llama, monkeypatch)
         found, found_gradients = run(row, model, DEVICE)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert_near(found_gradients, expected_gradients, relative=1e-3)
+
+
+def test_packed_rows_are_the_rows(row, tiny_llama):
+    base = tiny_llama(attn_implementation="sdpa")
+    test_packed.check(row, base, DEVICE, relative=1e-3, **row.smooth, **gentle(row, 8))
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
