@@ -46,6 +46,11 @@ def where(device: str) -> dict[str, Any]:
     return {"use_cpu": True, "bf16": False} if device == "cpu" else {"bf16": True}
 
 
+def batching(options: Any) -> dict[str, Any]:
+    """How headwater's trainer is to make its batches."""
+    return {"auto": {}, "packed": {"padding_free": True}, "padded": {"padding_free": False}}[options.batches]
+
+
 def run_file(folder: Path, options: Any, tasks: list[dict[str, Any]]) -> Any:
     """The demo's mixture as a run of `headwater train`, without rows to score."""
     training = {
@@ -54,6 +59,7 @@ def run_file(folder: Path, options: Any, tasks: list[dict[str, Any]]) -> Any:
         "logging_steps": 10,
         **QUIET,
         **where(options.device),
+        **batching(options),
     }
     method = {
         "name": "rlora",
@@ -91,7 +97,13 @@ def useful(batch: Mapping[str, Any]) -> int:
 def trainer_of(
     model: Any, rows: dict[str, list[Encoded]], config: Any, pad: int, folder: Path, options: Any
 ) -> HeadwaterTrainer:
-    known = {"max_steps": 1, "per_device_train_batch_size": options.batch, **QUIET, **where(options.device)}
+    known = {
+        "max_steps": 1,
+        "per_device_train_batch_size": options.batch,
+        **QUIET,
+        **where(options.device),
+        **batching(options),
+    }
     args = HeadwaterArguments(output_dir=str(folder), **known)
     return HeadwaterTrainer(model, args, train=rows, pad_token_id=pad, mixture=mixture_of(config, options.batch))
 
@@ -305,6 +317,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         choices=("float32", "bfloat16"),
         default="float32",
         help="of the base model",
+    )
+    parser.add_argument(
+        "--batches",
+        choices=("auto", "packed", "padded"),
+        default="auto",
+        help="of headwater's trainer (padding_free)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=25, help="steps of a run of each trainer")

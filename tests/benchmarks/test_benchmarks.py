@@ -98,6 +98,7 @@ def test_training_throughput(model_folder, tmp_path, capsys):
     assert found["trainers"]["headwater_to_trl"]["median"] > 0
     for trainer in found["trainers"]["trainers"].values():
         assert 0 < trainer["share_of_useful_tokens"]["median"] <= 1
+    assert found["trainers"]["trainers"][training_throughput.OURS]["share_of_useful_tokens"]["median"] == 1
 
 
 def test_gpu_speed_runs_on_the_cpu_as_well(tmp_path, capsys):
