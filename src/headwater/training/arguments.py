@@ -31,7 +31,7 @@ class HeadwaterArguments(TrainingArguments):
         overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
 
     Raises:
-        HeadwaterError: if `loss_normalization` is neither.
+        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values.
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
 
@@ -56,6 +56,9 @@ class HeadwaterArguments(TrainingArguments):
                     "training.loss_normalization",
                 )
             )
+        if not isinstance(self.padding_free, bool | None):
+            what = f"padding_free is true or false, not {self.padding_free!r}"
+            raise HeadwaterError(Problem(what, "training.padding_free", "leave it out for the default"))
         if self.eval_steps and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             self.eval_strategy = "steps"
         super().__post_init__()

@@ -25,7 +25,10 @@ def loss_positions(labels: Tensor, lengths: Sequence[int] | None = None) -> dict
         `completion_index`: LongTensor `[n]`, the positions that predict a label, counted through the flattened batch;
         `completion_lengths`: LongTensor `[batch]`, how many of them each row has.
     """
-    counted = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    learned = labels != IGNORED
+    if lengths is not None:  # nothing in a row predicts its first token
+        learned[0, [sum(lengths[:n]) for n in range(len(lengths))]] = False
+    counted = F.pad(learned[:, 1:], (0, 1))
     rows = counted if lengths is None else counted[0].split(list(lengths))
     return {
         "completion_index": counted.flatten().nonzero().squeeze(1),

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..data.encode import IGNORED, Encoded
+from ..data.encode import Encoded
 from ..evaluation.forward import base_of, evaluating, input_device
 from ..methods.call import KEYWORD, LENGTHS
 from ..tuner import needs_task_ids
@@ -23,14 +23,13 @@ def pack(rows: Sequence[Encoded]) -> dict[str, Any]:
     """Rows one after another.
 
     Returns:
-        `input_ids`, `position_ids`, `labels`: int64 `[1, tokens]`, positions beginning at 0 in each row, whose first
-        label is left out, as nothing in the row predicts it; `headwater_task_ids`: int64 `[rows]`;
-        `headwater_row_lengths`: a tuple of ints.
+        `input_ids`, `position_ids`, `labels`: int64 `[1, tokens]`, positions beginning at 0 in each row;
+        `headwater_task_ids`: int64 `[rows]`; `headwater_row_lengths`: a tuple of ints.
     """
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row.input_ids]]),
         "position_ids": torch.tensor([[i for row in rows for i in range(len(row))]]),
-        "labels": torch.tensor([[i for row in rows for i in (IGNORED, *row.labels[1:])]]),
+        "labels": torch.tensor([[i for row in rows for i in row.labels]]),
         KEYWORD: torch.tensor([row.task for row in rows]),
         LENGTHS: tuple(map(len, rows)),
     }
@@ -42,38 +41,52 @@ def attention_by_rows(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    headwater_row_lengths: tuple[int, ...] | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    headwater_row_lengths: Sequence[int] | None = None,
+    **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention through PyTorch's fused function, on each of the packed rows by itself.
+    """Attention on each of the packed rows by itself, through PyTorch's fused function.
 
     Args:
-        query, key, value: `(1, heads, tokens, d)`.
+        query, key, value: `(1, heads, tokens, d)`; keys and values may have fewer heads.
+        dropout: of the weights.
+        scaling: of query times key; None for 1 / sqrt(d).
         headwater_row_lengths: how many tokens each row has.
-        sliding_window: how many tokens, itself included, a token sees; None for all before it.
+        more: `sliding_window` says how many tokens, itself included, a token sees. Whatever else changes the weights is
+            refused.
 
     Returns:
         `(1, tokens, heads, d)`, and None for the weights.
 
     Raises:
-        ValueError: if the model makes a mask of its own, is not causal, or does not hand on the lengths.
+        ValueError: if the model does not hand on the lengths or its window, makes a mask of its own, is not causal, or
+            asks for what the fused function cannot do.
     """
-    lengths = headwater_row_lengths
+    kind, lengths, window = type(module).__name__, headwater_row_lengths, more.get("sliding_window")
     if lengths is None or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise ValueError(f"{type(module).__name__} cannot keep packed rows apart")
+        raise ValueError(f"{kind} cannot keep packed rows apart")
+    if "sliding_window" not in more and getattr(getattr(module, "config", None), "sliding_window", None):
+        raise ValueError(f"{kind} has its sliding window in the mask alone")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if more.get(name) is not None:
+            raise ValueError(f"{kind} asks for {name}")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # older versions of PyTorch have no fused function for fewer keys than queries
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     parts = []
     # `split` and not slices: in backward the rows' gradients are put together once
-    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
-        near = _near(q.shape[2], sliding_window, q.device)
-        parts.append(sdpa_attention_forward(module, q, k, v, near, **kwargs)[0])
+    for q, k, v in zip(*(t.split(list(lengths), dim=2) for t in (query, key, value)), strict=True):
+        near = _near(q.shape[2], window, q.device)
+        of_row = F.scaled_dot_product_attention(q, k, v, near, dropout, is_causal=near is None, scale=scaling)
+        parts.append(of_row.transpose(1, 2))
     return torch.cat(parts, dim=1), None
 
 
 def _near(length: int, window: int | None, device: torch.device) -> Tensor | None:
     if window is None or length <= window:
         return None
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)[None, None]
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 AttentionInterface.register(ATTENTION, attention_by_rows)
@@ -102,6 +115,11 @@ def why_not(model: nn.Module) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or config.sub_configs:
         return f"its layers are {', '.join(sorted(kinds))}" if kinds else "it is made of several models"
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        return "some versions of transformers scale its queries by their place in the batch"
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None):
+            return "its adapter treats a row by where it begins or what it holds"
     ids = list(range(min(9, config.vocab_size)))
     rows = [Encoded(part, part, 0) for part in (ids[:4], ids[4:])]
     try:
@@ -109,10 +127,10 @@ def why_not(model: nn.Module) -> str | None:
             alone = torch.cat([_logits(model, [row]) for row in rows], dim=1)
             with rows_apart(model):
                 together = _logits(model, rows)
-    except (TypeError, ValueError) as error:
-        return str(error)
+    except Exception as error:  # whatever a model does with an input that it was not written for
+        return f"{type(error).__name__}: {error}"
     bound = 1e-4 if base.dtype in (torch.float32, torch.float64) else 0.05
-    if (alone - together).abs().max() > bound * alone.abs().max():
+    if not (alone - together).abs().max() <= bound * alone.abs().max():  # nor if either is NaN
         return "what it makes of a row depends on the rows before"
     return None
 

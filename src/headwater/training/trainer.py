@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import time
@@ -125,10 +126,14 @@ class HeadwaterTrainer(Trainer):
             reason: str | None = "align.token_mode: per_position compares padded rows"
         elif self.args.torch_compile or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             reason = "it cannot be together with torch_compile, FSDP or DeepSpeed"
+        elif self.args.neftune_noise_alpha is not None:
+            reason = "neftune_noise_alpha scales its noise by the length of a padded row"
         else:
             reason = why_not(self.model)
         if reason is not None and wanted:
-            raise HeadwaterError(Problem(f"this model cannot train on packed rows: {reason}", "padding_free"))
+            raise HeadwaterError(Problem(f"this run cannot train on packed rows: {reason}", "training.padding_free"))
+        if reason is not None:
+            logging.getLogger(__name__).info("rows are padded: %s", reason)
         return reason is None
 
     def _rows_apart(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
