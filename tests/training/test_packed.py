@@ -248,9 +248,9 @@ def test_scores_in_between_are_those_of_padded_batches(tiny_llama, tmp_path):
 def test_padding_free_is_a_wish_that_can_be_refused(tiny_llama, tmp_path):
     tasks = make_tasks()
     with pytest.raises(HeadwaterError, match=r"padding_free: .*its attention is 'eager'"):
-        make_trainer(adapted(tiny_llama()), tmp_path, padding_free=True).train()
+        make_trainer(adapted(tiny_llama()), tmp_path, padding_free=True)
     with pytest.raises(HeadwaterError, match=r"padding_free: .*torch_compile"):
-        make_trainer(adapted(fused(tiny_llama)), tmp_path, padding_free=True, torch_compile=True).train()
+        make_trainer(adapted(fused(tiny_llama)), tmp_path, padding_free=True, torch_compile=True)
     for no in ({"neftune_noise_alpha": 5.0}, {"torch_compile": True}):
         run = make_trainer(adapted(fused(tiny_llama)), tmp_path, **no)
         assert "attention_mask" in next(iter(run.get_train_dataloader()))

@@ -116,9 +116,15 @@ class HeadwaterTrainer(Trainer):
         self._parameters: int | None = None
         self.activation_bytes: int | None = None
         self._counting = False
+        if args.padding_free:
+            self._packs()  # if it cannot be, that is said before anything is scored
 
     def _packs(self) -> bool:
-        """Whether batches are to be packed."""
+        """Whether batches are to be packed.
+
+        Raises:
+            HeadwaterError: if the run's settings want it and it cannot be.
+        """
         wanted = self.args.padding_free
         if wanted is False or (wanted is None and self.args.device.type != "cpu"):
             return False
