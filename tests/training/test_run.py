@@ -271,6 +271,11 @@ def test_a_finished_run_is_only_replaced_when_asked(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(HeadwaterError, match="holds a run already"):
         run(folder, tmp_path, *short)
-    run(folder, tmp_path, "training.overwrite_output_dir=true", "training.max_steps=1", "training.save_strategy=no")
+    overwrite = "training.overwrite_output_dir=true"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(HeadwaterError, match="its attention is 'eager'"):  # a run that cannot be replaces nothing
+        run(folder, tmp_path, overwrite, "training.padding_free=true", "model.attn_implementation=eager")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    run(folder, tmp_path, overwrite, "training.max_steps=1", "training.save_strategy=no")
     assert not list(tmp_path.glob("checkpoint-*"))
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -97,12 +97,6 @@ def train(
     first = args.process_index == 0
     console = (console or Console()) if first else Console(quiet=True)
     history = History(output / "history.jsonl")
-    if first:
-        clear_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
-        from ..config import dump_config
-
-        write_text(output / "config.yaml", dump_config(config))
-        history.start(resume)
     display, interrupt = ProgressDisplay(console), SaveOnInterrupt()
     scorer = Scorer(tokenizer, tasks, config.evaluation, config.data, history if first else None, display)
     trainer = HeadwaterTrainer(
@@ -115,6 +109,12 @@ def train(
         evaluator=scorer.during,
         callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
     )
+    if first:  # from here on an earlier run in the folder is replaced
+        clear_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
+        from ..config import dump_config
+
+        write_text(output / "config.yaml", dump_config(config))
+        history.start(resume)
     _say_what_is_trained(console, config, tasks, encoded, trainer)
     try:
         before = history.scores(0) if resume else {}
