@@ -16,7 +16,7 @@ import contextlib
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from headwater.config import load_config
 from headwater.data.encode import Encoded, encode_rows
 from headwater.data.tasks import TaskSpec, load_tasks
 from headwater.training import HeadwaterArguments, HeadwaterTrainer
+from headwater.training.accounts import real_tokens
 from headwater.training.run import mixture_of
 
 from . import layers, measure, models
@@ -84,11 +85,6 @@ def run_file(folder: Path, options: Any, tasks: list[dict[str, Any]]) -> Any:
     path = folder / "run.yaml"
     path.write_text(dump(parts), encoding="utf-8")
     return load_config(path)
-
-
-def useful(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch that are not padding; a packed one has none."""
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 # -- one step under one trainer
@@ -155,7 +151,7 @@ def compare_steps(base: Any, rows: dict[str, list[Encoded]], config: Any, pad: i
             )
             for name, trainer in trainers.items()
         }
-    tokens = [useful(batch) for batch in batches][WARMUP[options.device] :]
+    tokens = [int(real_tokens(batch)) for batch in batches][WARMUP[options.device] :]
     ratio = measure.ratios(seconds, FLOOR)
     to_lora = measure.ratios(seconds, f"PEFT LoRA r={r}")
     return {
@@ -188,7 +184,7 @@ class Clock(TrainerCallback):
         self.hook = model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.tokens += useful(kwargs)
+        self.tokens += int(real_tokens(kwargs))
         self.slots += kwargs["input_ids"].numel()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

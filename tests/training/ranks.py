@@ -12,13 +12,15 @@ from headwater.training import trainer as trainer_module
 from tests.training.common import adapted, make_rows, make_tasks, make_trainer, trained
 from tests.training.test_trainer import Gradients
 
+CASES = {"example": "example", "token": "token", "packed": "token"}  # what is saved -> its normalisation
+
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     tasks = {"a": make_rows(0, 5, longest=2), "b": make_rows(1, 3, longest=20)}
-    for normalization in ("example", "token"):
-        trainer_module.PASS_COST["cpu"] = 0  # padded batches in parts
-        attention = "sdpa" if normalization == "token" else "eager"  # packed rows, and padded ones
+    for case, normalization in CASES.items():
+        trainer_module.PASS_COST["cpu"] = 0 if case == "example" else 10**6  # padded batches in parts, and whole
+        attention = "sdpa" if case == "packed" else "eager"
         seen = Gradients()
         trainer = make_trainer(
             adapted(make_tiny_llama(attn_implementation=attention)),
@@ -34,7 +36,7 @@ def main(folder: Path) -> None:
         trainer.train()
         gradients = {name.removeprefix("module."): gradient for name, gradient in seen.steps[0].items()}
         log = trainer.state.log_history[0]
-        torch.save({"gradients": gradients, "log": log}, folder / f"{normalization}{dist.get_rank()}.pt")
+        torch.save({"gradients": gradients, "log": log}, folder / f"{case}{dist.get_rank()}.pt")
 
     settings = {"per_device_train_batch_size": 2, "max_steps": 8, "save_strategy": "steps", "save_steps": 6}
     weights = []

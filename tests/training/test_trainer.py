@@ -26,12 +26,13 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def plain_gradients(model, rows, per_example):
-    """Gradients of the loss of all `rows` as one batch, computed row by row from full logits."""
+def plain_gradients(model, rows, per_example, given=lambda row: {}):
+    """Gradients of the loss of all `rows` as one batch, computed row by row from full logits; `given(row)` are further
+    keywords of a row's forward."""
     losses = []
     for row in rows:
         ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels)
-        logits = model(input_ids=ids).logits[0]
+        logits = model(input_ids=ids, **given(row)).logits[0]
         losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="none")[labels[1:] != -100])
     loss = torch.stack([x.mean() for x in losses]).mean() if per_example else torch.cat(losses).mean()
     model.zero_grad()

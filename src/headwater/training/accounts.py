@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 SAVED = "headwater"
 
 
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
+    """How many tokens of a batch are not padding; one without a mask has none."""
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+
+
 class Accounts(TrainerCallback):
     """Keeps a trainer's books: losses per task, tokens, time, the sampler's place, and whether all is finite."""
 
@@ -43,7 +48,7 @@ class Accounts(TrainerCallback):
         books = losses.new_zeros(2 * n + 2)
         books[:n].index_add_(0, tasks, losses)
         books[n : 2 * n].index_add_(0, tasks, items.to(losses))
-        books[-2] = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        books[-2] = real_tokens(inputs)
         books[-1] = inputs["input_ids"].numel()
         self._step = books if self._step is None else self._step + books
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ def loss_positions(labels: Tensor, lengths: Sequence[int] | None = None) -> dict
     """
     learned = labels != IGNORED
     if lengths is not None:  # nothing in a row predicts its first token
-        learned[0, [sum(lengths[:n]) for n in range(len(lengths))]] = False
+        learned[0, list(itertools.accumulate(lengths[:-1], initial=0))] = False
     counted = F.pad(learned[:, 1:], (0, 1))
     rows = counted if lengths is None else counted[0].split(list(lengths))
     return {
