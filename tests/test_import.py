@@ -1,9 +1,13 @@
 """What `import headwater` loads, and what it gives; in a fresh Python each, because the order of imports matters."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import headwater
 
 
 def python(*arguments: str) -> str:
@@ -58,6 +62,19 @@ def test_every_public_name_is_there():
     attribute, name = python("-c", code).splitlines()
     assert attribute == "module 'headwater' has no attribute 'no_such_name'"
     assert name.startswith("cannot import name 'no_such_name' from 'headwater'")
+
+
+def test_editors_know_every_config():
+    """They only read the package, so it names each method's config once more, for them."""
+    package = ast.parse(Path(headwater.__file__).read_text())
+    named = {
+        (name.asname, node.module)
+        for node in ast.walk(package)
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    for method in headwater.methods():
+        assert (method.config.__name__, method.config.__module__.removeprefix("headwater.")) in named
 
 
 def test_a_program_with_the_autoload_hook_needs_no_second_one():

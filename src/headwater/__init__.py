@@ -12,8 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from . import _peft_hook
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an editor cannot ask the registry; at run time the configs come from there
     from ._public import *  # noqa: F403
+    from .methods.cola import ColaConfig as ColaConfig
+    from .methods.cond_mixlora import CondMixLoraConfig as CondMixLoraConfig
+    from .methods.cora import CoraConfig as CoraConfig
+    from .methods.hydralora import HydraLoraConfig as HydraLoraConfig
+    from .methods.lori import LoriConfig as LoriConfig
+    from .methods.malora import MaLoraConfig as MaLoraConfig
+    from .methods.mlora import MLoraConfig as MLoraConfig
+    from .methods.moe_lora import MoeLoraConfig as MoeLoraConfig
+    from .methods.mtl_lora import MtlLoraConfig as MtlLoraConfig
+    from .methods.multilora import MultiLoraConfig as MultiLoraConfig
+    from .methods.rlora import RLoraConfig as RLoraConfig
+    from .methods.smora import SMoraConfig as SMoraConfig
 
 __version__ = "0.1.0"
 
