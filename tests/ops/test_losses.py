@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from headwater.ops import attach_loss
+from headwater.ops import attach_loss, following
 
 
 def gradient(weight: torch.Tensor, run) -> torch.Tensor:
@@ -46,6 +46,14 @@ def test_value_shape_and_dtype_are_untouched():
     out.sum().backward()
     assert loss.grad == 1
     assert torch.equal(y.grad, torch.ones_like(y))
+
+
+def test_a_following_loss_learns_its_gradient_in_backward():
+    loss, factor = torch.tensor(2.0, requires_grad=True), []
+    y = attach_loss(torch.ones(2, requires_grad=True), following(loss * 3, lambda: factor[0]))
+    factor.append(0.5)
+    y.sum().backward()
+    assert loss.grad == 1.5
 
 
 def test_without_a_backward_pass_nothing_happens():

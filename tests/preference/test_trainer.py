@@ -12,6 +12,7 @@ from trl import DPOTrainer
 from headwater.errors import HeadwaterError
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
 from headwater.preference.trainer import REFERENCE
+from headwater.tuner import context_of
 
 from .tiny import Spy, make_policy, make_task, make_trainer
 
@@ -409,6 +410,21 @@ def test_methods_that_go_by_task_get_their_task(make):
     trainer.train()
     for ids, round_ in zip(seen, trainer.rounds, strict=True):
         assert ids == ["ab".index(round_.task)] * (2 * round_.pairs)
+
+
+def test_auxiliary_losses_are_divided_by_accumulation_as_the_loss_is(make):
+    fields = {"balance_loss_weight": 0.5}
+    trainer = make("hydralora", fields, max_steps=1, gradient_accumulation_steps=4)
+    states, original = [], trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        loss = original(*args, **kwargs)
+        states.append(context_of(trainer.model)._local.with_losses)
+        return loss
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert {float(state.gradient) for state in states} == {0.25}  # a batch without a pair has none
 
 
 @pytest.mark.parametrize("context", ["policy", "base"])

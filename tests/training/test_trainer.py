@@ -228,6 +228,21 @@ def test_auxiliary_losses_are_logged_as_the_mean_over_a_step(tiny_llama, tmp_pat
     assert trainer.state.log_history[0]["auxiliary_loss/balance"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_auxiliary_losses_follow_the_factor_of_a_gradient_scaler(tiny_llama, tmp_path):
+    """The router of heads that are zero hears of nothing but the balance loss."""
+    model = adapted(tiny_llama(), "hydralora", balance_loss_weight=0.1, lora_dropout=0.0).train()
+    trainer = make_trainer(model, tmp_path)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    found = []
+    for factor in (1.0, 1024.0):
+        model.zero_grad()
+        (trainer.compute_loss(model, inputs) * factor).backward()
+        found.append({n: p.grad / factor for n, p in model.named_parameters() if n.endswith("router")})
+    for name, gradient in found[0].items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(found[1][name], gradient)
+
+
 def test_encoder_decoders_are_refused(tiny_llama, tmp_path):
     model = tiny_llama()
     model.config.is_encoder_decoder = True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,6 +56,22 @@ def test_kl_is_that_of_the_fitted_gaussians(seed, r):
         for j in range(3):
             expected = (kl_divergence(fits[i], fits[j]) + kl_divergence(fits[j], fits[i])) / 2
             torch.testing.assert_close(found[i, j], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_floor_under_variances_is_of_the_tasks_that_are_there():
+    """Whatever their ids: the same rows as tasks 0 and 1 and as 0 and 99, with a nearly constant dimension."""
+    z, task = noise(200, 3), torch.arange(200) // 100
+    z[:, 2] *= 1e-4
+    z[100:, 2] += 1e-3
+    fits = [(z[task == t].mean(0), z[task == t].var(0, unbiased=False)) for t in (0, 1)]
+    floor = 1e-6 + 1e-4 * sum(v.sum() for _, v in fits) / 6
+    assert fits[0][1][2] < floor
+    assert floor < fits[0][1][0]
+    (m0, v0), (m1, v1) = ((mean, v.clamp_min(floor)) for mean, v in fits)
+    expected = 0.25 * ((v0 + (m0 - m1) ** 2) / v1 + (v1 + (m0 - m1) ** 2) / v0 - 2).sum()
+    for high in (1, 99):
+        found = kl_alignment(z, membership(task * high, None, high + 1).double())
+        torch.testing.assert_close(found[0, high], expected, rtol=1e-9, atol=0)
 
 
 def test_mmd_is_the_mean_of_kernels():
@@ -192,6 +211,73 @@ def test_detach_input_moves_only_the_down_projections(name):
     for n, grad in plain.items():
         moved = (aligned[n] - grad).norm() > 1e-5 * grad.norm()  # with a loss the heads' part is computed another way
         assert moved == ("lora_A" in n or n.endswith(".A"))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("rlora", {}), ("hydralora", {"input_dropout": "shared"}), ("hydralora", {"input_dropout": "per_head"})],
+)
+def test_a_detached_input_is_dropped_as_the_other(method, fields):
+    """The loss is of A x behind the dropout, whether or not its gradient goes on to x."""
+    found = {}
+    for detach in (False, True):
+        config = headwater.make_config(
+            method, r=4, lora_dropout=0.5, target_modules=["gate_proj"], task_type="CAUSAL_LM", init_seed=3, **fields
+        )
+        model = get_peft_model(make_tiny_llama(), config).train()
+        headwater.align(model, weight=1.0, detach_input=detach)
+        x = torch.randint(0, 250, (4, 70), generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(1)
+        model(input_ids=x, labels=x, headwater_task_ids=IDS)
+        found[detach] = context_of(model).last_losses["align"]
+    assert found[False] > 0
+    torch.testing.assert_close(found[True], found[False])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_aligning_again_replaces_the_loss(name):
+    once, _ = gradients(name, weight=5.0)
+    torch.manual_seed(1)
+    model = get_peft_model(make_tiny_llama(), CONFIGS[name]()).train()
+    headwater.align(model, weight=2.0, kind="mmd")
+    headwater.align(model, weight=5.0)
+    assert_gradients(model, once)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copied_model_is_aligned_as_well(name, copy):
+    expected, _ = gradients(name, weight=5.0)
+    torch.manual_seed(1)
+    model = get_peft_model(make_tiny_llama(), CONFIGS[name]()).train()
+    headwater.align(model, weight=5.0)
+    copied = copy(model)
+    assert context_of(copied) is not context_of(model)
+    assert_gradients(copied, expected)
+    assert context_of(model).last_losses == {}
+
+
+def assert_gradients(model, expected):
+    x = torch.randint(0, 250, (4, 30), generator=torch.Generator().manual_seed(0))
+    model(input_ids=x, labels=x, headwater_task_ids=IDS).loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for n, grad in expected.items():
+        torch.testing.assert_close(found[n], grad)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_that_is_added_later_is_aligned_as_well(name):
+    torch.manual_seed(1)
+    model = get_peft_model(make_tiny_llama(), CONFIGS[name]()).train()
+    headwater.align(model, weight=5.0)
+    model.add_adapter("later", CONFIGS[name]())
+    model.set_adapter("later")
+    x = torch.randint(0, 250, (4, 30), generator=torch.Generator().manual_seed(0))
+    model(input_ids=x, labels=x, headwater_task_ids=IDS)
+    assert context_of(model).last_losses["align"] > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)

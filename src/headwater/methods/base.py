@@ -25,6 +25,7 @@ from ..ops import (
     adapted_linear,
     add_update,
     draw_seed,
+    drop,
     implementation,
     project,
     read_plainly,
@@ -273,13 +274,14 @@ class Branch(nn.Module):
     def adapter(self, x: Tensor, call: Call) -> Adapter:
         """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
         of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
+        of_input = of_input if self.lora_dropout > 0 else None
         by_hand = not (self.training and call.align is not None)
         return Adapter(
             lambda: Tensors(self.writes_apart(), *self.reads(), self.mixes()),
-            functools.partial(self._mix, call, seed),
+            functools.partial(self._mix, call, seed, of_input),
             self.scaling,
             self.lora_dropout,
-            of_input if self.lora_dropout > 0 else None,
+            of_input,
             self.input_masks,
             self.gated_heads(call, seed) if by_hand else None,
             self.unmixed and by_hand,
@@ -290,13 +292,28 @@ class Branch(nn.Module):
         return None
 
     def _mix(
-        self, call: Call, seed: Tensor | None, ranks: tuple[Tensor, ...], x: Tensor, again: bool
+        self,
+        call: Call,
+        seed: Tensor | None,
+        of_input: Tensor | None,
+        ranks: tuple[Tensor, ...],
+        x: Tensor,
+        again: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         call = dataclasses.replace(call, seed=seed, again=again, losses=[])
         if call.align is not None and self.training:
-            first = functools.partial(project, x.detach(), self.reads()[0][:1])
-            ranks = (call.align(call, ranks[0], lambda: first()[0]), *ranks[1:])
+            detached = functools.partial(self._first_ranks, x.detach(), of_input)
+            ranks = (call.align(call, ranks[0], detached), *ranks[1:])
         return self.mix(*ranks, call=call), call.losses
+
+    def _first_ranks(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """What the first down-projection reads from x once more, under the same dropout."""
+        first, p = self.reads()[0][:1], self.lora_dropout
+        if seed is None:
+            return project(x, first)[0]
+        tokens = x.shape[0]
+        parts = [project(drop(x, seed, p, first_row=n * tokens), first)[0] for n in range(self.input_masks)]
+        return torch.cat(parts, -1)
 
     def folded_weight(self, weight: Tensor, *, transposed: bool) -> Tensor | None:
         """A copy of the base layer's weight that takes its place, with some of the update in it; None for none.

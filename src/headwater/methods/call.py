@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from ..ops import attach_loss
+from ..ops import attach_loss, following
 
 KEYWORD = "headwater_task_ids"
 LENGTHS = "headwater_row_lengths"
@@ -52,6 +52,8 @@ class State:
         past: positions already in the key-value cache; above 0 in cached decoding.
         memory: what branches remember for as long as a key-value cache lives; fresh in each forward that starts one.
         loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
+        gradient: what the training loss gets as its own gradient, known in backward: the factor of a gradient scaler,
+            one over the number of accumulated batches, or the like. A guess until then, and where nobody tells.
         losses: name -> [sum over layers, detached; number of layers].
         task_range: lowest and highest task id, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
@@ -66,6 +68,7 @@ class State:
     past: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
     loss_scale: float | Tensor = 1.0
+    gradient: float | Tensor = 1.0
     losses: dict[str, list[Any]] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None
     closed: bool = False
@@ -232,9 +235,17 @@ class Call:
 
     def add_loss(self, name: str, loss: Tensor, weight: float) -> None:
         """Adds `weight * loss` to the training loss, whoever computes that, and logs `loss` under `name`."""
-        scale = 1.0 if self.state is None else self.state.loss_scale
-        self.losses.append(loss * weight * scale)
+        self.losses.append(self.weighted(loss, weight))
         self.log_loss(name, loss)
+
+    def weighted(self, loss: Tensor, weight: float) -> Tensor:
+        """`weight * loss` as a part of the training loss: scaled as that is, before backward and in it."""
+        state = self.state
+        if state is None:
+            return loss * weight
+        if torch.compiler.is_compiling():  # nothing of a compiled forward can be told in its backward
+            return loss * weight * state.loss_scale * state.gradient
+        return following(loss * weight * state.loss_scale, lambda: state.gradient)
 
     def log_loss(self, name: str, loss: Tensor) -> None:
         """Logs `loss`, averaged over layers, under `name`."""

@@ -6,7 +6,7 @@ from .dropout import draw_seed, drop
 from .few_tokens import Update, factor_updates, mixed_update, routed_updates
 from .fused import adapted_linear, is_plain, is_watched
 from .heads import gated_heads
-from .losses import attach_loss
+from .losses import attach_loss, following
 from .lowrank import FEW, add_update, project, spread_heads
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "adapted_linear",
     "add_update",
     "attach_loss",
+    "following",
     "draw_seed",
     "drop",
     "factor_updates",

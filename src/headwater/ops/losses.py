@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ class _AttachLoss(torch.autograd.Function):
         return grad, torch.ones((), dtype=ctx.dtype, device=grad.device)
 
 
+class _Following(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradient: Callable[[], Tensor | float]) -> Tensor:
+        ctx.gradient = gradient
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.gradient(), None
+
+
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """Returns y unchanged; when gradients flow back through it, `loss` receives the gradient 1.
 
@@ -26,3 +38,12 @@ def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     that, and it survives both kinds of gradient checkpointing.
     """
     return _AttachLoss.apply(y, loss)
+
+
+def following(loss: Tensor, gradient: Callable[[], Tensor | float]) -> Tensor:
+    """Returns the loss; its gradient is multiplied by what `gradient` gives in backward.
+
+    So an attached loss takes part in what is done to the training loss after the forward: a division by the number of
+    accumulated batches, or the factor that keeps gradients of half precision from vanishing.
+    """
+    return _Following.apply(loss, gradient)

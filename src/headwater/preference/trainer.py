@@ -36,7 +36,7 @@ from headwater.preference.spec import PreferenceSpec
 from headwater.preference.validation import Validation
 from headwater.training.files import write_json
 from headwater.training.method_callback import MethodCallback
-from headwater.tuner import needs_task_ids
+from headwater.tuner import follow_loss, is_adapted, needs_task_ids
 from headwater.tuner.context import KEYWORD
 
 if TYPE_CHECKING:
@@ -191,6 +191,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if is_adapted(self.model):
+            follow_loss(self.model, loss)
         self._loss = float(loss.detach())
         if not np.isfinite(self._loss):
             raise HeadwaterError(f"the loss is {self._loss} at step {self.state.global_step + 1}; lower learning_rate")

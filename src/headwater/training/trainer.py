@@ -298,6 +298,8 @@ class HeadwaterTrainer(Trainer):
                 self.accounts.add_auxiliary(self._context.last_losses, self._context.loss_scale)
         # Every rank's gradient is averaged over ranks afterwards, hence times their number.
         loss = losses.sum() * ranks / total
+        if self._context is not None:
+            self._context.follow(loss)
         return (loss, outputs) if return_outputs else loss
 
     @contextlib.contextmanager

@@ -4,7 +4,17 @@ from ..methods.registry import on_register
 from .align import AlignLoss, AlignSpec, align
 from .context import Context
 from .layer import MethodLayer
-from .model import MethodModel, context_of, is_adapted, merge_task, merge_with_gates, needs_task_ids, observe, task_ids
+from .model import (
+    MethodModel,
+    context_of,
+    follow_loss,
+    is_adapted,
+    merge_task,
+    merge_with_gates,
+    needs_task_ids,
+    observe,
+    task_ids,
+)
 from .registration import register_with_peft
 
 on_register(register_with_peft)
@@ -17,6 +27,7 @@ __all__ = [
     "MethodModel",
     "align",
     "context_of",
+    "follow_loss",
     "is_adapted",
     "merge_task",
     "merge_with_gates",

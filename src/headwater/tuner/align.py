@@ -75,8 +75,7 @@ class AlignLoss:
             return z
         loss = self.loss(call, again() if self.spec.detach_input else z)
         call.log_loss(LOSS_NAME, loss)
-        scale = 1.0 if call.state is None else call.state.loss_scale
-        return attach_loss(z, loss * (self.spec.weight / self.layers) * scale)
+        return attach_loss(z, call.weighted(loss, self.spec.weight / self.layers))
 
     def loss(self, call: Call, z: Tensor) -> Tensor:
         """The unweighted loss of one layer; 0 where fewer than two tasks have two rows and 4 r tokens each."""
@@ -137,14 +136,30 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
         context = install_context(base)
         context.align = AlignLoss(spec, len(lora))
         for name, layer in lora:
-            for A in layer.lora_A.values():
-                A.register_forward_hook(_LoraHook(context, name))
+            if not any(isinstance(hook, _LoraHook) for hook in layer._forward_pre_hooks.values()):
+                hook = _LoraHook(context, name)
+                layer.register_forward_pre_hook(hook)
+                hook(layer, ())
     context.needs_state = context.needs_batch = True
     context.needs_padding = spec.token_mode == "per_position"
 
 
 class _LoraHook:
-    """On PEFT's `lora_A`: attaches the loss to its output."""
+    """On PEFT's `LoraLayer`: sees to it that each `lora_A` attaches the loss, those that are added later as well."""
+
+    def __init__(self, context: Context, name: str):
+        self.attach = _AttachHook(context, name)
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for A in layer.lora_A.values():  # type: ignore[union-attr, operator]
+            if not any(isinstance(hook, _AttachHook) for hook in A._forward_hooks.values()):
+                A.register_forward_hook(self.attach)
+
+
+class _AttachHook:
+    """On a `lora_A`: attaches the loss to its output."""
 
     def __init__(self, context: Context, name: str):
         self.context, self.name = context, name

@@ -39,7 +39,7 @@ class Context:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
-        kept = ("loss_scale", "needs_state", "needs_batch", "needs_padding")
+        kept = ("align", "loss_scale", "needs_state", "needs_batch", "needs_padding")
         return Context, (), {name: getattr(self, name) for name in kept}
 
     @property
@@ -104,8 +104,10 @@ class Context:
             total = kwargs.get("num_items_in_batch")
             if total is not None:
                 # The loss is normalised by the tokens of the whole optimiser step; this is the micro-batch's share. By
-                # default (`average_tokens_across_devices`) that step is all ranks', whose gradients are then averaged.
-                state.loss_scale = (labels[:, 1:] != -100).sum() * _ranks() / total
+                # default (`average_tokens_across_devices`) that step is all ranks', whose gradients are then averaged,
+                # so the trainer multiplies its loss by their number.
+                state.loss_scale = (labels[:, 1:] != -100).sum() / total
+                state.gradient = float(_ranks())
         elif (generating := getattr(self._local, "prompt_length", None)) and length and state.past == 0:
             prompt = torch.arange(length, device=inputs.device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(prompt.device)
@@ -133,7 +135,18 @@ class Context:
         if state is not None:
             state.closed = True
             self.last_losses = {name: total / count for name, (total, count) in state.losses.items()}
+            if state.losses and torch.is_grad_enabled():
+                self._local.with_losses = state
+                loss = getattr(output, "loss", output[0] if isinstance(output, tuple) and output else None)
+                if isinstance(loss, Tensor) and loss.dim() == 0:
+                    self.follow(loss)
         self._local.state = None
+
+    def follow(self, loss: Tensor) -> None:
+        """Auxiliary losses of this thread's last forward take the gradient that `loss` gets as their own."""
+        state: State | None = getattr(self._local, "with_losses", None)
+        if state is not None and loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(functools.partial(_remember, state))
 
     def call(self, name: str, shape: tuple[int, ...]) -> Call:
         """One layer's view of the running forward; `shape` is its input's leading dimensions."""
@@ -173,6 +186,10 @@ class _Carrying:
                 return function(*inner, **named)
 
         return self.checkpoint(under_state, *args, **kwargs)
+
+
+def _remember(state: State, gradient: Tensor) -> None:
+    state.gradient = gradient.detach()
 
 
 def _ranks() -> int:

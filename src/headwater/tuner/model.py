@@ -205,6 +205,22 @@ def context_of(model: nn.Module) -> Context:
     raise HeadwaterError("this model has no headwater adapter")
 
 
+def follow_loss(model: nn.Module, loss: Tensor) -> None:
+    """Tells the auxiliary losses of a model's last forward which loss they belong to, before its backward.
+
+    They ride on the layers' own backward. What is done to `outputs.loss` on its way there (divided by the number of
+    accumulated batches, multiplied by a gradient scaler) is done to them by itself; this is for a training loop that
+    computes its loss from the logits. Without it they count in full in each backward.
+
+    Args:
+        loss: the loss of that forward alone, as it is before it is scaled.
+
+    Raises:
+        HeadwaterError: if the model has no headwater adapter or loss.
+    """
+    context_of(model).follow(loss)
+
+
 def is_adapted(model: nn.Module) -> bool:
     """True if the model carries an adapter of one of headwater's methods."""
     return any(_CONTEXT in module.__dict__ for module in model.modules())
