@@ -7,6 +7,7 @@ import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from peft import PeftModel, get_peft_model
 from stock_trainer import train
+from transformers import BertConfig, BertForTokenClassification
 
 from headwater import HeadwaterError, NotMergeable, make_config, merge_with_gates, observe
 
@@ -191,6 +192,26 @@ def test_property_6_cached_decoding_keeps_the_choice_of_the_prompt(tiny_llama):
     torch.testing.assert_close(torch.cat(seen, 1), whole[:, 5:], atol=1e-5, rtol=1e-4)
     free = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     assert (free - whole).abs().max() > 1e-3, "the answer would choose alike; this shows nothing"
+
+
+def test_a_model_in_training_mode_writes_what_it_writes_in_eval_mode(tiny_llama):
+    """As trainers do that sample from the model they train."""
+    model = llama_model(tiny_llama())
+    prompts = torch.randint(0, 250, (2, 6), generator=torch.Generator().manual_seed(0))
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 258}
+    expected = model.generate(input_ids=prompts, **how)
+    assert torch.equal(model.train().generate(input_ids=prompts, **how), expected)
+
+
+def test_labels_of_a_token_classifier_are_no_prompt():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = BertForTokenClassification(BertConfig(vocab_size=99, num_labels=3, **sizes))
+    config = make_config("cond_mixlora", target_modules=["query", "value"], task_type="TOKEN_CLS", lora_dropout=0.0)
+    model = move(get_peft_model(base, config).eval(), 1, size=0.3)
+    ids = torch.randint(5, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(9) % 3 == 0, -100, 1).repeat(2, 1)
+    assert torch.equal(model(input_ids=ids, labels=labels).logits, model(input_ids=ids).logits)
 
 
 def test_property_6_one_generation_does_not_remember_another(tiny_llama):

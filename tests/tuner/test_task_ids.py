@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import headwater
-from headwater.tuner import needs_task_ids
+from headwater.tuner import context_of, needs_task_ids
 
-from .helpers import adapt, assert_same, gradients, tokens
+from .helpers import adapt, assert_near, assert_same, gradients, tokens
 from .rows import BY_ID, ROWS
 
 CONDITIONED = [row for row in ROWS if row.needs_task_ids]
@@ -89,6 +96,57 @@ def test_wrong_ids_are_named(model, ids, message):
             model(input_ids=tokens())
 
 
+def test_fewer_ids_than_rows_are_not_guessed_outside_generation(model):
+    """Chosen and rejected answers one below the other would need 0, 1, 0, 1, and beams 0, 0, 1, 1."""
+    with pytest.raises(headwater.HeadwaterError, match="2 task ids do not fit a batch of 4 rows"):
+        model(input_ids=tokens(rows=4), headwater_task_ids=torch.tensor([0, 1]))
+    alone = model(input_ids=tokens(rows=4), headwater_task_ids=torch.tensor([1])).logits
+    assert torch.equal(alone, model(input_ids=tokens(rows=4), headwater_task_ids=torch.ones(4).long()).logits)
+
+
+@pytest.mark.parametrize("kind", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_layers_that_pytorch_checkpoints_know_their_forward(model, kind):
+    """As FSDP's users wrap them. Oracle: without checkpoints."""
+    train_without_dropout(model)
+
+    def loss():
+        ids = torch.tensor([0, 2])
+        return model(input_ids=tokens(), labels=tokens(), headwater_task_ids=ids, use_cache=False).loss
+
+    loss().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.enable_input_require_grads()
+    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrapper, check_fn=lambda m: type(m).__name__.endswith("DecoderLayer")
+    )
+    context_of(model)._checkpointing = None  # wrapped before the first step
+    loss().backward()
+    found = gradients(model)
+    assert_near({name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()}, expected)
+
+
+def test_a_checkpoint_that_nobody_knows_is_named(model):
+    train_without_dropout(model)
+    for layer in model.get_base_model().model.layers:
+        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+    ids = torch.tensor([0, 2])
+    loss = model(input_ids=tokens(), labels=tokens(), headwater_task_ids=ids, use_cache=False).loss
+    with pytest.raises(
+        headwater.HeadwaterError, match="runs again in backward, by a checkpoint that headwater does not"
+    ):
+        loss.backward()
+
+
+def train_without_dropout(model):
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout = 0.0
+            module.penalty = 0.0
+    model.train()
+
+
 @pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 def test_several_forwards_then_one_backward_keep_their_own_ids(model, mode):
     """Oracle: a backward of its own after each forward, without checkpointing."""
@@ -103,11 +161,7 @@ def test_several_forwards_then_one_backward_keep_their_own_ids(model, mode):
     expected = gradients(model)
     model.zero_grad()
 
-    for module in model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout = 0.0
-            module.penalty = 0.0
-    model.train()
+    train_without_dropout(model)
     if mode is not None:
         model.gradient_checkpointing_enable({"use_reentrant": mode})
         model.enable_input_require_grads()

@@ -57,6 +57,7 @@ class State:
         losses: name -> [sum over layers, detached; number of layers].
         task_range: lowest and highest task id, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
+        outer: of an encoder's state, the whole model's; None where it runs by itself.
     """
 
     batch: int = 0
@@ -72,6 +73,7 @@ class State:
     losses: dict[str, list[Any]] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None
     closed: bool = False
+    outer: State | None = None
 
     def range_of_tasks(self, ids: Tensor) -> tuple[int, int]:
         if self.task_range is None:  # once per forward, because reading it waits for an accelerator
@@ -141,7 +143,8 @@ class Call:
                 Problem(
                     f"the adapter on {self.name} needs the task of every row, and none was given",
                     fix=f"pass {KEYWORD}=LongTensor[batch] to the model, or wrap the call in "
-                    "`with headwater.task_ids(model, ids):`",
+                    "`with headwater.task_ids(model, ids):`; a trainer that has them as a column of its data needs "
+                    "remove_unused_columns=False",
                 )
             )
         rows = state.task_ids.shape[0]
@@ -245,7 +248,7 @@ class Call:
             return loss * weight
         if torch.compiler.is_compiling():  # nothing of a compiled forward can be told in its backward
             return loss * weight * state.loss_scale * state.gradient
-        return following(loss * weight * state.loss_scale, lambda: state.gradient)
+        return following(loss * weight * state.loss_scale, lambda: (state.outer or state).gradient)
 
     def log_loss(self, name: str, loss: Tensor) -> None:
         """Logs `loss`, averaged over layers, under `name`."""

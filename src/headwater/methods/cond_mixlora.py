@@ -62,7 +62,7 @@ class CondMixLoraConfig(MethodConfig):
 
 
 class CondMixLoraBranch(Branch):
-    needs_state = True
+    needs_state = by_prompt = True
 
     router_A: Tensor  # noqa: N815, the equation's names, as in all methods
     router_B: Tensor  # noqa: N815
@@ -90,7 +90,7 @@ class CondMixLoraBranch(Branch):
 
     def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
         state = call.state
-        memory = {} if state is None or self.training else state.memory
+        memory = {} if state is None or (self.training and torch.is_grad_enabled()) else state.memory
         key = (call.name, id(self))
         rows = call.by_row(z)  # (rows, length, E)
         if state is not None and state.past > 0 and key in memory:

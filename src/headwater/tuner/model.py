@@ -61,6 +61,14 @@ class MethodModel(BaseTuner):
         return contextlib.nullcontext()
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if self.method.branch.by_prompt and encoder_decoder:
+            raise HeadwaterError(
+                Problem(
+                    f"{self.method.title} goes by a row's prompt, and what an encoder-decoder writes has none",
+                    fix="take another method for this model",
+                )
+            )
         install_context(model)
 
     def _create_and_replace(  # type: ignore[override]
@@ -190,6 +198,12 @@ def install_context(model: nn.Module) -> Context:
             model.register_forward_pre_hook(context.open, with_kwargs=True),
             model.register_forward_hook(context.close, with_kwargs=True, always_call=True),
         )
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            encoder = model.get_encoder()
+            model.__dict__[_HOOKS] += (
+                encoder.register_forward_pre_hook(context.open_encoder, with_kwargs=True),
+                encoder.register_forward_hook(context.close_encoder, with_kwargs=True, always_call=True),
+            )
     return model.__dict__[_CONTEXT]
 
 

@@ -1,0 +1,109 @@
+"""A model with an encoder and a decoder: each has rows, padding and losses of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
+
+import headwater
+from headwater import HeadwaterError
+from headwater.tuner import MethodLayer, context_of
+
+IDS = torch.tensor([0, 2])
+
+
+def make_t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, feed_forward_proj="gated-silu",
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def adapted(method, **fields):
+    config = headwater.make_config(
+        method, target_modules=["q", "wi_0"], task_type="SEQ_2_SEQ_LM", lora_dropout=0.0, init_seed=1, **fields
+    )
+    model = get_peft_model(make_t5(), config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+    return model
+
+
+def text(length, seed=0):
+    return torch.randint(2, 99, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("mtl_lora", {"num_tasks": 3}), ("moe_lora", {"router": "task", "num_tasks": 3, "top_k": 0})]
+)
+def test_generation_goes_by_task_with_and_without_a_cache(method, fields):
+    """Oracle: the likeliest tokens, read one by one from plain forwards of each row alone."""
+    model = adapted(method, **fields).eval()
+    x = text(7)
+    expected = []
+    for row, task in zip(x, IDS, strict=True):
+        written = [0]
+        for _ in range(5):
+            logits = model(
+                input_ids=row[None], decoder_input_ids=torch.tensor([written]), headwater_task_ids=task[None]
+            ).logits
+            written.append(int(logits[0, -1].argmax()))
+        expected.append(written)
+    for cache in (True, False):
+        found = model.generate(
+            input_ids=x, headwater_task_ids=IDS, use_cache=cache, do_sample=False, min_new_tokens=5, max_new_tokens=5,
+            eos_token_id=None,
+        )  # fmt: skip
+        assert found.tolist() == expected
+    beams = model.generate(input_ids=x, headwater_task_ids=IDS, num_beams=2, max_new_tokens=3)
+    assert beams.shape[0] == 2
+    with pytest.raises(HeadwaterError, match="none was given"):
+        model.generate(input_ids=x, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_losses_count_each_stacks_own_tokens(mode):
+    """Encoder and decoder of one length, with padding in different places. Oracle: each layer's formula."""
+    fields = {"balance_loss": "mixtral", "num_experts": 3, "top_k": 2}
+    model = adapted("moe_lora", balance_loss_weight=0.0, **fields).train()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    labels = text(6, seed=1)
+    labels[0, 4:] = -100
+    inputs, layers = {}, [m for m in model.modules() if isinstance(m, MethodLayer)]
+    hooks = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in layers]
+    batch = {"input_ids": text(6), "attention_mask": mask, "labels": labels}
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    names = {m: n for n, m in model.named_modules()}
+    expected = []
+    for layer, x in inputs.items():
+        kept = (mask if ".encoder." in names[layer] else labels != -100).bool()
+        probabilities = torch.softmax(x[kept] @ layer.branches["default"].router.T, -1)
+        chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(2, -1).indices, 1.0)
+        expected.append(3 * (probabilities.mean(0) * chosen.mean(0)).sum())
+    losing = adapted("moe_lora", balance_loss_weight=0.5, **fields).train()
+    if mode is not None:
+        losing.gradient_checkpointing_enable({"use_reentrant": mode})
+        losing.enable_input_require_grads()
+    loss = losing(**batch).loss
+    torch.testing.assert_close(context_of(losing).last_losses["balance"], torch.stack(expected).mean().detach())
+    (loss * 256).backward()
+    scaled = {n: p.grad / 256 for n, p in losing.named_parameters() if p.grad is not None}
+    losing.zero_grad()
+    losing(**batch).loss.backward()
+    for n, p in losing.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(scaled[n], p.grad)
+
+
+def test_a_choice_by_the_prompt_has_none_in_a_decoder():
+    with pytest.raises(HeadwaterError, match="encoder-decoder"):
+        adapted("cond_mixlora")
