@@ -128,7 +128,8 @@ def test_property_8_heads_differ_in_gradient_only_through_their_masks(layer, see
         (model(noise(30, layer["d_in"], seed=seed)) * noise(30, 13, seed=seed + 1)).sum().backward()
         first, *others = parameters(model)["B"].grad
         for other in others:
-            assert torch.equal(first, other) == (p == 0)
+            same = torch.allclose(first, other, rtol=1e-12, atol=1e-12)  # processors round rows by their place
+            assert same == (p == 0)
         assert first.abs().max() > 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -207,6 +208,7 @@ class Branch(nn.Module):
     has_losses: bool = False  # adds auxiliary losses, which are of a whole batch
     head_dropout: float = 0.0  # dropout that `mix` makes from `call.seed`
     folds: bool = False  # may have a `folded_weight`
+    chooses_by: int | None = None  # which of the reads are the logits of a choice: rounded to half precision it differs
     input_masks: int = 1  # dropout masks on x; above 1 `mix` gets the ranks behind each, side by side, in training
 
     def __init__(self, config: Any, shape: LayerShape, generator: torch.Generator):
@@ -269,7 +271,7 @@ class Branch(nn.Module):
             call.losses.extend(losses)
         else:
             dropped, clean = self.reads()
-            h = self.mix(*project(x, dropped + clean), call=call)
+            h = self.mix(*self.exact(project(x, dropped + clean), x), call=call)
         return add_update(y, h, self.writes_apart(), scale=self.scaling, in_place=y is not base)
 
     def adapter(self, x: Tensor, call: Call) -> Adapter:
@@ -305,7 +307,26 @@ class Branch(nn.Module):
         if call.align is not None and self.training:
             detached = functools.partial(self._first_ranks, x.detach(), of_input)
             ranks = (call.align(call, ranks[0], detached), *ranks[1:])
-        return self.mix(*ranks, call=call), call.losses
+        return self.mix(*self.exact(ranks, x, of_input), call=call), call.losses
+
+    def exact(self, ranks: Sequence[Tensor], x: Tensor, seed: Tensor | None = None) -> Sequence[Tensor]:
+        """The ranks, with the logits of a choice read from x once more in float32 where x, or autocast, is of half
+        precision. Their gradient is that of the logits that were there.
+
+        Args:
+            seed: of the dropout on x; None without.
+        """
+        at, device = self.chooses_by, x.device.type
+        if at is None or not (x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device)):
+            return ranks
+        dropped, clean = self.reads()
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            wide = x.float()
+            if seed is not None and at < len(dropped):
+                wide = drop(wide, seed, self.lora_dropout)
+            logits = F.linear(wide, (*dropped, *clean)[at].float())
+        given = ranks[at]
+        return (*ranks[:at], given + (logits - given.detach()), *ranks[at + 1 :])
 
     def _first_ranks(self, x: Tensor, seed: Tensor | None) -> Tensor:
         """What the first down-projection reads from x once more, under the same dropout."""

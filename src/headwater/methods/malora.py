@@ -110,6 +110,7 @@ class MaLoraBranch(ExpertsBranch):
         self.S, self.P = nn.Parameter(S), nn.Parameter(P)
         self.B = nn.Parameter(torch.zeros(N, r, shape.out_features))
         self.router = nn.Parameter(kaiming(N, d_in, generator))
+        self.chooses_by = 1 if self.top_k else None
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.S,), (self.router,)

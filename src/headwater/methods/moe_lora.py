@@ -266,6 +266,7 @@ class MoeLoraBranch(ExpertsBranch):
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(torch.zeros(N, r, shape.out_features))
         if not self.by_task:
+            self.chooses_by = 1 if self.top_k else None
             self.router = nn.Parameter(kaiming(N, d_in, generator))
             return
         self.needs_state = True

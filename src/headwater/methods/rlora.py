@@ -3,7 +3,7 @@
 Liu et al., "R-LoRA: Randomized Multi-Head LoRA for Efficient Multi-Task Learning", arXiv:2502.15455.
 
     u   = A x                                 one shared down-projection
-    g   = softmax(R x)                        a gate over N heads, per token, in float32
+    g   = softmax(R x)                        a gate over N heads, per token, softmax in float32
     h_n = D_n * u                             an own dropout mask per head, token and rank
     y   = W x + s sum_n g_n B_n h_n - s mean_n(B_n at start) (A at start) x
 

@@ -71,6 +71,8 @@ class SMoraConfig(MethodConfig):
 
 
 class SMoraBranch(Branch):
+    chooses_by = 1
+
     bias: Tensor
     counts: Tensor
 

@@ -66,17 +66,17 @@ def routed_updates(
 
 def mixed_update(
     reads: Sequence[Tensor],
-    mix: Callable[[Sequence[Tensor], tuple[int, ...]], Tensor],
+    mix: Callable[[Sequence[Tensor], Tensor, tuple[int, ...]], Tensor],
     up: Tensor,
     scale: float,
     like: Tensor,
 ) -> Update:
-    """Any method on one layer: `mix(ranks, lead)` gives what is written, `(tokens, m)`."""
+    """Any method on one layer: `mix(ranks, x, lead)` gives what is written, `(tokens, m)`."""
     down, sizes, up = _copied(reads, like), [w.shape[0] for w in reads], _copied([up], like)
 
     def update(ys: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> None:
         ranks = widened(F.linear(x, down)).split_with_sizes(sizes, 1)
-        ys[0].addmm_(cast(mix(ranks, lead), like.dtype), up, alpha=scale)
+        ys[0].addmm_(cast(mix(ranks, x, lead), like.dtype), up, alpha=scale)
 
     return update
 

@@ -135,11 +135,12 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         context = install_context(base)
         context.align = AlignLoss(spec, len(lora))
-        for name, layer in lora:
-            if not any(isinstance(hook, _LoraHook) for hook in layer._forward_pre_hooks.values()):
+        module: Any
+        for name, module in lora:
+            if not any(isinstance(hook, _LoraHook) for hook in module._forward_pre_hooks.values()):
                 hook = _LoraHook(context, name)
-                layer.register_forward_pre_hook(hook)
-                hook(layer, ())
+                module.register_forward_pre_hook(hook)
+                hook(module, ())
     context.needs_state = context.needs_batch = True
     context.needs_padding = spec.token_mode == "per_position"
 
@@ -150,10 +151,10 @@ class _LoraHook:
     def __init__(self, context: Context, name: str):
         self.attach = _AttachHook(context, name)
 
-    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def __call__(self, layer: Any, args: tuple[Tensor, ...]) -> None:
         if torch.compiler.is_compiling():
             return
-        for A in layer.lora_A.values():  # type: ignore[union-attr, operator]
+        for A in layer.lora_A.values():
             if not any(isinstance(hook, _AttachHook) for hook in A._forward_hooks.values()):
                 A.register_forward_hook(self.attach)
 

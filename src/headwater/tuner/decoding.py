@@ -231,8 +231,8 @@ def _update(layers: Sequence[Any], branches: Sequence[Any], like: Tensor) -> Upd
 
 
 def _of_any(layer: Any, branch: Branch, like: Tensor) -> Update:
-    def mix(ranks: Sequence[Tensor], lead: tuple[int, ...]) -> Tensor:
-        return branch.mix(*ranks, call=layer.context.call(layer.name, lead))
+    def mix(ranks: Sequence[Tensor], x: Tensor, lead: tuple[int, ...]) -> Tensor:
+        return branch.mix(*branch.exact(ranks, x), call=layer.context.call(layer.name, lead))
 
     dropped, clean = branch.reads()
     return mixed_update((*dropped, *clean), mix, branch.writes(), branch.scaling, like)

@@ -1,0 +1,64 @@
+"""A choice among experts or ranks is that of a float32 router, on a base of any dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted_linear import OneLinear, noise
+from peft import get_peft_model
+
+import headwater
+
+METHODS = {
+    "moe_lora": {"num_experts": 8, "top_k": 2},
+    "malora": {"num_experts": 8, "top_k": 2},
+    "smora": {"r": 64, "top_k": 8},
+}
+AT = {"evaluation": False, "training": True}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("training", AT.values(), ids=AT)
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("tokens", [1000, 8])
+def test_the_choice_is_that_of_a_float32_router(method, training, autocast, tokens):
+    config = headwater.make_config(method, target_modules=["layer"], lora_dropout=0.0, init_seed=0, **METHODS[method])
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model = get_peft_model(OneLinear(256, 64, dtype=dtype), config).train(training)
+    x = noise(1000, 256, dtype=torch.bfloat16).to(dtype)[:tokens]
+    router = next(p for name, p in model.named_parameters() if "router" in name)
+    k, exact = METHODS[method]["top_k"], x.float() @ router.float().T
+    rounded = (x.bfloat16() @ router.bfloat16().T).float()
+    gates = []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        headwater.observe(model, lambda name, gate: gates.append(gate)),
+        torch.set_grad_enabled(training),
+    ):
+        y = model(x)
+    chosen = gates[0] != 0
+    assert torch.equal(chosen, chosen_by(exact, k))
+    if tokens == 1000:
+        assert not torch.equal(chosen, chosen_by(rounded, k)), "rounding changes nothing here, so this shows nothing"
+    if training:
+        y.float().square().sum().backward()
+        assert router.grad is not None
+
+
+def chosen_by(logits: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.zeros_like(logits).scatter(-1, logits.topk(k, -1).indices, 1.0).bool()
+
+
+def test_a_choice_behind_dropout_is_of_what_is_left():
+    """SMoRA has one mask for A and the router: a token of zeros but for one entry keeps or loses that for both."""
+    config = headwater.make_config("smora", target_modules=["layer"], lora_dropout=0.5, init_seed=0, **METHODS["smora"])
+    model = get_peft_model(OneLinear(256, 64, dtype=torch.bfloat16), config).train()
+    weights = {name.rsplit(".", 1)[-1]: p.data for name, p in model.named_parameters() if p.requires_grad}
+    weights["B"].fill_(1.0)
+    x, gates = 4 * torch.eye(256, dtype=torch.bfloat16), []
+    with headwater.observe(model, lambda name, gate: gates.append(gate)):
+        kept = (model(x) != model.get_base_model().layer.get_base_layer()(x)).any(-1)
+    assert 0.3 < kept.float().mean() < 0.7
+    expected = chosen_by(8 * weights["router"].T, 8)
+    assert torch.equal((gates[0] != 0)[kept], expected[kept])
+    assert len({tuple(row) for row in (gates[0] != 0)[~kept].tolist()}) == 1, "a choice without anything to choose by"
