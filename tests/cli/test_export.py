@@ -7,7 +7,9 @@ import shlex
 import pytest
 import torch
 from cli_support import headwater_process, run_main, write_run
+from compose.pool_support import save_lora
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_models import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,6 +117,56 @@ def test_a_task_conditioned_adapter_is_exact_task_by_task(headwater, runs, tmp_p
         plain = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "tasks" / name)
         expected = adapted(runs / "mtl_lora", headwater_task_ids=torch.full((2,), index))
         torch.testing.assert_close(logits(plain), expected, atol=2e-5, rtol=1e-4)
+
+
+def lora(runs, folder, **fields):
+    """A stock LoRA adapter with random factors, and its logits."""
+    fields = {"r": 3, "lora_alpha": 7, "target_modules": ["up_proj", "v_proj"], **fields}
+    save_lora(folder, runs / "model", **fields)
+    return logits(PeftModel.from_pretrained(make_tiny_llama(), folder))
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_lora_with_patterns_becomes_lora_of_one_rank_and_scaling(headwater, runs, tmp_path, more):
+    ranks, alphas = {"layers.1.mlp.up_proj": 5}, {"v_proj": 2}
+    expected = lora(runs, tmp_path / "a", rank_pattern=ranks, alpha_pattern=alphas, **more)
+    done = headwater("export", tmp_path / "a", "-o", tmp_path / "plain")
+    assert done.code == 0, done.err
+    fields = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert fields["r"] == fields["lora_alpha"] == record(tmp_path / "plain")["rank"] == 5
+    assert not any(fields[key] for key in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    written = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    assert {t.shape["lora_B" in key] for key, t in written.items() if "lora_" in key} == {5}
+    plain = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "plain")
+    assert (logits(plain) - logits(make_tiny_llama())).abs().max() > 0.01
+    torch.testing.assert_close(logits(plain), expected, atol=2e-5, rtol=1e-4)
+    assert (record(tmp_path / "plain")["vllm"] is None) == ("modules_to_save" in more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"up_proj": 5}, "target_modules": ["up_proj", "embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_lora_that_is_more_than_a_product_of_two_matrices_is_refused(headwater, runs, tmp_path, more):
+    lora(runs, tmp_path / "a", **more)
+    done = headwater("export", tmp_path / "a", "-o", tmp_path / "plain")
+    assert done.code == 2
+    assert next(iter({"embed_tokens"} & {*more.get("target_modules", ())} or more)) in done.err
+    assert "--merge" in done.err
+    assert "pool" not in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_dora_can_be_merged(headwater, runs, tmp_path):
+    expected = lora(runs, tmp_path / "a", use_dora=True)
+    assert headwater("export", tmp_path / "a", "-o", tmp_path / "merged", "--merge").code == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_mistakes(headwater, runs, tmp_path):

@@ -74,6 +74,11 @@ def test_merging(pool, tmp_path, capsys):
         (["--adapter", "cats=1", "--how", "svd"], "unknown way 'svd'"),
         (["--adapter", "cats"], "does not say which weight"),
         (["--adapter", "nobody=1"], "no adapter 'nobody'"),
+        (["--adapter", "cats=nan", "--adapter", "dogs=0.5"], "the weight of 'cats=nan' is not a finite number"),
+        (["--adapter", "cats=-inf"], "the weight of 'cats=-inf' is not a finite number"),
+        (["--adapter", "cats=1e999"], "the weight of 'cats=1e999' is not a finite number"),
+        (["--adapter", "cats=0.5", "--adapter", "dogs=1", "--adapter", "cats=0.5"], "'cats' is given twice"),
+        (["--adapter", "cats=1e300"], "numbers that are not finite"),
     ):
         refused = run_main(capsys, "pool", "merge", pool, *wrong, *elsewhere)
         assert (refused.code, message in refused.err) == (2, True), refused.err

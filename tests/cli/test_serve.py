@@ -18,6 +18,7 @@ from headwater.compose.arrow import Arrow, ArrowSpec
 from headwater.compose.flow import FlowGate
 from headwater.compose.hub import HubResult, compose
 from headwater.data.encode import DataSpec
+from headwater.errors import HeadwaterError
 from headwater.serve import Engine, Piece, Sampling
 
 
@@ -139,5 +140,12 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert _key(None) is None
     monkeypatch.setenv(KEY_VARIABLE, "from the environment")
     assert _key(None) == "from the environment"
+    monkeypatch.setenv(KEY_VARIABLE, " padded\r\n")
+    assert _key(None) == "padded"
+    monkeypatch.setenv(KEY_VARIABLE, " \n")  # no key by mistake must not be a server without one
+    with pytest.raises(HeadwaterError, match=f"no API key in {KEY_VARIABLE}"):
+        _key(None)
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    assert _key(None) is None
     (tmp_path / "key").write_text("from a file\n")
     assert _key(str(tmp_path / "key")) == "from a file"

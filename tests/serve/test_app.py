@@ -161,3 +161,8 @@ def test_a_port_that_is_taken():
         taken.listen()
         with pytest.raises(HeadwaterError, match="cannot listen on"):
             bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_port_that_a_server_has_which_is_still_loading():
+    with bind("127.0.0.1", 0) as first, pytest.raises(HeadwaterError, match="cannot listen on"):
+        bind("127.0.0.1", first.getsockname()[1])

@@ -140,7 +140,7 @@ def test_gates_come_with_the_tokens_where_asked_for(run):
         ({"prompt": ""}, 400, "no tokens", "prompt"),
         ({"prompt": "x" * 500, "max_tokens": 50}, 400, "500 tokens of prompt and 50 of answer are more than 512", None),
         ({"prompt": [1, 999]}, 400, "token ids go from 0 to", "prompt"),
-        ({"n": 17}, 400, "1 to 16 answers", "n"),
+        ({"n": 17}, 400, "at most 16 answers", "n"),
         ({"logprobs": 3}, 400, "does not have logprobs", None),
         ({"stop": [""]}, 400, "none of them empty", None),
     ],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.cli.adapters import (
     ADAPTER_FILE,
-    WEIGHTS_FILE,
     Source,
     adapter_fields,
     attach_to_shape,
@@ -70,13 +68,11 @@ def _merged(found: Source, method: str, work: Path) -> dict[str, Any]:
 
 
 def _plain(found: Source, method: str, work: Path) -> dict[str, Any]:
-    from headwater.export import write_plain_lora
+    from headwater.export import rewrite_lora, write_plain_lora
     from headwater.methods import NotMergeable
 
-    if method == "lora":  # it is what is asked for already
-        for name in (ADAPTER_FILE, WEIGHTS_FILE):
-            shutil.copyfile(found.adapter / name, work / name)
-        rank = adapter_fields(work)["r"]
+    if method == "lora":
+        rank = rewrite_lora(found.adapter, work)
     else:
         try:
             rank = write_plain_lora(attach_to_shape(found), found.adapter, work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,9 @@ def merge(folder: str, weighted: Sequence[str], how: str, output: str) -> None:
         raise HeadwaterError(Problem(f"unknown way {how!r}", "--how", f"one of {', '.join(WAYS)}"))
     target = new_folder(output)
     merged = WAYS[how]([pool.load(name) for name in weights], list(weights.values()))
+    if not all(t.isfinite().all() for layer in merged.layers.values() for t in (layer.A, layer.B)):
+        what = "these weights are too large: the merged adapter would hold numbers that are not finite"
+        raise HeadwaterError(Problem(what, "--adapter", "give smaller weights"))
     write_adapter(merged, target, pool.base_model)
     _say(f"{output}: {how} of {', '.join(f'{w:g} {name}' for name, w in weights.items())}")
 
@@ -149,9 +153,15 @@ def _weights(weighted: Sequence[str]) -> dict[str, float]:
     for text in weighted:
         name, _, value = text.rpartition("=")
         try:
-            weights[name] = float(value)
+            weight = float(value)
         except ValueError:
             problems.append(Problem(f"{text!r} does not say which weight an adapter has", "--adapter", "NAME=WEIGHT"))
+            continue
+        if not math.isfinite(weight):
+            problems.append(Problem(f"the weight of {text!r} is not a finite number", "--adapter", "give a finite one"))
+        if name in weights:
+            problems.append(Problem(f"{name!r} is given twice", "--adapter", "give each adapter once, with its weight"))
+        weights[name] = weight
     if problems:
         raise HeadwaterError(*problems)
     return weights

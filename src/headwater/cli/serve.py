@@ -140,7 +140,10 @@ def _retrieve(pool: AdapterPool, encoder: str, top: int) -> Callable[[str], Mapp
 
 def _key(file: str | None) -> str | None:
     if file is None:
-        return os.environ.get(KEY_VARIABLE) or None
+        value = os.environ.get(KEY_VARIABLE, "")
+        if value and not value.strip():
+            raise HeadwaterError(Problem(f"there is no API key in {KEY_VARIABLE}", "", "set it to one, or unset it"))
+        return value.strip() or None
     try:
         key = Path(file).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:

@@ -30,6 +30,7 @@ _FREE = {
 }  # fmt: skip
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights as well
 _OFF: tuple[Any, ...] = (None, False, "none", {}, [])
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _SHOWN = 3
 
 
@@ -82,7 +83,7 @@ def read_adapter(folder: Path, name: str, sizes: Sizes | None = None) -> Adapter
     for layer, pair in sorted(factors.items()):
         wrong = _pair_problem(layer, pair, sizes)
         if wrong is None and not problems:
-            rank, scaling = _rank_and_scaling(config, layer)
+            rank, scaling = rank_and_scaling(config, layer)
             if rank == pair["A"].shape[0]:
                 layers[layer] = LowRank(pair["A"], pair["B"], scaling)
                 continue
@@ -165,18 +166,18 @@ def config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
         fix = "headwater export writes plain LoRA adapters from runs of its own methods"
         return [Problem(f"this is a {config.get('peft_type')!r} adapter, and a pool holds LoRA adapters", where, fix)]
     problems = [
-        Problem(f"{key} is {value!r}, which is more than a pool's arithmetic, scaling * B A x, can do", where)
+        Problem(f"{key} is {value!r}, which is more than plain LoRA, scaling * B A x", where)
         for key, value in sorted(config.items())
         if key not in _FREE and value not in _OFF
     ]
     start = config.get("init_lora_weights", True)
     if start not in _HARMLESS_STARTS:
         fix = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        what = f"init_lora_weights is {start!r}: the adapter goes with changed base weights, which a pool does not have"
+        what = f"init_lora_weights is {start!r}: the adapter goes with changed base weights, so it is no plain LoRA"
         problems.append(Problem(what, where, fix))
     problems += _number_problem("r", config.get("r", 8), where, whole=True)
     problems += _number_problem("lora_alpha", config.get("lora_alpha", 8), where)
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in _PATTERNS:
         entries = config.get(field) or {}
         if not isinstance(entries, dict):
             problems.append(Problem(f"{field} should be a JSON object", where))
@@ -247,7 +248,19 @@ def _pair_problem(layer: str, pair: Mapping[str, Tensor], sizes: Sizes | None) -
     return None
 
 
-def _rank_and_scaling(config: Mapping[str, Any], layer: str) -> tuple[int, float]:
+def scaling_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that decide each layer's rank and scaling, as JSON gives them back.
+
+    With the weights, whose names say where they belong, they are the whole update. Patterns are lists of pairs, because
+    the first that fits counts.
+    """
+    patterns = {field: [list(pair) for pair in (config.get(field) or {}).items()] for field in _PATTERNS}
+    plain = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}
+    return {**plain, "use_rslora": bool(config.get("use_rslora")), **patterns}
+
+
+def rank_and_scaling(config: Mapping[str, Any], layer: str) -> tuple[int, float]:
+    """A layer's rank and scaling by an adapter's config, patterns and rsLoRA included."""
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

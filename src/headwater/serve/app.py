@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -22,16 +19,15 @@ from starlette.exceptions import HTTPException
 from ..data.encode import DataSpec, encode_prompt
 from ..data.rows import Row
 from ..errors import HeadwaterError
-from .engine import BusyError, ClosedError, Engine, Piece, Ticket
+from .answers import Answers, events, whole
+from .engine import BusyError, ClosedError, Engine
 from .guard import Guard
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest, Shape, error_body, usage
-from .routes import Route
+from .protocol import ChatRequest, CompletionRequest, Shape
+from .refusals import Refused, mistake, said
 from .sampling import Sampling
 
-logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_STATUS_OF_FINISH = {"timeout": 504, "error": 500}
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,6 @@ class Limits:
     max_body: int = 1 << 20
     max_answers: int = 16
     timeout: float = 120.0
-
-
-class Refused(Exception):  # noqa: N818, it is an answer
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: Any):
-        super().__init__(message)
-        self.status, self.retry_after = status, more.pop("retry_after", None)
-        self.body = error_body(message, kind, **more)
-
-    def response(self) -> JSONResponse:
-        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
-        return JSONResponse(self.body, self.status, headers)
 
 
 class Service:
@@ -91,8 +74,7 @@ class Service:
         never = self.data_spec.chat_template == "never"
         spec = self.data_spec.model_copy(update={"chat_template": "auto"}) if never else self.data_spec
         prompt = await self._apart(encode_prompt, row, self.tokenizer, spec)
-        limit = body.max_completion_tokens or body.max_tokens
-        return await self._answer(body, request, [(prompt, row.prompt)], limit, chat=True)
+        return await self._answer(body, request, [(prompt, row.prompt)])
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         prompts: list[tuple[list[int], str]] = []
@@ -105,47 +87,55 @@ class Service:
                 prompts.append((prompt, await self._apart(self.tokenizer.decode, prompt)))
             else:
                 raise Refused(400, f"token ids go from 0 to {vocabulary - 1}", param="prompt")
-        return await self._answer(body, request, prompts, body.max_tokens, chat=False)
+        return await self._answer(body, request, prompts)
 
     async def _answer(
         self,
         body: ChatRequest | CompletionRequest,
         request: Request,
         prompts: Sequence[tuple[list[int], str]],
-        max_tokens: int | None,
-        *,
-        chat: bool,
     ) -> Response:
-        limits = self.limits
-        if max_tokens is not None and max_tokens > limits.max_tokens:
-            raise Refused(400, f"an answer has at most {limits.max_tokens} tokens here", param="max_tokens")
-        if not 1 <= len(prompts) * body.n <= limits.max_answers:
-            raise Refused(400, f"a request has 1 to {limits.max_answers} answers: prompts times n", param="n")
+        chat, limits = isinstance(body, ChatRequest), self.limits
+        places = {"prompt": "messages"} if chat else {}  # what the engine calls things -> what the request does
+        if isinstance(body, ChatRequest) and body.max_completion_tokens:
+            places["max_tokens"] = "max_completion_tokens"
+        if body.limit is not None and body.limit > limits.max_tokens:
+            where = places.get("max_tokens", "max_tokens")
+            raise Refused(400, f"an answer has at most {limits.max_tokens} tokens here", param=where)
+        most = min(limits.max_answers, self.engine.capacity)  # more would never fit, however often they came back
+        if len(prompts) * body.n > most:
+            where = "n" if body.n > 1 else "prompt"
+            raise Refused(400, f"a request has at most {most} answers here: prompts times n", param=where)
         name = body.model or self.engine.routes.names[0]
         try:
             routes = [await self._apart(self.engine.routes.choose, name, text) for _, text in prompts]
         except HeadwaterError as error:
             if name in self.engine.routes.names:
                 raise
-            raise Refused(404, _said(error), param="model", code="model_not_found") from error
-        answers = Answers(self, name)
+            raise Refused(404, said(error), param="model", code="model_not_found") from error
+        logprobs = isinstance(body, CompletionRequest) and body.asks_logprobs
+        answers = Answers(self, name, gates=body.headwater.gates, logprobs=logprobs)
         try:
             for index in range(len(prompts) * body.n):
                 prompt, route = prompts[index // body.n][0], routes[index // body.n]
-                answers.ask(prompt, route, self._sampling(body, prompt, max_tokens, index), gates=body.headwater.gates)
-        except BaseException:
+                answers.ask(prompt, route, self._sampling(body, prompt, index))
+        except BaseException as error:
             answers.cancel()
+            if isinstance(error, HeadwaterError):
+                where = error.problems[0].where
+                raise Refused(400, said(error), param=places.get(where, where)) from error
             raise
         read = sum(len(prompt) for prompt, _ in prompts)
         self.metrics.tokens.labels("prompt").inc(read)
         shape = Shape(chat=chat, model=name)
         if body.stream:
-            events = _events(answers, shape, read if body.stream_options.include_usage else None)
+            stream = events(answers, shape, read if body.stream_options.include_usage else None)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        return await _unless_gone(_whole(answers, shape, read), request, answers)
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return await _unless_gone(whole(answers, shape, read), request, answers)
 
-    def _sampling(self, body: Any, prompt: Sequence[int], max_tokens: int | None, index: int) -> Sampling:
+    def _sampling(self, body: ChatRequest | CompletionRequest, prompt: Sequence[int], index: int) -> Sampling:
+        max_tokens = body.limit
         if max_tokens is None:
             room = self.limits.max_tokens
             if self.engine.max_length is not None:
@@ -153,114 +143,6 @@ class Service:
             max_tokens = min(self.limits.default_tokens, self.limits.max_tokens, room)
         seed = None if body.seed is None else (body.seed + index) % 2**63
         return Sampling(max_tokens, body.temperature, body.top_p, body.stops, seed)
-
-
-class Answers:
-    """The answers to one request, as their pieces come in from the engine's thread."""
-
-    def __init__(self, service: Service, name: str):
-        self.service, self.name = service, name
-        self.tickets: list[Ticket] = []
-        self.routes: list[Route] = []
-        self.tokens = 0
-        self._open = 0
-        self._began = time.monotonic()
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-
-    def ask(self, prompt: Sequence[int], route: Route, sampling: Sampling, *, gates: bool) -> None:
-        index = len(self.tickets)
-
-        def on_piece(piece: Piece) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
-
-        timeout = self.service.limits.timeout
-        engine = self.service.engine
-        self.tickets.append(engine.submit(prompt, route, sampling, on_piece, timeout=timeout, gates=gates))
-        self.routes.append(route)
-        self._open += 1
-
-    def cancel(self) -> None:
-        for ticket in self.tickets:
-            ticket.cancel()
-
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Answer's number and piece, until all answers have ended; whoever stops earlier cancels them."""
-        metrics, first = self.service.metrics, True
-        try:
-            while self._open:
-                index, piece = await self._queue.get()
-                if piece.token is not None:
-                    self.tokens += 1
-                    metrics.tokens.labels("completion").inc()
-                    if first:
-                        metrics.first.observe(time.monotonic() - self._began)
-                        first = False
-                if piece.finish:
-                    self._open -= 1
-                    metrics.answers.labels(self.name, piece.finish).inc()
-                    metrics.seconds.observe(time.monotonic() - self._began)
-                yield index, piece
-        finally:
-            if self._open:
-                metrics.answers.labels(self.name, "cancelled").inc(self._open)
-            self.cancel()
-
-    def about(self, index: int) -> dict[str, Any]:
-        """Which of a pool's adapters answer, and how much each counts."""
-        return {"adapters": dict(self.routes[index].mixture)}
-
-    def token(self, piece: Piece) -> dict[str, Any]:
-        """A token with its gates, as `headwater` in an answer."""
-        text = "" if piece.token is None else self.service.tokenizer.decode([piece.token])
-        return {"token": text, "gates": [round(gate, 4) for gate in piece.gates or ()]}
-
-
-async def _whole(answers: Answers, shape: Shape, read: int) -> Response:
-    texts = [""] * len(answers.tickets)
-    finishes: list[str | None] = [None] * len(texts)
-    tokens: list[list[dict[str, Any]]] = [[] for _ in texts]
-    async with aclosing(answers.pieces()) as pieces:
-        async for index, piece in pieces:
-            if piece.finish in _STATUS_OF_FINISH:
-                raise _failure(piece)
-            texts[index] += piece.text
-            finishes[index] = piece.finish
-            if answers.tickets[index].gates:
-                tokens[index].append(answers.token(piece))
-    choices = []
-    for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
-        about = answers.about(index) | ({"tokens": tokens[index]} if tokens[index] else {})
-        choices.append({**shape.whole(index, text, finish), "headwater": about})
-    return JSONResponse(shape.body(choices, usage=usage(read, answers.tokens)))
-
-
-async def _events(answers: Answers, shape: Shape, read: int | None) -> AsyncIterator[str]:
-    begun: set[int] = set()
-    async with aclosing(answers.pieces()) as pieces:
-        async for index, piece in pieces:
-            if piece.finish in _STATUS_OF_FINISH:
-                yield _event(_failure(piece).body)
-                return
-            choice = shape.part(index, piece.text, piece.finish, first=index not in begun)
-            about = {} if index in begun else answers.about(index)
-            if answers.tickets[index].gates:
-                about |= answers.token(piece)
-            begun.add(index)
-            if piece.text or piece.finish or about:
-                yield _event(shape.body([{**choice, **({"headwater": about} if about else {})}], chunk=True))
-    if read is not None:
-        yield _event(shape.body([], chunk=True, usage=usage(read, answers.tokens)))
-    yield "data: [DONE]\n\n"
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _failure(piece: Piece) -> Refused:
-    what = piece.error or "the answer took too long"
-    return Refused(_STATUS_OF_FINISH[piece.finish or ""], what, "server_error", code=piece.finish)
 
 
 async def _unless_gone(answer: Awaitable[Response], request: Request, answers: Answers) -> Response:
@@ -281,10 +163,6 @@ async def _unless_gone(answer: Awaitable[Response], request: Request, answers: A
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _said(error: HeadwaterError) -> str:
-    return "; ".join(": ".join(filter(None, (p.what, p.fix))) for p in error.problems)
 
 
 def make_app(service: Service, *, api_key: str | None = None, loopback: bool = True) -> Any:
@@ -345,7 +223,7 @@ def make_app(service: Service, *, api_key: str | None = None, loopback: bool = T
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         return refuse(Refused(500, f"{type(error).__name__} in the server; its log says more", "server_error"))
 
-    def explained(error: Exception) -> Refused:
+    def explained(error: Exception, content_type: str) -> Refused:
         if isinstance(error, Refused):
             return error
         if isinstance(error, BusyError):
@@ -354,16 +232,17 @@ def make_app(service: Service, *, api_key: str | None = None, loopback: bool = T
         if isinstance(error, ClosedError):
             return Refused(503, str(error), "server_error", retry_after=5)
         if isinstance(error, HeadwaterError):
-            return Refused(400, _said(error), param=error.problems[0].where or None)
+            return Refused(400, said(error), param=error.problems[0].where or None)
         if isinstance(error, RequestValidationError):
-            texts = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}".lstrip(": ") for e in error.errors()]
-            where = error.errors()[0]["loc"][1:2]
-            return Refused(400, "; ".join(dict.fromkeys(texts)), param=str(where[0]) if where else None)
+            what, where = mistake(error, content_type)
+            return Refused(400, what, param=where)
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # FastAPI raises it, and does not say why
+            return Refused(400, "the body is not JSON in UTF-8, or is nested too deeply")
         return Refused(error.status_code, str(error.detail))
 
     async def _expected(request: Request, error: Exception) -> JSONResponse:
-        return refuse(explained(error))
+        return refuse(explained(error, request.headers.get("content-type", "")))
 
     for kind in (Refused, BusyError, ClosedError, HeadwaterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _expected)

@@ -16,12 +16,12 @@ from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import max_positions, pad_id
 from ..evaluation.generate import end_ids
 from .batch import Batch
-from .routes import Route, Routes
+from .routes import Route, Routes, UnavailableError
 from .sampling import Sampling, Text, pick
 
 logger = logging.getLogger(__name__)
 
-Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
+Finish = Literal["stop", "length", "timeout", "cancelled", "unavailable", "error"]
 
 
 class BusyError(RuntimeError):
@@ -45,6 +45,8 @@ class Piece:
         token: the token that was drawn, None in a piece that only ends the answer.
         finish: why the answer ended, in its last piece.
         gates: how much each head had in the token, averaged over layers, where that was asked for and is known.
+        logprob: the token's log-probability as the model has it, before temperature and top_p, where asked for.
+        at: how many characters of the answer are before the token.
         error: what went wrong.
     """
 
@@ -52,6 +54,8 @@ class Piece:
     token: int | None = None
     finish: Finish | None = None
     gates: list[float] | None = None
+    logprob: float | None = None
+    at: int = 0
     error: str = ""
 
 
@@ -66,18 +70,21 @@ class Ticket:
         on_piece: Callable[[Piece], None],
         deadline: float | None,
         gates: bool,
+        logprobs: bool,
     ):
-        self.prompt, self.route, self.sampling, self.gates = list(prompt), route, sampling, gates
+        self.prompt, self.route, self.sampling = list(prompt), route, sampling
+        self.gates, self.logprobs = gates, logprobs
         self._on_piece, self.deadline = on_piece, deadline
-        self.cancelled = False
+        self.cancelled = self.ended = False
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more; its place in the batch is free with the next token."""
         self.cancelled = True
 
     def deliver(self, piece: Piece) -> None:
-        if self.cancelled:
+        if self.cancelled or self.ended:
             return
+        self.ended = piece.finish is not None
         try:
             self._on_piece(piece)
         except Exception:  # whoever waited has gone in a hurry; the others' answers go on
@@ -96,8 +103,9 @@ class _Row:
         self.newest = 0
         self.done = False
 
-    def take(self, token: int, ends: Sequence[int], gates: list[float] | None) -> None:
+    def take(self, token: int, ends: Sequence[int], gates: list[float] | None, logprob: float | None) -> None:
         self.newest, self.tokens = token, self.tokens + 1
+        at = self.text.length
         finish: Finish | None = None
         text = ""
         if token in ends:
@@ -111,7 +119,7 @@ class _Row:
         if finish:
             text += self.text.finish()
             finish = "stop" if self.text.stopped else finish
-        piece = Piece(text, token, finish, gates)
+        piece = Piece(text, token, finish, gates, logprob, at)
         self.end(piece) if finish else self.ticket.deliver(piece)
 
     def end(self, piece: Piece) -> None:
@@ -160,6 +168,7 @@ class Engine:
         self._rows: list[_Row] = []
         self._waiting: deque[Ticket] = deque()
         self._wake = threading.Condition()
+        self._placed: list[Ticket] = []  # those in the batch, and those that are about to be
         self._closing = False
         self._on_step = on_step
         self._seconds_per_answer = 1.0
@@ -177,6 +186,11 @@ class Engine:
         """Requests that wait for a place in the batch."""
         return len(self._waiting)
 
+    @property
+    def capacity(self) -> int:
+        """Requests that fit at once, answered and waiting."""
+        return self.max_batch + self.max_waiting
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -186,6 +200,7 @@ class Engine:
         *,
         timeout: float | None = None,
         gates: bool = False,
+        logprobs: bool = False,
     ) -> Ticket:
         """Queues a request and returns at once.
 
@@ -194,6 +209,7 @@ class Engine:
             on_piece: called from the engine's thread with each piece; the last one has `finish`. Must not block.
             timeout: seconds after which the answer ends as it is, with "timeout".
             gates: tell with each token how much each head had in it.
+            logprobs: tell with each token how likely it was.
 
         Raises:
             BusyError: the queue is full.
@@ -204,13 +220,15 @@ class Engine:
             raise HeadwaterError(Problem("the prompt has no tokens, so nothing predicts the answer", "prompt"))
         if self.max_length is not None and len(prompt) + sampling.max_tokens > self.max_length:
             what = f"{len(prompt)} tokens of prompt and {sampling.max_tokens} of answer are more than {self.max_length}"
-            raise HeadwaterError(Problem(what, "max_tokens", "shorten the prompt or the answer"))
+            where = "prompt" if len(prompt) >= self.max_length else "max_tokens"
+            raise HeadwaterError(Problem(what, where, "shorten the prompt or the answer"))
         deadline = None if timeout is None else time.monotonic() + timeout
-        ticket = Ticket(prompt, route, sampling, on_piece, deadline, gates)
+        ticket = Ticket(prompt, route, sampling, on_piece, deadline, gates, logprobs)
         with self._wake:
             if self._closing:
                 raise ClosedError("the server is shutting down")
-            if len(self._waiting) >= self.max_waiting:
+            placed = sum(not (ticket.ended or ticket.cancelled) for ticket in self._placed)
+            if len(self._waiting) >= self.capacity - placed:  # whom a place is free for does not wait
                 raise BusyError(self._seconds_per_answer * (1 + len(self._waiting) / self.max_batch))
             self._waiting.append(ticket)
             self._wake.notify()
@@ -244,15 +262,17 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
+                self._placed = [row.ticket for row in self._rows]
                 while not (self._waiting or self._rows or self._closing):
                     self._wake.wait()
                 if self._closing and not (self._waiting or self._rows):
                     return
                 new = self._admit()
+                self._placed += new
             try:
                 self._advance(new)
             except Exception as error:  # whatever the model raises must not take the server down with it
-                self._fail(error)
+                self._fail(error, new)
 
     def _admit(self) -> list[Ticket]:
         """Takes requests from the queue, first come, first served, as far as there is room."""
@@ -281,31 +301,35 @@ class Engine:
     def _join(self, new: Sequence[Ticket]) -> None:
         gates = any(ticket.gates for ticket in new)
         try:
+            joining = [_Row(ticket, self._tokenizer) for ticket in new]
             read = self._batch.read([t.prompt for t in new], [t.route for t in new], gates=gates)
         except Exception as error:  # an adapter that cannot be read, say: nobody else's answer suffers
             if len(new) > 1:
                 for ticket in new:
                     self._join([ticket])
             else:
-                new[0].deliver(Piece("", finish="error", error=str(error)))
+                new[0].deliver(_failed(error))
             return
-        joining = [_Row(ticket, self._tokenizer) for ticket in new]
         self._rows += joining
         self._batch.add(read)
         self._take(joining, read.output)
 
     def _take(self, rows: Sequence[_Row], output: Any) -> None:
         self._on_step(len(rows))
-        likeliest = output.logits.argmax(-1).tolist()
-        broken = output.logits.isnan().any(-1).tolist()
-        gates = output.gates
+        logits, gates = output.logits, output.gates
+        likeliest = logits.argmax(-1).tolist()
+        usable = logits.amax(-1).isfinite().tolist()  # -inf only rules a token out
         for i, row in enumerate(rows):
-            if broken[i]:
-                row.end(Piece("", finish="error", error="the model's outputs are not numbers (NaN)"))
+            if not usable[i]:
+                row.end(Piece("", finish="error", error="the model's outputs are not finite numbers (NaN or infinity)"))
                 continue
-            sampling = row.ticket.sampling
-            token = pick(output.logits[i], sampling, row.generator) if sampling.temperature > 0 else likeliest[i]
-            row.take(token, self._ends, gates[i] if gates and row.ticket.gates else None)
+            ticket, sampling = row.ticket, row.ticket.sampling
+            try:
+                token = pick(logits[i], sampling, row.generator) if sampling.temperature > 0 else likeliest[i]
+                logprob = float(logits[i].double().log_softmax(-1)[token]) if ticket.logprobs else None
+                row.take(token, self._ends, gates[i] if gates and ticket.gates else None, logprob)
+            except Exception as error:  # the others' answers go on
+                row.end(_failed(error))
 
     def _let_go(self) -> None:
         """Drops rows that are done, that nobody waits for any more, or that are out of time."""
@@ -318,14 +342,23 @@ class Engine:
         self._batch.keep(kept)
         self._rows = [self._rows[i] for i in kept]
 
-    def _fail(self, error: Exception) -> None:
-        """Ends all answers of a batch that could not be run."""
-        for row in self._rows:
-            if not row.done:
-                row.end(Piece("", finish="error", error=str(error)))
+    def _fail(self, error: Exception, new: Sequence[Ticket]) -> None:
+        """Ends all answers of a batch that could not be run, and those that were about to join it."""
+        piece = _failed(error)
+        for ticket in [*(row.ticket for row in self._rows), *new]:
+            ticket.deliver(piece)
         self._rows = []
         self._batch.clear()
 
 
 def _over(ticket: Ticket) -> bool:
     return ticket.cancelled or (ticket.deadline is not None and time.monotonic() > ticket.deadline)
+
+
+def _failed(error: Exception) -> Piece:
+    """The last piece of an answer that failed; all of the error goes to the log."""
+    if isinstance(error, UnavailableError):
+        logger.warning("%s: %s", error, error.__cause__)
+        return Piece("", finish="unavailable", error=str(error))
+    logger.error("answering failed", exc_info=error)
+    return Piece("", finish="error", error=str(error))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 from typing_extensions import Self
 
-# Parameters that would change an answer and are not there: refused unless they ask for nothing.
-_REFUSED = (
-    "tools", "functions", "logit_bias", "logprobs", "top_logprobs", "frequency_penalty", "presence_penalty", "suffix",
-    "echo", "audio", "prediction",
-)  # fmt: skip
+from .fields import check_characters, check_fields, check_message, refusal
+
+TokenId = Annotated[int, Strict()]
 
 
 class Extras(BaseModel):
@@ -47,19 +46,22 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nothing_is_the_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        check_characters(data)
+        return {key: value for key, value in data.items() if value is not None}
 
     @model_validator(mode="after")
     def _is_served(self) -> Self:
-        extra = self.model_extra or {}
-        asked = [name for name in _REFUSED if extra.get(name) not in (None, 0, False, "", [], {})]
-        if extra.get("response_format", {"type": "text"}) != {"type": "text"}:
-            asked.append("response_format")
-        if asked:
-            raise ValueError(f"this server does not have {', '.join(asked)}")
+        check_fields(self.model_extra or {}, type(self).model_fields, self.n)
         if len(self.stops) > 4 or not all(self.stops):
-            raise ValueError("stop takes at most 4 texts, none of them empty")
+            raise refusal("stop takes at most 4 texts, none of them empty", "stop")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of an answer."""
+        return self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -72,8 +74,15 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Self:
+        check_message(self.model_extra or {})
+        return self
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -90,14 +99,30 @@ class ChatRequest(Request):
     @model_validator(mode="after")
     def _asks_something(self) -> Self:
         if self.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
+            raise refusal("the last message must be the user's", "messages")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(Request):
     """A body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not self.prompts:
+            raise refusal("there is no prompt", "prompt")
+        return self
+
+    @property
+    def asks_logprobs(self) -> bool:
+        """Whether `logprobs` is 0: of the answer's tokens, of no others."""
+        asked = (self.model_extra or {}).get("logprobs", False)
+        return asked is not False
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -120,6 +145,12 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
+def logprobs_of(tokens: Sequence[tuple[str, float, int]]) -> dict[str, Any]:
+    """`logprobs` of `/v1/completions`, from each token's text, log-probability and place in the answer."""
+    texts, values, places = (list(column) for column in zip(*tokens, strict=True))
+    return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": places}
+
+
 class Shape:
     """Builds the answers to one request: whole, or chunk by chunk.
 
@@ -139,13 +170,13 @@ class Shape:
         head = {"id": self.id, "object": name, "created": self.created, "model": self.model}
         return {**head, "choices": choices, **more}
 
-    def whole(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+    def whole(self, index: int, text: str, finish: str | None, logprobs: Any = None) -> dict[str, Any]:
         """One finished choice."""
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
-    def part(self, index: int, text: str, finish: str | None, *, first: bool) -> dict[str, Any]:
+    def part(self, index: int, text: str, finish: str | None, logprobs: Any = None, *, first: bool) -> dict[str, Any]:
         """One choice of a chunk."""
         delta = {**({"role": "assistant"} if first else {}), **({"content": text} if text or first else {})}
         content = {"delta": delta} if self.chat else {"text": text}
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..compose import AdapterPool, PooledModel
 
 AUTO, BASE = "auto", "base"
+
+
+class UnavailableError(RuntimeError):
+    """What was asked for cannot be had any more. Clients read the message, so it has no paths; its cause may."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,12 @@ class PoolRoutes:
 
     @contextmanager
     def apply(self, routes: Sequence[Route]) -> Iterator[dict[str, Tensor]]:
-        with self._pooled.rows([route.mixture for route in routes]):
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._pooled.rows([route.mixture for route in routes]))
+            except (HeadwaterError, OSError) as error:  # adapters are read when they are first asked for
+                names = ", ".join(dict.fromkeys(name for route in routes for name in route.mixture))
+                raise UnavailableError(f"{names} cannot be loaded any more; the server's log says why") from error
             yield {}
 
 

@@ -39,10 +39,11 @@ class Sampling:
 
 
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draws a token from logits `(vocabulary,)`, in float64 on the CPU."""
+    """Draws a token from logits `(vocabulary,)`, in float64 on the CPU; the largest has to be finite."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    p = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
+    z = logits.double().cpu()
+    p = torch.softmax((z - z.max()) / sampling.temperature, dim=-1)  # below 0 first: tiny temperatures give no infinity
     if sampling.top_p < 1:
         ranked, order = p.sort(descending=True, stable=True)
         ranked[ranked.cumsum(0) - ranked >= sampling.top_p] = 0  # those that the ones before already make up for
@@ -64,6 +65,8 @@ class Text:
         # tokenizers write a word differently where nothing stands before it.
         self._start = self._read = 0
         self._held = ""
+        self.length = 0
+        """Characters so far, those that are not yet sent counted."""
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -88,6 +91,7 @@ class Text:
     def _give(self, text: str) -> str:
         if text:
             self._start, self._read = self._read, len(self._tokens)
+            self.length += len(text)
         text = self._held + text
         found = [at for at in map(text.find, self._stop) if at >= 0]
         if found:

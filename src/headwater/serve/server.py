@@ -13,7 +13,7 @@ from ..errors import HeadwaterError, Problem
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening address; port 0 takes any that is free.
+    """A listening socket; port 0 takes any that is free. Who connects before `run` waits until then.
 
     Raises:
         HeadwaterError: the address is taken, or is not this machine's.
@@ -23,6 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         server.bind((host, port))
+        server.listen()  # until somebody listens, another server could bind the same port
     except OSError as error:
         server.close()
         what = f"cannot listen on {host}:{port}: {error.strerror or error}"
