@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,6 +51,15 @@ def make_pool(folder: Path, plans: dict[str, dict] = PLANS) -> AdapterPool:
     for seed, (name, fields) in enumerate(plans.items()):
         pool.add(save_lora(folder / name, base, seed, **fields), name, samples=[f"{name} text {i}" for i in range(3)])
     return pool
+
+
+def add_again(pool: AdapterPool, name: str, scratch: Path, **changes) -> None:
+    """The adapter anew in the pool: the same weights, with `changes` in its config."""
+    shutil.copytree(pool.folder(name), scratch)
+    file = scratch / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    pool.remove(name)
+    pool.add(scratch, name, same_base=True)
 
 
 def merged(model, *weighted):

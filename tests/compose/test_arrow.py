@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from pool_support import make_pool, merged, save_lora
+from pool_support import add_again, make_pool, merged, save_lora
 from tiny_models import make_tiny_llama
 
 import headwater
@@ -161,6 +161,20 @@ def test_order_of_adapters_signs_and_alphas(pool):
         return Adapter(name, {k: LowRank(-f.A, -f.B, f.scaling * factor) for k, f in layers.items()})
 
     close(logits(Arrow(PooledModel(make_tiny_llama().double(), flipped), pool, NAMES, ArrowSpec(2)), inputs), want)
+
+    def refactored(name):  # (B R) (R^-1 A), with another R for each layer
+        layers = {}
+        for seed, (layer, f) in enumerate(pool.load(name).layers.items()):
+            R = torch.randn(f.rank, f.rank, generator=torch.Generator().manual_seed(seed)).double()
+            R += 4 * torch.eye(f.rank)
+            layers[layer] = LowRank(torch.linalg.inv(R) @ f.A.double(), f.B.double() @ R, f.scaling)
+        return Adapter(name, layers)
+
+    gauged = Arrow(PooledModel(make_tiny_llama().double(), refactored), pool, NAMES, ArrowSpec(2))
+    for layer, rows in router.prototypes.items():
+        cosines = (gauged.prototypes[layer] * rows).sum(-1).abs()
+        close(cosines, (rows.norm(dim=-1) > 0).to(cosines))  # zeros where an adapter leaves the layer alone
+    close(logits(gauged, inputs), want)
     one = Arrow(PooledModel(make_tiny_llama().double(), lambda name: flipped(name, 2.0)), pool, ["rs"])
     alone = merged(make_tiny_llama().double(), (2.0, pool.load("rs")))
     with torch.no_grad():
@@ -180,6 +194,18 @@ def test_a_replaced_adapter_is_noticed(pool, tmp_path):
     assert not torch.allclose(router.prototypes[UP][0].abs(), old[0].abs(), atol=1e-3)
     assert torch.equal(router.prototypes[UP][1:], old[1:])
     close(after, logits(Arrow(model_of(pool), pool, NAMES), inputs))
+
+
+def test_a_changed_scaling_is_noticed(pool, tmp_path):
+    router, inputs = Arrow(model_of(pool), pool, NAMES), ids()
+    router.save(tmp_path / "routing")
+    before = logits(router, inputs)
+    add_again(pool, "plain", tmp_path / "stronger", lora_alpha=80)
+    after = logits(router, inputs)
+    assert (after - before).abs().max() > 1e-3
+    close(after, logits(Arrow(model_of(pool), pool, NAMES), inputs))
+    with pytest.raises(HeadwaterError, match=r"'plain' is not the one .*: lora_alpha was 8 and is 80 now"):
+        Arrow.load(tmp_path / "routing", pool, model_of(pool))
 
 
 def test_refreshing_by_hand(pool):

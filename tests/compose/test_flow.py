@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from pool_support import make_pool, merged
+from pool_support import add_again, make_pool, merged
 from tiny_models import make_tiny_llama
 
 import headwater
@@ -274,11 +274,12 @@ def test_saved_and_loaded_exactly(pool, pooled, tmp_path):
         ({"adapters": dict(reversed(written["adapters"].items()))}, "tensors are of the adapters"),
         ({"adapters": {**written["adapters"], "rs": "0" * 64}}, "not the one that this was fitted on"),
         (
-            {"adapters": {**written["adapters"], "twin": pool["twin"].sha256["adapter_model.safetensors"]}},
+            {"adapters": {**written["adapters"], "twin": written["adapters"]["plain"]}},
             "tensors are of",
         ),
         ({"blocks": ["model.layers.1"]}, "need"),
-        ({"kind": "arrow"}, "not version 1 of a flow file"),
+        ({"kind": "arrow"}, "not version 2 of a flow file"),
+        ({"schema": 1}, "not version 2 of a flow file\n.*fit it again with headwater pool flow"),
     ):
         file.write_text(json.dumps({**written, **change}))
         with pytest.raises(HeadwaterError, match=message):
@@ -286,6 +287,28 @@ def test_saved_and_loaded_exactly(pool, pooled, tmp_path):
     file.write_text("{")
     with pytest.raises(HeadwaterError, match="not readable"):
         FlowGate.load(tmp_path / "gates", pool, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora_alpha": 80}, "lora_alpha was 8 and is 80 now"),
+        ({"use_rslora": True}, "use_rslora was False and is True now"),
+        ({"alpha_pattern": {"up_proj": 80}}, r"alpha_pattern was \[\] and is \[\['up_proj', 80\]\] now"),
+        ({"base_model_name_or_path": "elsewhere/base", "inference_mode": False, "lora_alpha": 8.0}, None),
+    ],
+)
+def test_gates_go_with_the_adapters_scalings(tmp_path, changes, told):
+    """Gates were fitted on updates of a certain strength. What else the config says does not matter."""
+    pool = make_pool(tmp_path)
+    model = PooledModel(make_tiny_llama(), pool.load)
+    FlowGate(model, NAMES, "rs").save(tmp_path / "gates", pool)
+    add_again(pool, "plain", tmp_path / "again", **changes)
+    if told is None:
+        assert FlowGate.load(tmp_path / "gates", pool, model).names == tuple(NAMES)
+    else:
+        with pytest.raises(HeadwaterError, match=f"'plain' is not the one that this was fitted on: {told}"):
+            FlowGate.load(tmp_path / "gates", pool, model)
 
 
 def test_what_is_refused(pooled):

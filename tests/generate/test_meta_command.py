@@ -43,7 +43,7 @@ def finished(meta_folder) -> Path:
 
 def test_results_and_report(finished):
     results = json.loads((finished / "results.json").read_text())
-    kinds = {"base", "source", "mean_checkpoint", "generated", "wrong_condition", "left_out"}
+    kinds = {"base", "source", "mean_checkpoint", "generated", "nearest_checkpoint", "wrong_condition", "left_out"}
     assert set(results["scores"]) == {"animals", "colours"}
     assert all(set(by) == kinds for by in results["scores"].values())
     html = (finished / "report.html").read_text()
@@ -51,6 +51,25 @@ def test_results_and_report(finished):
     assert (finished / "figures" / "generated-against-trained.svg").is_file()
     storage = results["extra"]["storage_bytes"]
     assert storage["all_checkpoints"] == 6 * storage["adapter"]
+
+
+def test_the_nearest_checkpoint_is_a_trained_one_and_none_is_nearer(finished):
+    """Distance in weights that are divided by the spread of their tensor over the task's checkpoints."""
+    collected = {
+        path.parent: load_file(path) for path in (finished / "collect").glob("*/step-*/adapter_model.safetensors")
+    }
+    for task in ("animals", "colours"):
+        made = load_file(finished / "adapters" / "generated" / task / "adapter_model.safetensors")
+        nearest = load_file(finished / "adapters" / "nearest_checkpoint" / task / "adapter_model.safetensors")
+        same = [p for p, one in collected.items() if all(torch.equal(one[n], nearest[n]) for n in nearest)]
+        assert len(same) == 1
+        mean = [one for p, one in collected.items() if p.parent.name == task]
+        spread = {n: torch.stack([one[n] for one in mean]).mean(0).std() for n in made}
+
+        def distance(one, made=made, spread=spread):
+            return sum(((one[n] - made[n]) / spread[n]).square().sum() for n in made if spread[n] > 0)
+
+        assert distance(nearest) <= min(map(distance, collected.values())) * 1.001
 
 
 def test_the_last_checkpoints_of_one_start_were_kept(finished):

@@ -30,7 +30,14 @@ def branch_of(model):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha"}, {"train_factor": "A"}, {"train_factor": "B"}]
+    "fields",
+    [
+        {},
+        {"r": 3, "link_ranks": [3, 2, 1]},
+        {"r": 3, "link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha"},
+        {"train_factor": "A"},
+        {"train_factor": "B"},
+    ],
 )
 def test_fused_is_the_equation_and_properties_1_and_4(fields):
     model, x = model_of(**fields), noise(4, d_in)
@@ -42,7 +49,7 @@ def test_fused_is_the_equation_and_properties_1_and_4(fields):
         with torch.no_grad():  # as training would move the link: only its own ranks
             for p in parameters(model).values():
                 p[: ranks[link]] += torch.randn(p[: ranks[link]].shape, generator=generator, dtype=p.dtype)
-        s = 6 / ranks[link] if branch.config.alpha_mode == "fixed_alpha" else branch.scaling
+        s = 6 / ranks[link if branch.config.alpha_mode == "fixed_alpha" else 0]
         links.append((s, leaf(branch.A[: ranks[link]]), leaf(branch.B[: ranks[link]])))
         expected = torch.stack(
             [base_of(model)(t) + sum(s_i * (B_i.T @ (A_i @ t)) for s_i, A_i, B_i in links) for t in x]
@@ -85,7 +92,7 @@ def test_property_5_a_new_link_starts_fresh():
 
 
 def test_smaller_links_leave_no_trace_in_the_ranks_they_lack():
-    model = model_of(link_ranks=[3, 1, 1])
+    model = model_of(r=3, link_ranks=[3, 1, 1])
     branch, x = branch_of(model), noise(8, d_in)
     branch.tie()
     optimizer = torch.optim.AdamW(parameters(model).values(), lr=0.1, weight_decay=0.1)
@@ -109,7 +116,7 @@ class Rows(torch.utils.data.Dataset):
 
 def run(method, folder, *, steps=6, seen=None, resume=None, arguments=None, **fields):
     config = {"r": 2, "lora_alpha": 4, "target_modules": ["gate_proj"], "task_type": "CAUSAL_LM"}
-    config = LoraConfig(**config) if method == "lora" else make_config(method, init_seed=1, **config, **fields)
+    config = LoraConfig(**config) if method == "lora" else make_config(method, init_seed=1, **{**config, **fields})
     model = get_peft_model(make_tiny_llama(), config)
     if method == "lora":
         with torch.no_grad():  # the same start
@@ -187,7 +194,7 @@ def test_property_9_resuming_between_knots_and_at_one_is_exact(tmp_path, fields)
 
 
 def test_property_3_folding_and_stacking_give_the_same_curve(tmp_path):
-    fields = {"num_links": 3, "link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha"}
+    fields = {"r": 3, "num_links": 3, "link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha"}
     stack, fold = (run("cola", tmp_path / mode, mode=mode, steps=9, **fields) for mode in ("stack", "fold"))
     assert logged(fold, "loss") == pytest.approx(logged(stack, "loss"), rel=1e-5)
     assert len(set(logged(fold, "loss"))) > 6
@@ -233,6 +240,48 @@ def test_folding_reads_no_tied_link():
     other(x)  # folds links of its own, which loading must forget
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(x), expected, **CLOSE)
+
+
+def test_a_fold_made_in_inference_mode_can_be_trained_under():
+    model, x = move(model_of(mode="fold"), 1), noise(4, d_in)
+    branch_of(model).tie()
+    move(model, 2)
+    with torch.inference_mode():
+        expected = model(x)
+    found = model.train()(x.requires_grad_())  # through the folded weight
+    torch.testing.assert_close(found, expected.clone(), **CLOSE)
+    found.sum().backward()
+    assert branch_of(model).A.grad.any()
+    assert x.grad.any()
+
+
+@pytest.mark.parametrize("place", [torch.no_grad, torch.inference_mode])
+def test_a_fold_follows_its_base_weight(place):
+    model, x = move(model_of(mode="fold"), 1), noise(4, d_in)
+    branch_of(model).tie()
+    with place():
+        before = model(x) - base_of(model)(x)
+    base = base_of(model)
+    with torch.no_grad():
+        base.weight.mul_(2)
+    with place():
+        torch.testing.assert_close(model(x) - base(x), before, **CLOSE)
+    base.weight.data = base.weight.data * 2
+    with place():
+        torch.testing.assert_close(model(x) - base(x), before, **CLOSE)
+        held = branch_of(model)._folded
+        model(x)
+    assert branch_of(model)._folded is held, "one that fits is kept"
+
+
+def test_a_base_that_was_made_in_inference_mode_folds_too():
+    with torch.inference_mode():
+        model, x = move(model_of(mode="fold"), 1), noise(4, d_in)
+        branch_of(model).tie()
+        expected = model(x)
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
 def test_folding_works_on_transposed_weights():
@@ -330,3 +379,16 @@ def test_wrong_chains_are_refused():
     for fields in [*wrong, {"mode": "merge"}, {"lr_policy": "again"}, {"link_warmup": 1.0}]:
         with pytest.raises(HeadwaterError):
             make_config("cola", **fields)
+
+
+def test_the_first_link_s_rank_is_r_by_which_the_scaling_divides():
+    with pytest.raises(HeadwaterError, match="link_ranks starts with 4 and r is 8") as caught:
+        make_config("cola", r=8, num_links=2, link_ranks=[4, 2])
+    assert [problem.where for problem in caught.value.problems] == ["link_ranks"]
+    assert branch_of(model_of(r=3, link_ranks=[3, 2, 1])).scaling == 6 / 3
+
+
+def test_no_link_s_rank_is_larger_than_its_layer():
+    assert branch_of(model_of(r=2, link_ranks=[2, d_in, 1])).ranks == [2, d_in, 1]
+    with pytest.raises(HeadwaterError, match=r"link_ranks has 7, 9, larger than layer layer \(6 -> 7\) allows"):
+        model_of(r=2, link_ranks=[2, 7, 9], num_links=3)

@@ -10,6 +10,8 @@ from tiny_models import make_tiny_llama
 
 from headwater import HeadwaterError, make_config
 from headwater.methods.files import write_tensors
+from headwater.subspace import SubspaceSpec, extract
+from headwater.tuner import MethodLayer
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 d_in, d_out, r = 5, 8, 3
@@ -88,6 +90,21 @@ def test_property_8_adapters_of_one_basis_merge_by_averaging_a(basis):
     with torch.no_grad():
         branches[0].A.copy_(sum(w * branch.A for w, branch in zip((0.2, 0.5, 0.3), branches, strict=True)))
     torch.testing.assert_close(branches[0].delta_weight(), expected, **CLOSE)
+
+
+def test_property_7_one_source_layer_by_layer_gives_the_weights_own_leading_directions(tmp_path):
+    """B of each layer spans the r left singular vectors of W that have the largest singular values."""
+    names = [f"model.layers.{n}.mlp.{p}_proj" for n in range(2) for p in ("gate", "down")]
+    weights = {name: make_tiny_llama().get_submodule(name).weight.detach() for name in names}
+    path = tmp_path / "basis.safetensors"
+    write_tensors(extract([weights], SubspaceSpec(r=r, scope="layer_projection")), path, {})
+    fields = {"r": r, "target_modules": ["gate_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(make_tiny_llama(), make_config("cora", basis=str(path), **fields))
+    found = {m.name: m.branch("default").B for m in model.modules() if isinstance(m, MethodLayer)}
+    assert sorted(found) == sorted(names)
+    for name, B in found.items():
+        U = torch.linalg.svd(weights[name].double()).U[:, :r]
+        torch.testing.assert_close(B.double().T @ B.double(), U @ U.T, rtol=0, atol=1e-4)
 
 
 def test_one_config_makes_several_adapters(basis):

@@ -1,6 +1,6 @@
 """HydraLoRA's properties, numbered as in its specification.
 
-Property 7 also speaks of a converter of the released checkpoints; there is none yet, so nothing here tests one.
+The converter of released checkpoints, property 7, has tests of its own in tests/cli/test_importing.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headwater import HeadwaterError, NotMergeable, make_config, merge_with_gates, observe
 from headwater.analysis import heads
+from headwater.methods.call import Call, Packed, State
+from headwater.methods.hydralora import balance_loss
 from headwater.ops import draw_seed, drop
 from headwater.tuner import context_of
 
@@ -316,7 +318,8 @@ def test_property_8_a_fixed_gate_of_the_wrong_shape_is_refused(gate):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_balance_loss_is_added_to_the_gradient_and_logged(padded):
-    """`sum_n mean(g_n) mean(choice_n)`, choice the one-hot argmax without a gradient; padding does not count."""
+    """`sum_n mean(g_n) mean(choice_n)` of each row, choice the one-hot argmax without a gradient; padding does not
+    count. The mean over rows."""
     weight, lengths = 0.7, (5, 2 if padded else 5)
     model = move(adapt("hydralora", 4, 9, r=2, num_heads=3, lora_dropout=0.0, balance_loss_weight=weight), seed=3)
     x, v = noise(2, 5, 4), noise(2, 5, 9, seed=1)
@@ -324,9 +327,11 @@ def test_the_balance_loss_is_added_to_the_gradient_and_logged(padded):
     h, R = held(model), leaf(held(model).router)
     (model.train()(x, attention_mask=mask) * v).sum().backward()
 
-    gates = [torch.stack(plain.softmax_gate(R, x[row, t])) for row in range(2) for t in range(lengths[row])]
-    chosen = [int(g.argmax()) for g in gates]
-    loss = sum(sum(g[n] for g in gates) / len(gates) * chosen.count(n) / len(gates) for n in range(3))
+    loss = 0.0
+    for row, length in enumerate(lengths):
+        gates = [torch.stack(plain.softmax_gate(R, x[row, t])) for t in range(length)]
+        chosen = [int(g.argmax()) for g in gates]
+        loss = loss + sum(sum(g[n] for g in gates) / length * chosen.count(n) / length for n in range(3)) / 2
     no_masks = torch.ones(10, 3, 4, dtype=torch.float64)
     base = base_of(model)
     W, b, A, B = base.weight.detach(), base.bias.detach(), h.A.detach(), h.B.detach()
@@ -339,3 +344,20 @@ def test_the_balance_loss_is_added_to_the_gradient_and_logged(padded):
     (model.eval()(x, attention_mask=mask) * v).sum().backward()
     assert (parameters(model)["router"].grad - R.grad).abs().max() > 1e-4  # no such loss in evaluation
     assert not context_of(model).last_losses
+
+
+def test_the_balance_loss_is_of_each_row_where_rows_are_seen():
+    """Two rows, each all on a head of its own: neither is balanced, though all tokens together are."""
+    gate = torch.eye(2, dtype=torch.float64).repeat_interleave(3, 0)  # three tokens on head 0, three on head 1
+
+    def loss(gate, shape, **state):
+        return balance_loss(gate, Call("layer", shape, State(**state))).item()
+
+    assert loss(gate, (2, 3), batch=2, length=3) == 1
+    assert loss(gate, (6,), batch=2, length=3) == 1  # flattened on the way
+    assert loss(gate[1:], (1, 5), batch=2, length=3, packed=Packed((2, 3))) == 1
+    valid = torch.tensor([[True] * 3, [False] * 3])
+    assert loss(gate, (2, 3), batch=2, length=3, valid=valid) == 1  # a row of padding alone is no row
+    assert loss(gate[1:5], (4,), batch=2, length=3) == 0.5  # behind a token dispatch: all tokens as one
+    assert loss(gate, (6,)) == 0.5
+    assert balance_loss(gate, Call("layer", (6,))).item() == 0.5

@@ -7,7 +7,7 @@ import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_models import make_tiny_llama
 
 from headwater import HeadwaterError, make_config
@@ -100,6 +100,26 @@ def test_property_3_a_full_mask_is_the_dense_method_step_for_step(dense, tmp_pat
     everything = train(tiny(mask=str(tmp_path / "full.safetensors")))
     for name, branch in branches(everything).items():
         torch.testing.assert_close(branch.writes(), branches(dense)[name].B, rtol=1e-5, atol=1e-7)
+
+
+def test_property_4_it_is_lora_under_a_mask_on_the_gradient(dense, mask_file):
+    """As the released code trains: PEFT's LoRA with A frozen, B from zero, and B's gradient zero outside the mask."""
+    sparse = tiny(mask=mask_file, init_seed=9)
+    lora = get_peft_model(make_tiny_llama(), LoraConfig(**FIELDS))
+    masks = {}
+    for name, branch in branches(dense).items():
+        layer = lora.get_submodule(f"base_model.model.{name}")
+        layer.lora_A["default"].weight = torch.nn.Parameter(branch.A.clone(), requires_grad=False)
+        masks[name] = torch.zeros(branch.B.numel())
+        masks[name][branches(sparse)[name].index.long()] = 1
+        masks[name] = masks[name].view_as(branch.B)
+        layer.lora_B["default"].weight.register_hook(lambda grad, mask=masks[name].T: grad * mask)
+    train(sparse)
+    train(lora)
+    for name, branch in branches(sparse).items():
+        B = lora.get_submodule(f"base_model.model.{name}").lora_B["default"].weight.T
+        torch.testing.assert_close(branch.writes(), B, rtol=1e-4, atol=1e-7)
+        assert torch.equal(B != 0, masks[name] != 0)
 
 
 def test_property_8_on_top_of_another_task_only_the_mask_changes(dense, mask_file, tmp_path):

@@ -151,6 +151,23 @@ def test_property_6_values_at_balance_and_at_collapse(kind, even, collapsed):
     assert context_of(model).last_losses["balance"].item() == pytest.approx(collapsed, abs=1e-4)
 
 
+def test_property_6_with_one_choice_a_token_mixtral_and_mola_agree():
+    """Every slot is then a token's first choice, which is also all that Switch counts."""
+    x, found = noise(2, 7, d_in), {}
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    for kind in ("mixtral", "mola", "switch"):
+        model = move(model_of(top_k=1, balance_loss=kind, balance_loss_weight=0.7), 4).train()
+        model(x, attention_mask=mask).sum().mul(0).backward()
+        found[kind] = context_of(model).last_losses["balance"], parameters(model)["router"].grad
+    R = leaf(parameters(model)["router"])
+    loss = plain_balance("mola", R, [*x[0], *x[1, :4]], 1)
+    (0.7 * loss).backward()
+    for value, grad in found.values():
+        torch.testing.assert_close(value, loss.detach(), **CLOSE)
+        torch.testing.assert_close(grad, R.grad, **CLOSE)
+    assert R.grad.abs().max() > 1e-4
+
+
 def test_router_z_loss():
     model = move(model_of(z_loss_weight=0.3), 5).train()
     x = noise(2, 4, d_in)

@@ -88,6 +88,35 @@ def test_property_5_tasks_out_of_the_batch_get_no_gradient():
     assert grads["B"].any()
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_property_5_under_adamw_tasks_that_were_never_seen_move_by_weight_decay_alone(weight_decay):
+    model, rate, steps = move(model_of(), 5), 0.05, 4
+    before = {name: p.detach().clone() for name, p in parameters(model).items()}
+    optimizer = torch.optim.AdamW(parameters(model).values(), rate, weight_decay=weight_decay)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(noise(2, 3, d_in, seed=step), headwater_task_ids=[1, 1]).square().sum().backward()
+        optimizer.step()
+    for name in ("L", "w"):
+        now = parameters(model)[name].detach()
+        shrunk = before[name] * (1 - rate * weight_decay) ** steps
+        torch.testing.assert_close(now[[0, 2]], shrunk[[0, 2]], rtol=1e-12, atol=0)
+        assert weight_decay or torch.equal(now[[0, 2]], before[name][[0, 2]])
+        assert (now[1] - shrunk[1]).abs().min() > 1e-3
+
+
+def test_property_5_a_task_that_leaves_the_batches_moves_on_by_adams_momentum():
+    model = move(model_of(), 5)
+    optimizer = torch.optim.AdamW(parameters(model).values(), 0.05, weight_decay=0.0)
+    seen = []
+    for task in (0, 1):
+        optimizer.zero_grad()
+        model(noise(2, 3, d_in, seed=task), headwater_task_ids=task).square().sum().backward()
+        optimizer.step()
+        seen.append(parameters(model)["L"][0].detach().clone())
+    assert (seen[1] - seen[0]).abs().max() > 1e-3
+
+
 def test_property_6_temperature():
     x, task = noise(1, 1, d_in), 0
     flat, sharp = (move(model_of(temperature=t), 6) for t in (1e6, 1e-4))

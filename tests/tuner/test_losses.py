@@ -52,6 +52,50 @@ def test_a_loss_computed_elsewhere_gets_it_as_well(tiny_llama, expected):
 
 
 @pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("implementation", ["reference", "autograd"])
+def test_what_is_done_to_the_loss_is_done_to_its_part(tiny_llama, expected, mode, implementation, monkeypatch):
+    """A gradient scaler multiplies the loss by a large factor, accumulation divides it by the number of batches."""
+    monkeypatch.setenv("HEADWATER_OPS", implementation)
+    model = make(tiny_llama)
+    if mode is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": mode})
+        model.enable_input_require_grads()
+    for factor in (1024.0, 0.5):
+        model.zero_grad()
+        (model(**batch()).loss * factor).backward()
+        assert_near({name: g / factor for name, g in gradients(model).items()}, expected)
+    model.zero_grad()
+    losses = [model(**batch()).loss * factor for factor in (3.0, -2.0)]  # each forward has its own
+    sum(losses).backward()
+    assert_near(gradients(model), expected)
+
+
+def test_a_loss_computed_elsewhere_can_be_followed(tiny_llama, expected):
+    model, data = make(tiny_llama), batch()
+    labels = data.pop("labels")
+    for _ in range(4):
+        logits = model(**data).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+        with torch.no_grad():
+            model(**data)  # as a reference model; its losses are not trained on
+        headwater.follow_loss(model, loss)
+        (loss / 4).backward()
+    assert_near(gradients(model), expected)
+
+
+def test_with_a_count_of_tokens_the_trainers_factor_decides_whose_it_is(tiny_llama, expected, monkeypatch):
+    """Two ranks: a trainer that counts the tokens of both doubles its loss, one that counts its own does not."""
+    monkeypatch.setattr("headwater.tuner.context._ranks", lambda: 2)
+    model, data = make(tiny_llama), batch()
+    own = (data["labels"][:, 1:] != -100).sum()
+    model(**data, num_items_in_batch=own).loss.backward()
+    assert_near(gradients(model), expected)
+    model.zero_grad()
+    (model(**data, num_items_in_batch=2 * own).loss * 2).backward()
+    assert_near(gradients(model), expected)
+
+
+@pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 def test_several_forwards_then_one_backward(tiny_llama, mode):
     model = make(tiny_llama, penalty=0.0)
     for seed in range(2):
@@ -129,8 +173,8 @@ def test_plain_trainer_with_accumulation_equals_one_big_batch(tiny_llama, tmp_pa
 
 
 def test_balance_loss_of_hydralora_is_its_formula(tiny_llama):
-    """Oracle: sum_n mean(g_n) mean(one-hot argmax g)_n over tokens that are not padding, gradients through g only; the
-    mean over layers."""
+    """Oracle: for each row sum_n mean(g_n) mean(one-hot argmax g)_n over its tokens that are not padding, gradients
+    through g only; the mean over rows and layers."""
     row = BY_ID["hydralora-balance"]
     data = {name: t for name, t in batch().items() if name != "headwater_task_ids"}
     weight = row.fields["balance_loss_weight"]
@@ -144,9 +188,10 @@ def test_balance_loss_of_hydralora_is_its_formula(tiny_llama):
             layer.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0]))
     loss = model(**data).loss
     for layer, x in inputs.items():
-        gate = torch.softmax(x[data["attention_mask"].bool()] @ layer.branches["default"].router.T, dim=-1)
-        chosen = torch.nn.functional.one_hot(gate.argmax(-1), gate.shape[-1]).float()
-        loss = loss + weight / len(LAYERS) * (gate.mean(0) * chosen.mean(0)).sum()
+        for one, mask in zip(x, data["attention_mask"].bool(), strict=True):
+            gate = torch.softmax(one[mask] @ layer.branches["default"].router.T, dim=-1)
+            chosen = torch.nn.functional.one_hot(gate.argmax(-1), gate.shape[-1]).float()
+            loss = loss + weight / len(LAYERS) / len(x) * (gate.mean(0) * chosen.mean(0)).sum()
     loss.backward()
     with_loss = make_model(weight)
     with_loss(**data).loss.backward()

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
-from .adapter import WEIGHTS_FILE
 from .mixed import PooledModel, Stack
 from .pool import AdapterPool
 from .saved import read_fitted, write_fitted
@@ -82,7 +81,7 @@ class Arrow:
         self.names = tuple(pool.names if names is None else names)
         if not self.names:
             raise HeadwaterError(Problem("there are no adapters to route among", str(pool.path)))
-        self._made_of: list[str] = []
+        self._made_of: list[dict[str, str]] = []
         self.prototypes: dict[str, Tensor] = {}  # layer -> (adapters, d_in), float32
         self.refresh()
 
@@ -109,8 +108,9 @@ class Arrow:
             self._stacks[layer] = dataclasses.replace(stack, down=down)
         self.prototypes = prototypes
 
-    def _hashes(self) -> list[str]:
-        return [self.pool[name].sha256[WEIGHTS_FILE] for name in self.names]
+    def _hashes(self) -> list[dict[str, str]]:
+        # of the config, too, which scales the weights; that it may change harmlessly costs a refresh
+        return [self.pool[name].sha256 for name in self.names]
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:

@@ -3,8 +3,9 @@
     L_i = -log  exp(s(x_i, x_i+) / g) / ( exp(s(x_i, x_i+) / g) + sum_j exp(s(x_i, x_j-) / g) )
 
 x+ is another text of the same adapter, x- are texts of other adapters. The paper prints the ratio alone; what it
-trains is its negative logarithm. It does not say g, the learning rate or the number of epochs; the defaults are those
-of Instructor, on which the paper builds.
+trains is its negative logarithm. It does not say g, the learning rate or the number of epochs. Here g, the learning
+rate and the warm-up are those of Instructor, on which the paper builds. Unlike Instructor's, the training has 3 epochs,
+not 10, because samples are few, and the loss has no second term from the positive to its query.
 """
 
 from __future__ import annotations

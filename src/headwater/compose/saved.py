@@ -1,6 +1,7 @@
 """What was fitted on a pool's adapters, in a folder: `<kind>.json` and, where there are tensors, `<kind>.safetensors`.
 
-Both name the adapters, in order, and the first their files' hashes: gates of other adapters would route to anything.
+Both name the adapters, in order, and the first what their updates are made of, weights and scalings: gates of other
+adapters would route to anything.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from .adapter import WEIGHTS_FILE, Adapter, write_adapter
+from .adapter import WEIGHTS_FILE, Adapter, read_config, scaling_fields, write_adapter
 from .pool import AdapterPool
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write_fitted(
@@ -44,7 +45,7 @@ def write_fitted(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        adapters = {name: pool[name].sha256[WEIGHTS_FILE] for name in names}
+        adapters = {name: _update(pool, name) for name in names}
         write_json(work / f"{kind}.json", {"schema": SCHEMA, "kind": kind, "adapters": adapters, **fields})
         if tensors:
             held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -85,7 +86,8 @@ def read_fitted(folder: Path, kind: str, pool: AdapterPool) -> tuple[list[str], 
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise HeadwaterError(Problem(f"not readable: {error!r}", str(file))) from None
     if schema != SCHEMA or fields.pop("kind", None) != kind or not adapters:
-        raise HeadwaterError(Problem(f"this is not version {SCHEMA} of a {kind} file", str(file)))
+        fix = f"fit it again with headwater pool {kind}"
+        raise HeadwaterError(Problem(f"this is not version {SCHEMA} of a {kind} file", str(file), fix))
     names, tensors = list(adapters), {}
     weights = folder / f"{kind}.safetensors"
     if weights.exists():
@@ -99,9 +101,23 @@ def read_fitted(folder: Path, kind: str, pool: AdapterPool) -> tuple[list[str], 
             what = f"the tensors are of the adapters {', '.join(listed)}, and {file.name} names {', '.join(names)}"
             raise HeadwaterError(Problem(what, str(weights), "restore both files as they were written"))
     pool.require(*names)
-    changed = [name for name in names if pool[name].sha256[WEIGHTS_FILE] != adapters[name]]
-    if changed:
+    changed = {name: _differences(adapters[name], _update(pool, name)) for name in names}
+    if any(changed.values()):
         fix = "fit it again on the adapters that are in the pool now"
-        what = "the pool's adapter {!r} is not the one that this was fitted on"
-        raise HeadwaterError(*(Problem(what.format(name), str(file), fix) for name in changed))
+        what = "the pool's adapter {!r} is not the one that this was fitted on: {}"
+        raise HeadwaterError(*(Problem(what.format(n, how), str(file), fix) for n, how in changed.items() if how))
     return names, fields, tensors
+
+
+def _update(pool: AdapterPool, name: str) -> dict[str, Any]:
+    """What an adapter's update is made of. Not the whole config: the base model's name there, for one, may change."""
+    return {"weights": pool[name].sha256[WEIGHTS_FILE], **scaling_fields(read_config(pool.folder(name)))}
+
+
+def _differences(before: Any, now: Mapping[str, Any]) -> str:
+    before = before if isinstance(before, dict) else {}
+    if before.get("weights") != now["weights"]:
+        return "it has other weights"
+    return ", ".join(
+        f"{key} was {before.get(key)!r} and is {v!r} now" for key, v in now.items() if before.get(key) != v
+    )

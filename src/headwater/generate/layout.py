@@ -134,7 +134,8 @@ class Scale:
         """Of vectors `(n, L)`, averaged over them. A constant tensor gets 1, so that nothing is divided by 0."""
         parts = vectors.split(layout.sizes, dim=1)
         mean = torch.stack([part.mean() for part in parts])
-        std = torch.stack([part.std(dim=1, correction=0).mean() for part in parts])
+        # n - 1 as in the paper's code; a tensor of one number has no deviation, and counts as constant
+        std = torch.stack([part.std(dim=1, correction=min(1, part.shape[1] - 1)).mean() for part in parts])
         return cls(mean, torch.where(std < _TINY, torch.ones_like(std), std))
 
     @classmethod

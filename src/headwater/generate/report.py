@@ -15,6 +15,7 @@ KINDS = {
     "source": "trained adapter",
     "mean_checkpoint": "mean of its checkpoints",
     "generated": "generated",
+    "nearest_checkpoint": "nearest trained checkpoint to it",
     "wrong_condition": "generated, wrong task's vector",
     "left_out": "generated, task left out",
 }
@@ -96,6 +97,8 @@ def _notes(means: dict[str, float]) -> list[Note]:
     notes = []
     if means["wrong_condition"] >= means["generated"]:
         notes.append(Note("Adapters made with another task's vector score no worse: the condition does nothing here."))
+    if means["nearest_checkpoint"] >= means["generated"]:
+        notes.append(Note("The trained checkpoint nearest to what is generated scores no worse: keeping it would do."))
     if "left_out" in means and means["left_out"] <= means["base"]:
         notes.append(Note("For tasks that the generator never saw, what it writes does not beat the base model."))
     return notes

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from .spec import MetaConfig
 
-CONDITIONS = ("base", "source", "mean_checkpoint", "generated", "wrong_condition")
-
 
 class MetaRun:
     """One `headwater meta` file on its way: the base model, the tasks, and what each step leaves in `output_dir`."""
@@ -69,10 +67,13 @@ class MetaRun:
         vectors = load_file(self.folder / "task_vectors.safetensors")
         generator = self._fit("generator", layout, weights, vectors)
         generator.save(self.folder / "generator")
+        generated = {name: generator.for_task(name) for name in names}
         adapters = {
             "source": {name: weights[name][-1] for name in names},
             "mean_checkpoint": {name: mean_of(weights, name) for name in names},
-            "generated": {name: generator.for_task(name) for name in names},
+            "generated": generated,
+            # what the generator may have learned by heart
+            "nearest_checkpoint": {name: _nearest(generator, weights, generated[name], name) for name in names},
             # the next task's vector under the task's own scale, so that nothing but the condition is wrong
             "wrong_condition": {
                 name: generator.generate(vectors[names[(i + 1) % len(names)]], scale=name)
@@ -84,7 +85,7 @@ class MetaRun:
         scores = {"base": self._score(self.model, self.tasks)}
         for kind, by_task in adapters.items():
             scores[kind] = self._score_adapters(kind, layout, by_task)
-        results = self._results(generator, weights, adapters["generated"], scores)
+        results = self._results(generator, weights, generated, scores)
         write_json(self.folder / "results.json", results)
         return results
 
@@ -163,6 +164,13 @@ class MetaRun:
                 },
             },
         }
+
+
+def _nearest(generator: AdapterGenerator, weights: Mapping[str, Tensor], vector: Tensor, name: str) -> Tensor:
+    """The collected adapter, of any task, that a generated one is nearest to, in weights normalised as the task's."""
+    found = generator.normalise(vector, name)
+    checkpoints = [checkpoint for of_task in weights.values() for checkpoint in of_task]
+    return min(checkpoints, key=lambda one: float((generator.normalise(one, name) - found).square().mean()))
 
 
 def _distances(

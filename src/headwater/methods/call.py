@@ -148,7 +148,7 @@ class Call:
                 )
             )
         rows = state.task_ids.shape[0]
-        if not self._shows_rows(rows, state):
+        if not self.shows_rows(rows):
             raise HeadwaterError(
                 Problem(
                     f"the activations at {self.name}, {tuple(self.shape)}, do not show which of {rows} rows a token "
@@ -173,7 +173,11 @@ class Call:
         """LongTensor `(tokens,)`, the task of each token. Raises as `task_of_row` does."""
         return self.to_tokens(self.task_of_row(num_tasks))
 
-    def _shows_rows(self, rows: int, state: State) -> bool:
+    def shows_rows(self, rows: int | None = None) -> bool:
+        """Whether x still shows which of the batch's rows a token belongs to; behind a token dispatch it does not."""
+        state = self.state
+        if state is None or not (rows := state.batch if rows is None else rows):
+            return False
         if state.packed is not None:
             return self.tokens == sum(state.packed.lengths)
         return self.shape[0] == rows or self.tokens == rows * max(state.length, 1)

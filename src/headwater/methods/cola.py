@@ -28,7 +28,7 @@ class ColaConfig(MethodConfig):
 
     Args:
         num_links: M, the length of the chain; 1 is LoRA.
-        link_ranks: rank of each link, e.g. [8, 4, 2]; by default all have `r`.
+        link_ranks: rank of each link, e.g. [8, 4, 2], the first being `r`; by default all have `r`.
         knots: optimiser steps after which a link is tied, M - 1 of them, rising; by default the run is split evenly.
         alpha_mode: "fixed_scaling" keeps s when the rank changes; "fixed_alpha" keeps alpha.
         reinit_a: "fresh" draws a new A for each link; "same" starts each from the first link's.
@@ -41,7 +41,8 @@ class ColaConfig(MethodConfig):
         link_warmup: for "restart", the share of a link's steps over which its rate first rises.
 
     Raises:
-        HeadwaterError: `mode="fold"` on a base weight that is quantised or of half precision.
+        HeadwaterError: `mode="fold"` on a base weight that is quantised or of half precision, or a link of larger rank
+            than its layer.
     """
 
     num_links: int = 3
@@ -67,6 +68,13 @@ class ColaConfig(MethodConfig):
             self.check("link_warmup", 0 <= self.link_warmup < 1, "must be in [0, 1)"),
             Problem(f"link_ranks needs {self.num_links} ranks of at least 1, not {ranks}", "link_ranks")
             if ranks and (len(ranks) != self.num_links or min(ranks) < 1)
+            else None,
+            Problem(
+                f"link_ranks starts with {ranks[0]} and r is {self.r}, but both are the first link's rank",
+                "link_ranks",
+                f"set r to {ranks[0]}, by which the scaling then divides, or begin link_ranks with {self.r}",
+            )
+            if ranks and ranks[0] != self.r
             else None,
             Problem("link_ranks and rank_pattern cannot be combined", "rank_pattern")
             if ranks and self.rank_pattern
@@ -100,6 +108,17 @@ class ColaBranch(Branch):
         super().__init__(config, shape, generator)
         self.config, self.alpha, self.seed = config, shape.alpha, generator.initial_seed()
         self.ranks = config.link_ranks or [shape.r] * config.num_links
+        most = min(shape.in_features, shape.out_features)
+        if max(self.ranks) > most:
+            too_large = ", ".join(str(rank) for rank in self.ranks if rank > most)
+            raise HeadwaterError(
+                Problem(
+                    f"link_ranks has {too_large}, larger than layer {shape.name} ({shape.in_features} -> "
+                    f"{shape.out_features}) allows",
+                    "link_ranks",
+                    f"use ranks <= {most}, or leave this layer out of target_modules",
+                )
+            )
         # Links have room from the start, so that neither the optimiser, nor DDP, nor a checkpoint ever sees a shape
         # change. A link of smaller rank has zero rows in A and B, which then get no gradient.
         R, d_in, d_out, tied = max(self.ranks), shape.in_features, shape.out_features, sum(self.ranks[:-1])

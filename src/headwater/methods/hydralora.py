@@ -2,7 +2,7 @@
 
 Tian et al., "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning", arXiv:2404.19245.
 
-    g = softmax(R x)                                  per token, in float32, x undropped
+    g = softmax(R x)                                  per token, softmax in float32, x undropped
     y = W x + s sum_n g_n B_n A dropout(x)
 
 The released code draws a fresh input mask for each head; most ports share one mask. Both are here (`input_dropout`).
@@ -31,7 +31,8 @@ class HydraLoraConfig(MethodConfig):
         input_dropout: "shared" drops x once for all heads; "per_head" draws a mask for each head, as the released code
             does, at N times the cost of reading x.
         balance_loss_weight: weight of the multimodal variant's loss
-            `sum_n mean(g_n) mean(choice_n)`, choice = one-hot argmax, averaged over layers; 0 is off, as in the paper.
+            `sum_n mean(g_n) mean(choice_n)`, choice = one-hot argmax, means over a row's tokens, averaged over rows and
+            layers; 0 is off, as in the paper.
     """
 
     lora_dropout: float = 0.05
@@ -46,6 +47,25 @@ class HydraLoraConfig(MethodConfig):
             self.check("balance_loss_weight", self.balance_loss_weight >= 0, "must not be negative"),
             self.one_of("input_dropout", ("shared", "per_head")),
         ]
+
+
+def balance_loss(gate: Tensor, call: Call) -> Tensor:
+    """`sum_n mean(g_n) mean(choice_n)` over a row's tokens without padding, averaged over the rows that have any.
+
+    Behind a token dispatch activations do not show rows: there all tokens count as one row.
+
+    Args:
+        gate: `(tokens, N)`.
+    """
+    chosen = F.one_hot(gate.argmax(-1), gate.shape[-1]).to(gate)
+    valid, shown = call.valid_tokens(), call.shows_rows()
+    counted = gate.new_ones(gate.shape[0], 1) if valid is None else valid.to(gate).unsqueeze(-1)
+    tokens, of_gate, of_chosen = (
+        (call.by_row(values) if shown else values.unsqueeze(0)).sum(1)
+        for values in (counted, gate * counted, chosen * counted)
+    )
+    per_row = (of_gate * of_chosen).sum(-1) / tokens.squeeze(-1).clamp_min(1) ** 2
+    return per_row.sum() / (tokens > 0).sum().clamp_min(1)
 
 
 class HydraLoraBranch(Branch):
@@ -72,9 +92,7 @@ class HydraLoraBranch(Branch):
             gate = torch.softmax(logits, dim=-1)
             call.saw_gate(gate)
         if balancing:
-            chosen = F.one_hot(gate.argmax(-1), self.num_heads).to(gate)
-            loss = (call.mean_over_tokens(gate) * call.mean_over_tokens(chosen)).sum()
-            call.add_loss("balance", loss, self.balance_loss_weight / len(self._layers))
+            call.add_loss("balance", balance_loss(gate, call), self.balance_loss_weight / len(self._layers))
         return spread_heads(z.unflatten(-1, (self.num_heads, -1)), gate) if per_head else gated_heads(z, logits)
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:

@@ -41,11 +41,13 @@ def kl_alignment(z: Tensor, member: Tensor) -> Tensor:
     Returns:
         `(T, T)`. Rows and columns of tasks without tokens are finite and mean nothing.
     """
+    present = (member.sum(1) > 0).sum().clamp_min(1)
     count = member.sum(1, keepdim=True).clamp_min(1)
     mean = member @ z / count
     spread = (z.unsqueeze(0) - mean.unsqueeze(1)) ** 2  # (T, tokens, r): squares of z itself would cancel badly
     variance = torch.einsum("tn,tnr->tr", member, spread) / count
-    floor = 1e-6 + 1e-4 * variance.detach().mean()
+    # Absent tasks have variance 0; they do not count, or the floor would depend on how high the batch's ids are.
+    floor = 1e-6 + 1e-4 * variance.detach().mean(1).sum() / present
     return symmetric_kl(mean, variance.clamp_min(floor))
 
 

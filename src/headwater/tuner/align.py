@@ -89,6 +89,7 @@ class AlignLoss:
             distances = kl_alignment_per_position(call.by_row(z), task_of_row, num_tasks)
         else:
             usable = usable & (member.sum(1) >= 4 * z.shape[1])
+            member = member * usable.unsqueeze(1)  # the others have no part in the floor under variances either
             distances = kl_alignment(z, member) if self.spec.kind == "kl" else mmd_alignment(z, member)
         return over_pairs(distances, usable, reduction=self.spec.reduction)
 
