@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 
-from headwater import make_config, merge_with_gates
+from headwater import HeadwaterError, make_config, merge_with_gates
 
 quick = settings(max_examples=25, deadline=None)
 dropouts = st.sampled_from([0.0, 0.1, 0.5])
@@ -81,11 +81,13 @@ def test_property_8_eval_starts_at_the_base_and_ends_as_one_matrix(layer, p, see
 
 
 @pytest.mark.parametrize("agg", ["mean", "sum"])
-def test_property_8_merging_with_gates_is_the_exact_merge_for_there_are_none(agg):
+def test_property_8_there_are_no_gates_to_merge_with_and_merging_is_exact(agg):
     model = move(adapt("mlora", 6, 9, r=2, num_heads=3, head_agg=agg), seed=1)
     x = noise(5, 6)
     y = model(x)
-    torch.testing.assert_close(merge_with_gates(model, "uniform")(x), y, rtol=1e-5, atol=1e-5)
+    with pytest.raises(HeadwaterError, match="M-LoRA has no gates to hold fixed"):
+        merge_with_gates(model, "uniform")
+    torch.testing.assert_close(model.merge_and_unload()(x), y, **CLOSE)
 
 
 @quick

@@ -117,6 +117,18 @@ def test_property_5_a_task_that_leaves_the_batches_moves_on_by_adams_momentum():
     assert (seen[1] - seen[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("gate", [[1.0], 1.0, [0.2, 0.3, 0.5]])
+def test_a_fixed_gate_is_one_number_for_each_head(gate):
+    model = move(model_of(num_tasks=1), 4)
+    x, gates = noise(4, d_in), torch.tensor(gate)
+    with pytest.raises(HeadwaterError, match=rf"shape \({n},\), not"):
+        headwater.merge_with_gates(model, {"layer": gates})
+    A, B, L, _ = (leaf(parameters(model)[name]) for name in ("A", "B", "L", "w"))
+    expected = base_of(model)(x) + 3 / r * (x @ A.T @ L[0].T) @ (0.2 * B[0] + 0.7 * B[1])
+    merged = headwater.merge_with_gates(model, {"layer": torch.tensor([0.2, 0.7], dtype=torch.float64)})
+    torch.testing.assert_close(merged(x), expected, **CLOSE)
+
+
 def test_property_6_temperature():
     x, task = noise(1, 1, d_in), 0
     flat, sharp = (move(model_of(temperature=t), 6) for t in (1e6, 1e-4))

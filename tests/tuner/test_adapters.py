@@ -217,3 +217,21 @@ def test_two_methods_on_one_layer_are_refused_not_mixed_up(tiny_llama):
     base.add_adapter(headwater.RLoraConfig(target_modules=["q_proj"]), adapter_name="a")
     with pytest.raises(headwater.HeadwaterError, match="R-LoRA"):
         base.add_adapter(headwater.MLoraConfig(target_modules=["q_proj"]), adapter_name="b")
+
+
+def test_a_second_adapter_on_all_linear_layers(row, tiny_llama):
+    """Those that carry the first one are meant, too."""
+    model = adapt(row, tiny_llama())
+    model.add_adapter("other", config(row, tiny_llama(), target_modules="all-linear"))
+    adapted = [m.name for m in model.modules() if isinstance(m, MethodLayer) and "other" in m.branches]
+    assert len(adapted) == 2 * len(LINEAR)
+    assert {name.rpartition(".")[2] for name in adapted} == LINEAR
+
+
+def test_weighted_sums_of_adapters_are_refused_with_what_there_is_instead(row, tiny_llama):
+    model = with_two(row, tiny_llama())
+    before = list(model.peft_config)
+    with pytest.raises(headwater.HeadwaterError, match="add_weighted_adapter") as refused:
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
+    assert "headwater pool merge" in refused.value.problems[0].fix
+    assert list(model.peft_config) == before

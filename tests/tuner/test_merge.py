@@ -67,6 +67,43 @@ def test_disabling_a_merged_adapter_gives_the_base(row, tiny_llama):
         assert torch.equal(logits(row, model), before)
 
 
+@pytest.mark.parametrize("undo", ["unmerge_adapter", "disable_adapter"])
+@pytest.mark.parametrize("base_alone", [False, True])
+def test_a_merged_model_may_be_cast(tiny_llama, undo, base_alone):
+    """Oracle: the same cast of a model that was never merged."""
+    row = BY_ID["mlora"]
+    model, expected = adapt(row, tiny_llama()), adapt(row, tiny_llama()).bfloat16()
+    model.merge_adapter()
+    for module in model.modules() if base_alone else [model]:
+        module.bfloat16() if not (base_alone and isinstance(module, MethodLayer)) else None
+    if undo == "unmerge_adapter":
+        model.unmerge_adapter()
+        assert_same(base_weights(model), base_weights(expected))
+        assert torch.equal(logits(row, model), logits(row, expected))
+        return
+    with model.disable_adapter(), expected.disable_adapter():
+        assert torch.equal(logits(row, model), logits(row, expected))
+
+
+def test_a_merged_model_takes_the_weights_before_the_merge_along(tiny_llama):
+    """Through bfloat16 and back is a rounding, merged or not; and what is moved leaves nothing behind."""
+    model, expected = (adapt(BY_ID["mlora"], tiny_llama()) for _ in range(2))
+    model.merge_adapter()
+    for one in (model, expected):
+        one.bfloat16().float()
+    model.unmerge_adapter()
+    assert_same(base_weights(model), base_weights(expected))
+
+
+@every(MERGEABLE)
+def test_merging_in_float64_is_as_exact(row, tiny_llama):
+    model = adapt(row, tiny_llama().double())
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float64}
+    expected = logits(row, model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens()).logits, expected, atol=1e-12, rtol=1e-10)
+
+
 @every(MERGEABLE)
 def test_two_adapters_merge_together(row, tiny_llama):
     model = adapt(row, tiny_llama())
@@ -200,6 +237,19 @@ def test_gates_are_uniform_or_one_for_each_layer(tiny_llama):
     with pytest.raises(headwater.HeadwaterError, match="or 'uniform', not 'mean'"):
         headwater.merge_with_gates(model, "mean")
     assert torch.equal(logits(BY_ID["hydralora"], model), before)
+
+
+@every([row for row in ROWS if not row.gated])
+@pytest.mark.parametrize("gates", ["uniform", torch.zeros(99), None])
+def test_there_is_no_gate_to_fix_where_a_method_has_none(row, tiny_llama, gates):
+    model = adapt(row, tiny_llama())
+    before = base_weights(model)
+    names = [m.name for m in model.modules() if isinstance(m, MethodLayer)]
+    given = gates if isinstance(gates, str) else {} if gates is None else dict.fromkeys(names, gates)
+    with pytest.raises(headwater.HeadwaterError, match="has no gates to hold fixed") as refused:
+        headwater.merge_with_gates(model, given)
+    assert refused.value.problems[0].fix == "model.merge_and_unload() merges it exactly"
+    assert_same(base_weights(model), before)
 
 
 @every([BY_ID["hydralora"], BY_ID["moe_lora-by-task"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 import headwater
@@ -61,6 +62,17 @@ def test_bfloat16_adapter_where_asked_for(row, tiny_llama):
     assert_layer_is_as_exact_as_bfloat16_allows(row, model, adapt(row, tiny_llama().bfloat16().float(), **row.smooth))
     train_loss(row, model.train()).backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
+
+
+def test_a_float64_base_has_a_float64_adapter_in_the_file_too(row, tiny_llama, tmp_path):
+    model = adapt(row, tiny_llama().double())
+    assert {p.dtype for name, p in model.named_parameters() if "_branch." in name} == {torch.float64}
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(tiny_llama().double(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(row, loaded), logits(row, model))
+    narrow = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True)
+    assert {p.dtype for p in narrow.parameters()} == {torch.float32}
 
 
 def test_autocast_runs_a_float32_model_in_bfloat16(row, tiny_llama):

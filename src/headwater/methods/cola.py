@@ -143,6 +143,7 @@ class ColaBranch(Branch):
                 )
             )
         self._folded: Tensor | None = None  # made when first needed, from W and what is tied, so that resuming is exact
+        self._folded_from: tuple[Any, ...] = ()  # which W
 
     def start_link(self, link: int) -> None:
         """Makes A and B those of a new link: one random, the other zero."""
@@ -185,9 +186,14 @@ class ColaBranch(Branch):
         return True
 
     def folded_weight(self, weight: Tensor, *, transposed: bool) -> Tensor | None:
-        if self.folds and self._folded is None and int(self.link):
-            tied = self.scaling * (self.B_tied.T @ self.A_tied)
-            self._folded = weight.detach() + (tied.T if transposed else tied).to(weight)
+        if not self.folds:
+            return None
+        now = weight.data_ptr(), None if weight.is_inference() else weight._version
+        if (self._folded is None or self._folded_from != now) and int(self.link):
+            with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be trained under
+                tied = self.scaling * (self.B_tied.T @ self.A_tied)
+                self._folded = weight.detach() + (tied.T if transposed else tied).to(weight)
+            self._folded_from = now
         return self._folded
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Problem
-from .base import Branch, Heads, LayerShape, Method, MethodConfig, NotMergeable, kaiming, known_task, register
+from .base import (
+    Branch,
+    Heads,
+    LayerShape,
+    Method,
+    MethodConfig,
+    NotMergeable,
+    fixed_gate,
+    kaiming,
+    known_task,
+    register,
+)
 from .call import Call
 
 
@@ -132,7 +143,7 @@ class MtlLoraBranch(Branch):
             task = 0
         known_task(task, self.num_tasks)
         A = self.L[task] @ self.A if self.L.dim() == 3 else self.L[task].unsqueeze(1) * self.A
-        mixed = self.mixing(task) if gate is None else gate.to(self.B)
+        mixed = self.mixing(task) if gate is None else fixed_gate(gate, self.B.shape[0]).to(self.B)
         return A, self.scaling * torch.einsum("n,nro->or", mixed, self.B)
 
     def heads(self) -> Heads:

@@ -63,6 +63,9 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         active = [self.branch(name) for name in self.active_adapters if name in self.branches]
         if not active:
             return self.base_layer(x, *args, **kwargs)
+        if "_is_replica" in self.__dict__:  # `nn.DataParallel` leaves it no parameters, but `Branch.mixes` goes by them
+            for branch in active:
+                branch._parameters.update(branch.__dict__.get("_former_parameters", {}))
 
         lead = x.shape[:-1]
         rows = x.reshape(-1, self.in_features)
@@ -116,7 +119,14 @@ class MethodLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.drop_held()
+        if self._weight_before_merge is not None:
+            self._weight_before_merge = fn(self._weight_before_merge)
         return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.held, replica.merged_adapters = [Held()], list(self.merged_adapters)  # its own, not the original's
+        return replica
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters to the base weight; the weight before is kept, so `unmerge` restores it bit for bit.
@@ -159,10 +169,11 @@ class MethodLayer(nn.Module, BaseTunerLayer):
                     fix="load the base model unquantised to merge, or keep the adapter unmerged",
                 )
             )
-        delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=weight.device)
+        wide = wide_dtype(weight)
+        delta = torch.zeros(self.out_features, self.in_features, dtype=wide, device=weight.device)
         for name in names:
-            delta += self.branch(name).delta_weight(gate, task).detach().float()
-        merged = (weight.data.float() + (delta.T if isinstance(base, Conv1D) else delta)).to(weight.dtype)
+            delta += self.branch(name).delta_weight(gate, task).detach().to(wide)
+        merged = (weight.data.to(wide) + (delta.T if isinstance(base, Conv1D) else delta)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise HeadwaterError(f"merging into {self.name} gives values that are not finite; it is left unchanged")
         return merged
@@ -170,7 +181,8 @@ class MethodLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Puts back the weight from before the merge."""
         if self._weight_before_merge is not None:
-            self.get_base_layer().weight.data = self._weight_before_merge
+            weight = cast(nn.Parameter, self.get_base_layer().weight)
+            weight.data = self._weight_before_merge.to(weight)  # the base layer may have been cast or moved by itself
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -199,3 +211,8 @@ def floating_weight(layer: nn.Module) -> nn.Parameter | None:
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return None
     return weight if sorted(weight.shape) == sorted(linear_sizes(layer)) else None
+
+
+def wide_dtype(weight: Tensor | None) -> torch.dtype:
+    """What adapters are kept and merged in: float32, or float64 where the base weight is."""
+    return torch.float64 if weight is not None and weight.dtype is torch.float64 else torch.float32

@@ -35,6 +35,7 @@ def fuse_mlps(model: nn.Module) -> None:
         adapted = [layer for layer in layers if isinstance(layer, MethodLayer)]
         if adapted and "forward" not in module.__dict__ and _is_gated_block(cast(Any, type(module))):
             module.forward = functools.partial(_forward, module, Held())
+            module.__dict__["_replicate_for_data_parallel"] = functools.partial(_replica, module)
         forward: Any = module.__dict__.get("forward")
         for layer in adapted if _is_ours(forward) else []:
             layer.held[1:] = [forward.args[1]]
@@ -44,7 +45,14 @@ def unfuse_mlps(model: nn.Module) -> None:
     """Undoes `fuse_mlps`."""
     for module in model.modules():
         if _is_ours(module.__dict__.get("forward")):
-            del module.forward
+            del module.forward, module._replicate_for_data_parallel
+
+
+def _replica(mlp: Any) -> Any:
+    """The block's copy for `nn.DataParallel`, which would take over our forward, and so run the original's layers."""
+    replica = type(mlp)._replicate_for_data_parallel(mlp)
+    del replica.forward, replica._replicate_for_data_parallel
+    return replica
 
 
 def _is_ours(forward: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -18,8 +18,9 @@ from ..methods.base import LayerShape, MethodConfig
 from ..methods.registry import Method
 from ..methods.registry import method as registered
 from .context import KEYWORD, Context, Observer
-from .layer import MethodLayer, floating_weight, linear_sizes
+from .layer import MethodLayer, floating_weight, linear_sizes, wide_dtype
 from .mlp import fuse_mlps, unfuse_mlps
+from .targets import rank_of, settle_targets
 
 _CONTEXT = "_headwater_context"
 _HOOKS = "_headwater_hooks"
@@ -60,6 +61,16 @@ class MethodModel(BaseTuner):
             )
         return contextlib.nullcontext()
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a method's tensors do not add up to a weighted sum of updates, as LoRA's factors do."""
+        raise HeadwaterError(
+            Problem(
+                f"{self.method.title} has no add_weighted_adapter",
+                fix="make several active, model.base_model.set_adapter([...]), which adds them up; or write them as "
+                "plain LoRA with `headwater export` and combine those with `headwater pool merge`",
+            )
+        )
+
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if self.method.branch.by_prompt and encoder_decoder:
@@ -70,6 +81,9 @@ class MethodModel(BaseTuner):
                 )
             )
         install_context(model)
+
+    def _prepare_model(self, peft_config: MethodConfig, model: nn.Module) -> None:  # type: ignore[override]
+        settle_targets(self, peft_config, model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -108,12 +122,12 @@ class MethodModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Branches are made in float32, which keeps the start exact. A file may bring half precision, which is widened,
-        # unless the base's dtype is asked for.
+        # unless the base's dtype is asked for. A base in float64 wants no less of its adapter.
         for module in self.model.modules():
             if isinstance(module, MethodLayer) and adapter_name in module.branches:
                 weight = floating_weight(module.get_base_layer())
                 if autocast_adapter_dtype:
-                    module.branches[adapter_name].float()
+                    module.branches[adapter_name].to(wide_dtype(weight))
                 elif weight is not None:
                     module.branches[adapter_name].to(weight.dtype)
 
@@ -152,23 +166,10 @@ class MethodModel(BaseTuner):
 def add_branch(
     layer: MethodLayer, adapter_name: str, config: MethodConfig, method: Method, shared: dict[str, Any]
 ) -> None:
-    """Makes an adapter's parameters on one layer, on the base weight's device.
-
-    Raises:
-        HeadwaterError: if the rank is larger than the layer.
-    """
-    base = layer.get_base_layer()
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer.name), config.r)
+    """Makes an adapter's parameters on one layer, on the base weight's device."""
+    base, r = layer.get_base_layer(), rank_of(config, layer.name)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer.name), config.lora_alpha)
     d_in, d_out = linear_sizes(base)
-    if r > min(d_in, d_out):
-        raise HeadwaterError(
-            Problem(
-                f"rank {r} is larger than layer {layer.name} ({d_in} -> {d_out}) allows",
-                "r",
-                f"use r <= {min(d_in, d_out)}, or lower it for this layer alone with rank_pattern",
-            )
-        )
     weight = floating_weight(base)
     on_meta = weight is not None and weight.device.type == "meta"
     known_weight = None if weight is None or on_meta else weight.detach()
@@ -199,7 +200,7 @@ def install_context(model: nn.Module) -> Context:
             model.register_forward_hook(context.close, with_kwargs=True, always_call=True),
         )
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-            encoder = model.get_encoder()
+            encoder = cast(Any, model).get_encoder()
             model.__dict__[_HOOKS] += (
                 encoder.register_forward_pre_hook(context.open_encoder, with_kwargs=True),
                 encoder.register_forward_hook(context.close_encoder, with_kwargs=True, always_call=True),
@@ -287,9 +288,18 @@ def merge_with_gates(model: nn.Module, gates: dict[str, Tensor] | str) -> nn.Mod
         gates: layer name -> `(N,)`, for instance the mean gate over some rows; or "uniform".
 
     Raises:
-        HeadwaterError: if a layer has no gate or one that does not fit; no layer is merged then.
+        HeadwaterError: if a layer has no gate or one that does not fit, or the method has no gates at all; no layer is
+            merged then.
     """
     layers = _method_layers(model)
+    ungated = {method.title for layer in layers if (method := registered(layer.method_name)).mergeable}
+    if ungated:
+        raise HeadwaterError(
+            *(
+                Problem(f"{title} has no gates to hold fixed", "gates", "model.merge_and_unload() merges it exactly")
+                for title in sorted(ungated)
+            )
+        )
     if isinstance(gates, str):
         if gates != "uniform":
             what = f"gates are a dictionary from layer name to gate, or 'uniform', not {gates!r}"

@@ -1,0 +1,105 @@
+"""Which layers an adapter goes on: what cannot carry it is left out of "all-linear", and refused where it is named."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..errors import HeadwaterError, Problem
+from ..methods.base import MethodConfig
+from .layer import MethodLayer, linear_sizes
+
+# As in PEFT, for its LoRA: on a GPU these models' kernels take the layers' weights, and the layers' forward never runs.
+_BYPASSED = {"out_proj", "conv1d"}
+_BYPASSING = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> None:
+    """Makes "all-linear" the layers that can carry the adapter, with one warning about the others.
+
+    Raises:
+        HeadwaterError: if a layer that is named cannot carry it, or none of all can; nothing is changed then.
+    """
+    chosen = config.target_modules
+    everything = isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if everything:
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules = {*(config.target_modules or ()), *_adapted_layers(model)}
+    unfit = _unfit(tuner, config, model)
+    if not unfit:
+        return
+    problems = _problems(config, unfit, model)
+    if not everything or not set(config.target_modules or ()) - unfit.keys():
+        config.target_modules = chosen
+        raise HeadwaterError(*problems)
+    config.target_modules = set(config.target_modules or ()) - unfit.keys()
+    left_out = "; ".join(problem.what for problem in problems)
+    warnings.warn(f"target_modules='all-linear' leaves out what cannot carry the adapter: {left_out}", stacklevel=2)
+
+
+def rank_of(config: MethodConfig, name: str) -> int:
+    """The rank on the layer of that name."""
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+
+
+def _adapted_layers(model: Any) -> list[str]:
+    """Linear layers that carry adapters already, which PEFT knows by a class name that ours has not."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if isinstance(module, MethodLayer) and module is not head]
+
+
+def _unfit(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Layers that are meant and cannot carry the adapter, and why: their rank and sizes, or nothing where they are gone
+    around."""
+    bypassing = getattr(getattr(model, "config", None), "model_type", None) in _BYPASSING
+    unfit: dict[str, tuple[Any, ...]] = {}
+    for name, module in model.named_modules():
+        if bypassing and name.rpartition(".")[2] in _BYPASSED:
+            unfit[name] = ()
+        elif (sizes := _sizes(module)) is not None and rank_of(config, name) > min(sizes):
+            unfit[name] = (rank_of(config, name), *sizes)
+    return {name: why for name, why in unfit.items() if tuner._check_target_module_exists(config, name)}
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    try:
+        return linear_sizes(module)
+    except TypeError:
+        return None
+
+
+def _problems(config: MethodConfig, unfit: dict[str, tuple[Any, ...]], model: nn.Module) -> list[Problem]:
+    """One for layers of the same last name, sizes and rank: a deep model has hundreds of layers."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, why in unfit.items():
+        alike.setdefault((name.rpartition(".")[2], *why), []).append(name)
+    fitting = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name not in unfit and _sizes(module) is not None
+    }
+    last = {name: name.rpartition(".")[2] for name in unfit}
+    leave_out = ", ".join(sorted({name if last[name] in fitting else last[name] for name in unfit}))
+    problems = []
+    for (_, *sizes), names in alike.items():
+        more = f", and {len(names) - 1} more of this name" if len(names) > 1 else ""
+        if not sizes:
+            what = f"layer {names[0]} cannot be adapted: the model's kernels read its weight and go around it{more}"
+            problems.append(Problem(what, "target_modules", f"leave it out, exclude_modules: [{leave_out}]"))
+            continue
+        r, d_in, d_out = sizes
+        these = "these layers" if more else "this layer"
+        problems.append(
+            Problem(
+                f"rank {r} is larger than layer {names[0]} ({d_in} -> {d_out}) allows{more}",
+                "r",
+                f"use r <= {min(d_in, d_out)}, lower it for {these} alone with rank_pattern, or leave out what is too "
+                f"small, exclude_modules: [{leave_out}]",
+            )
+        )
+    return problems

@@ -1,0 +1,133 @@
+"""Layers that cannot carry an adapter: left out of "all-linear", refused by name, all of them at once."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import MambaConfig, MambaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+import headwater
+from headwater.tuner import MethodLayer
+
+from .helpers import adapt, assert_same, base_weights, logits, task_kwargs, tokens
+from .rows import BY_ID, ROWS
+
+ROW = BY_ID["rlora"]
+every_row = pytest.mark.parametrize(  # a file that an adapter is made from is of the layers of another one
+    "row", [row for row in ROWS if row.ingredient is None], ids=lambda row: row.id
+)
+
+
+def tiny_qwen2_moe() -> Qwen2MoeForCausalLM:
+    """Has gates of one output, `mlp.shared_expert_gate`, and a shared expert of width 16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                shared_expert_intermediate_size=16, attn_implementation="eager",
+            )
+        ).eval()  # fmt: skip
+
+
+def tiny_mamba() -> MambaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+
+
+def adapted(model: torch.nn.Module) -> set[str]:
+    return {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer)}
+
+
+@every_row
+def test_all_linear_leaves_out_what_is_too_small_and_says_so_once(row, tmp_path):
+    fields = {**row.no_dropout, "target_modules": "all-linear", "exclude_modules": ["shared_expert_gate"]}
+    expected = adapt(row, tiny_qwen2_moe(), **fields)
+    del fields["exclude_modules"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = adapt(row, tiny_qwen2_moe(), **fields)
+    said = [str(w.message) for w in caught if "all-linear" in str(w.message)]
+    assert said == [
+        "target_modules='all-linear' leaves out what cannot carry the adapter: rank 4 is larger than layer "
+        "model.layers.0.mlp.shared_expert_gate (32 -> 1) allows, and 1 more of this name"
+    ]
+    assert "shared_expert_gate" not in adapted(model)
+    assert adapted(model) == adapted(expected) > {"q_proj", "down_proj"}
+    assert torch.equal(logits(row, model), logits(row, expected))
+
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*all-linear")
+        loaded = PeftModel.from_pretrained(tiny_qwen2_moe(), tmp_path)
+    assert torch.equal(logits(row, loaded), logits(row, model))
+
+
+def test_all_linear_keeps_small_layers_of_a_rank_that_fits_and_names_none_that_are_not_meant():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*all-linear")
+        by_pattern = adapt(ROW, tiny_qwen2_moe(), target_modules="all-linear", rank_pattern={"shared_expert_gate": 1})
+        excluded = adapt(ROW, tiny_qwen2_moe(), target_modules="all-linear", exclude_modules=r".*shared_expert_gate")
+    assert "shared_expert_gate" in adapted(by_pattern)
+    assert "shared_expert_gate" not in adapted(excluded)
+
+
+def test_named_layers_are_refused_all_at_once_with_what_leaves_them_out():
+    base = tiny_qwen2_moe()
+    before = base_weights(base)
+    fields = {"target_modules": ["q_proj", "k_proj", "shared_expert_gate", "down_proj"], "r": 17}
+    with pytest.raises(headwater.HeadwaterError) as refused:
+        adapt(ROW, base, **fields)
+    problems = refused.value.problems
+    assert [p.what for p in problems] == [
+        f"rank 17 is larger than layer model.layers.0.{name} allows, and 1 more of this name"
+        for name in (
+            "self_attn.k_proj (32 -> 16)",
+            "mlp.shared_expert.down_proj (16 -> 32)",
+            "mlp.shared_expert_gate (32 -> 1)",
+        )
+    ]
+    assert {p.where for p in problems} == {"r"}
+    end = "or leave out what is too small, exclude_modules: [down_proj, k_proj, shared_expert_gate]"
+    for p, most in zip(problems, (16, 16, 1), strict=True):
+        assert p.fix == f"use r <= {most}, lower it for these layers alone with rank_pattern, {end}"
+    assert adapted(base) == set()
+    assert_same(base_weights(base), before)
+    ready = end.partition("[")[2].rstrip("]").split(", ")
+    assert adapted(adapt(ROW, base, **fields, exclude_modules=ready)) == {"q_proj"}
+
+
+def test_where_a_name_also_fits_elsewhere_full_names_are_given():
+    pattern = {r"layers.1.mlp.shared_expert.down_proj": 20}
+    with pytest.raises(headwater.HeadwaterError) as refused:
+        adapt(ROW, tiny_qwen2_moe(), target_modules=["down_proj"], rank_pattern=pattern)
+    assert refused.value.problems[0].what == (
+        "rank 20 is larger than layer model.layers.1.mlp.shared_expert.down_proj (16 -> 32) allows"
+    )
+    assert refused.value.problems[0].fix.endswith("exclude_modules: [model.layers.1.mlp.shared_expert.down_proj]")
+
+
+def test_a_rank_that_fits_nowhere_is_refused_though_all_linear_layers_are_meant(tiny_llama):
+    with pytest.raises(headwater.HeadwaterError, match=r"rank 64 is larger than layer model\.layers\.0\.self_attn"):
+        adapt(ROW, tiny_llama(), target_modules="all-linear", r=64)
+
+
+@every_row
+def test_layers_that_mambas_kernels_go_around_are_not_adapted(row):
+    """As for PEFT's LoRA: on a GPU these layers' weights are read, and their forward never runs."""
+    base = tiny_mamba()
+    for name in ("out_proj", "conv1d"):
+        with pytest.raises(headwater.HeadwaterError, match=rf"mixer\.{name}.* go around it") as refused:
+            adapt(row, base, target_modules=["in_proj", name], r=2)
+        assert [p.where for p in refused.value.problems] == ["target_modules"]
+    assert adapted(base) == set()
+    with pytest.warns(UserWarning, match=r"leaves out .*layers\.0\.mixer\.out_proj .*and 1 more of this name"):
+        model = adapt(row, base, target_modules="all-linear", r=2)
+    assert adapted(model) == {"in_proj", "x_proj", "dt_proj"}
+    model(input_ids=tokens(), **task_kwargs(row))
+    assert adapted(adapt(ROW, tiny_qwen2_moe(), target_modules=["o_proj"])) == {"o_proj"}
