@@ -419,7 +419,7 @@ def test_auxiliary_losses_are_divided_by_accumulation_as_the_loss_is(make):
 
     def compute_loss(*args, **kwargs):
         loss = original(*args, **kwargs)
-        states.append(context_of(trainer.model)._local.with_losses)
+        states.extend(context_of(trainer.model)._local.with_losses)
         return loss
 
     trainer.compute_loss = compute_loss

@@ -269,6 +269,20 @@ def assert_gradients(model, expected):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_weight_zero_takes_the_loss_away(name):
+    """And what it asked for: no checkpoint has to be known any more."""
+    plain, _ = gradients(name)
+    torch.manual_seed(1)
+    model = get_peft_model(make_tiny_llama(), CONFIGS[name]()).train()
+    headwater.align(model, weight=5.0, token_mode="per_position")
+    context = context_of(model)
+    assert (context.needs_state, context.needs_batch, context.needs_padding) == (True, True, True)
+    headwater.align(model, weight=0.0)
+    assert (context.needs_state, context.needs_batch, context.needs_padding) == (False, False, False)
+    assert_gradients(model, plain)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_that_is_added_later_is_aligned_as_well(name):
     torch.manual_seed(1)
     model = get_peft_model(make_tiny_llama(), CONFIGS[name]()).train()

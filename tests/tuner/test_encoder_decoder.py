@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForSequenceClassification, BartModel, T5Config, T5ForConditionalGeneration
 
 import headwater
 from headwater import HeadwaterError
@@ -102,6 +102,91 @@ def test_losses_count_each_stacks_own_tokens(mode):
     for n, p in losing.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(scaled[n], p.grad)
+
+
+def balanced(base, **fields):
+    """MoE-LoRA whose router hears of nothing but its balance loss: the experts write nothing yet."""
+    config = headwater.make_config(
+        "moe_lora", num_experts=3, balance_loss="mixtral", balance_loss_weight=0.5, lora_dropout=0.0, init_seed=1,
+        **{"target_modules": ["q", "wi_0"], **fields},
+    )  # fmt: skip
+    return get_peft_model(base, config).train()
+
+
+def of_routers(model, part=""):
+    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if n.endswith("router") and part in n])
+
+
+def test_an_encoder_that_ran_before_its_decoder_follows_the_same_loss():
+    model = balanced(make_t5())
+    base, batch = model.get_base_model(), {"input_ids": text(6), "labels": text(5, seed=1)}
+    model(**batch).loss.backward()
+    expected = of_routers(model)
+    assert expected.norm() > 0
+    model.zero_grad()
+    encoded = base.get_encoder()(input_ids=batch["input_ids"])
+    (model(encoder_outputs=encoded, labels=batch["labels"]).loss * 8).backward()
+    torch.testing.assert_close(of_routers(model) / 8, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_encoder_alone_is_checkpointed_and_followed(reentrant):
+    model = balanced(make_t5())
+    encoder = model.get_base_model().get_encoder()
+
+    def gradient(factor):
+        encoder.zero_grad()
+        loss = encoder(inputs_embeds=model.get_input_embeddings()(text(6)).requires_grad_())[0].square().mean()
+        headwater.follow_loss(model, loss)
+        (loss * factor).backward()
+        return of_routers(encoder) / factor
+
+    expected = gradient(1.0)
+    assert expected.norm() > 0
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradient(8.0), expected)
+
+
+@pytest.mark.parametrize("kind", ["raises", "none", "itself"])
+def test_a_model_that_does_not_say_where_its_encoder_is_can_be_adapted(kind):
+    class Silent(T5ForConditionalGeneration):
+        def get_encoder(self):
+            if kind == "raises":
+                raise NotImplementedError
+            return None if kind == "none" else self
+
+    torch.manual_seed(0)
+    model = balanced(Silent(make_t5().config))
+    batch = {"input_ids": text(6), "labels": text(5, seed=1)}
+    found = []
+    for factor in (1.0, 8.0):
+        model.zero_grad()
+        (model(**batch).loss * factor).backward()
+        found.append(of_routers(model) / factor)
+    assert found[0].norm() > 0
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("head", [BartModel, BartForSequenceClassification])
+def test_a_decoder_that_reads_what_the_model_shifts_knows_its_rows(head):
+    config = BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, num_labels=3,
+        pad_token_id=1, eos_token_id=2, dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config_of = headwater.make_config("mtl_lora", num_tasks=3, target_modules=["fc1"], init_seed=1)
+    model = get_peft_model(head(config), config_of).eval()
+    x = torch.cat([text(6), torch.full((2, 1), 2)], 1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.empty(parameter.shape).normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+
+    def out(ids):
+        return model(input_ids=x, headwater_task_ids=ids)[0]
+
+    assert torch.equal(out(torch.tensor([1])), out(torch.tensor([1, 1])))
+    assert not torch.allclose(out(torch.tensor([1])), out(torch.tensor([1, 2])))
 
 
 def test_a_choice_by_the_prompt_has_none_in_a_decoder():

@@ -79,6 +79,8 @@ def test_the_context_manager_serves_generate_as_the_keyword_does(row, model):
         with headwater.task_ids(model, [0, 1, 2]):
             assert torch.equal(model.generate(input_ids=x, **LENGTH, **how), expected)
             assert torch.equal(model.get_base_model().generate(input_ids=x, **LENGTH, **how), expected)
+            uncached = model.get_base_model().generate(input_ids=x, use_cache=False, **LENGTH, **how)
+            assert uncached.shape == expected.shape
 
 
 def test_missing_ids_are_named_by_generate_as_well(row, model):

@@ -70,6 +70,18 @@ def test_what_is_done_to_the_loss_is_done_to_its_part(tiny_llama, expected, mode
     assert_near(gradients(model), expected)
 
 
+@pytest.mark.parametrize("give", [lambda out: out.to_tuple(), lambda out: {"loss": out.loss}, lambda out: out.loss])
+def test_a_loss_is_found_in_whatever_a_model_gives_back(tiny_llama, expected, give):
+    model = make(tiny_llama)
+    base = model.get_base_model()
+    plain = type(base).forward
+    base.forward = lambda *args, **kwargs: give(plain(base, *args, **kwargs))
+    out = model(**batch())
+    loss = out if torch.is_tensor(out) else out["loss"] if isinstance(out, dict) else out[0]
+    (loss * 8).backward()
+    assert_near({name: g / 8 for name, g in gradients(model).items()}, expected)
+
+
 def test_a_loss_computed_elsewhere_can_be_followed(tiny_llama, expected):
     model, data = make(tiny_llama), batch()
     labels = data.pop("labels")

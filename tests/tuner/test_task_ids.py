@@ -127,6 +127,17 @@ def test_layers_that_pytorch_checkpoints_know_their_forward(model, kind):
     assert_near({name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()}, expected)
 
 
+@pytest.mark.parametrize("kind", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_wrapped_layers_take_gradients_in_eval_mode_too(model, kind):
+    model.enable_input_require_grads()
+    wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrapper, check_fn=lambda m: type(m).__name__.endswith("DecoderLayer")
+    )
+    model(input_ids=tokens(), headwater_task_ids=torch.tensor([0, 2]), use_cache=False).logits.sum().backward()
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
 def test_a_checkpoint_that_nobody_knows_is_named(model):
     train_without_dropout(model)
     for layer in model.get_base_model().model.layers:

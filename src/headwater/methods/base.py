@@ -320,12 +320,19 @@ class Branch(nn.Module):
         if at is None or not (x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device)):
             return ranks
         dropped, clean = self.reads()
+        router = (*dropped, *clean)[at].detach().float()
+        if torch.is_autocast_enabled(device):  # as training reads x, which is cast before it comes here
+            x = x.to(torch.get_autocast_dtype(device))
+        # block by block, or x would be there in float32
+        rows = len(x) if torch.compiler.is_compiling() else (1 << 18 if device == "cpu" else 1 << 26) // x.shape[1]
+        rows, blocks = max(rows, 1), []
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            wide = x.float()
-            if seed is not None and at < len(dropped):
-                wide = drop(wide, seed, self.lora_dropout)
-            logits = F.linear(wide, (*dropped, *clean)[at].float())
-        given = ranks[at]
+            for start in range(0, max(len(x), 1), rows):
+                wide = x[start : start + rows].float()
+                if seed is not None and at < len(dropped):
+                    wide = drop(wide, seed, self.lora_dropout, first_row=start)
+                blocks.append(F.linear(wide, router))
+        logits, given = torch.cat(blocks), ranks[at]
         return (*ranks[:at], given + (logits - given.detach()), *ranks[at + 1 :])
 
     def _first_ranks(self, x: Tensor, seed: Tensor | None) -> Tensor:

@@ -176,8 +176,9 @@ class Call:
     def shows_rows(self, rows: int | None = None) -> bool:
         """Whether x still shows which of the batch's rows a token belongs to; behind a token dispatch it does not."""
         state = self.state
-        if state is None or not (rows := state.batch if rows is None else rows):
-            return False
+        rows = rows or (state.batch if state is not None else 0)
+        if state is None or not rows:
+            return len(self.shape) > 1
         if state.packed is not None:
             return self.tokens == sum(state.packed.lengths)
         return self.shape[0] == rows or self.tokens == rows * max(state.length, 1)

@@ -28,7 +28,8 @@ class _Following(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.gradient(), None
+        factor = ctx.gradient()  # the loss may be on another device than the layer
+        return grad * (factor.to(grad.device) if isinstance(factor, Tensor) else factor), None
 
 
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class AlignLoss:
 
     def __init__(self, spec: AlignSpec, layers: int):
         self.spec, self.layers = spec, layers
+        self.needs_padding = spec.token_mode == "per_position"
 
     def __call__(self, call: Call, z: Tensor, again: Any) -> Tensor:
         """Returns z with the loss attached.
@@ -101,7 +102,11 @@ class AlignLoss:
         prompt = None if call.state is None else call.state.prompt
         if prompt is None or prompt.numel() != call.tokens:
             raise HeadwaterError(
-                Problem(f"tokens: {self.spec.tokens} needs to know what is learned", "align.tokens", "pass labels")
+                Problem(
+                    f"tokens: {self.spec.tokens} needs to know what is learned",
+                    "align.tokens",
+                    "pass labels; an encoder-decoder has its prompt elsewhere, take tokens: all there",
+                )
             )
         if self.spec.tokens == "prompt":
             return prompt.reshape(-1)
@@ -111,7 +116,8 @@ class AlignLoss:
 def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> None:
     """Adds the alignment loss to a model's training, in whatever trainer: it rides on the layers' own backward.
 
-    Every training batch must carry `headwater_task_ids` and should hold at least two rows of two tasks.
+    Every training batch must carry `headwater_task_ids` and should hold at least two rows of two tasks. Layers that get
+    their first adapter later are not aligned; call it again then.
 
     Args:
         model: a model with one of headwater's adapters or with PEFT's LoRA.
@@ -135,15 +141,13 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
             raise HeadwaterError(Problem("this model has no adapter to align", fix="add one with get_peft_model first"))
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         context = install_context(base)
-        context.align = AlignLoss(spec, len(lora))
+        context.align = AlignLoss(spec, len(lora)) if spec.weight > 0 else None
         module: Any
         for name, module in lora:
             if not any(isinstance(hook, _LoraHook) for hook in module._forward_pre_hooks.values()):
                 hook = _LoraHook(context, name)
                 module.register_forward_pre_hook(hook)
                 hook(module, ())
-    context.needs_state = context.needs_batch = True
-    context.needs_padding = spec.token_mode == "per_position"
 
 
 class _LoraHook:

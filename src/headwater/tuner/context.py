@@ -1,8 +1,7 @@
 """What one forward pass carries to the adapted layers: task ids, the padding mask, auxiliary losses, observers.
 
-A pre-hook on the base model opens a `State` per forward and a hook closes it. Gradient checkpointing runs layers again
-in backward, long after the state is closed and perhaps after further forwards; so each checkpointed call remembers the
-state it ran under. Thread-local storage keeps threads apart; context variables would, too, but break compiled graphs.
+A pre-hook on the base model opens a `State` per forward and a hook closes it. Thread-local storage keeps threads apart;
+context variables would, too, but break compiled graphs.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import KEYWORD, LENGTHS, Align, Call, Observer, Packed, State
+from .checkpoints import carry_state, checkpointed
 
 LABELS = "headwater_labels"
-_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")  # of transformers' layers, of PyTorch's wrapper
+_CLASSIFIERS = ("ForTokenClassification", "ForMaskedLM")  # where a label of -100 marks no prompt
+_OTHER_INPUTS = ("input_features", "input_values", "pixel_values")
 
 
 class Context:
@@ -32,16 +33,29 @@ class Context:
         self.merging: list[Observer] = []  # those that are shown what a merge takes
         self.align: Align | None = None
         self.loss_scale = 1.0
-        self.needs_state = False  # some branch reads the state, so checkpointed layers must carry it
-        self.needs_batch = False  # some loss is of a whole batch, so it may not be cut into parts
-        self.needs_padding = False  # some loss counts padding, so rows may not be packed
+        self.branches_need_state = self.branches_need_batch = False
         self.last_losses: dict[str, Tensor] = {}
         self._checkpointing: list[nn.Module] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
-        kept = ("align", "loss_scale", "needs_state", "needs_batch", "needs_padding")
+        kept = ("align", "loss_scale", "branches_need_state", "branches_need_batch")
         return Context, (), {name: getattr(self, name) for name in kept}
+
+    @property
+    def needs_state(self) -> bool:
+        """Somebody reads the state, so checkpointed layers must carry it."""
+        return self.branches_need_state or self.align is not None
+
+    @property
+    def needs_batch(self) -> bool:
+        """Some loss is of a whole batch, so it may not be cut into parts."""
+        return self.branches_need_batch or self.align is not None
+
+    @property
+    def needs_padding(self) -> bool:
+        """The loss counts padding, so rows may not be packed."""
+        return getattr(self.align, "needs_padding", False)
 
     @property
     def state(self) -> State | None:
@@ -80,32 +94,38 @@ class Context:
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook of the base model: takes headwater's keywords out and opens the state."""
+        learning = torch.is_grad_enabled()
         ids = kwargs.pop(KEYWORD, None)
-        ids = getattr(self._local, "ids", None) if ids is None else _as_ids(ids)
+        around = ids is None  # what `task_ids` says, which is for generation as well
+        ids = getattr(self._local, "ids", None) if around else _as_ids(ids)
         # a trainer that computes the loss itself gives no `labels` to the model, but may still tell us which they are
         labels = kwargs.pop(LABELS, kwargs.get("labels"))
         total = kwargs.get("num_items_in_batch")
         generating = getattr(self._local, "prompt_length", None)
-        if decoder := _has_encoder(module):  # the encoder's part is `open_encoder`'s
-            inputs = _first(kwargs, "decoder_input_ids", "decoder_inputs_embeds", "labels")
-        else:
-            inputs = _first({"input_ids": args[0] if args else None, **kwargs}, "input_ids", "inputs_embeds")
-        shape = batch, length = inputs.shape[:2] if isinstance(inputs, Tensor) and inputs.dim() > 1 else (0, 0)
+        mask, decoder = kwargs.get("attention_mask"), _has_encoder(module)
+        batch, length = _size(args, kwargs)
+        if decoder:  # the encoder's part is `open_encoder`'s
+            given = (kwargs.get("decoder_input_ids"), kwargs.get("decoder_inputs_embeds"), *args[2:3], labels)
+            written = next((t for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
+            if written is not None:  # else the model shifts what the encoder reads
+                batch, length, mask = written.shape[0], written.shape[1], kwargs.get("decoder_attention_mask")
+        shape = (batch, length)
         packed = Packed(kwargs[LENGTHS]) if LENGTHS in kwargs else None  # attention needs them, too, so they stay
         if packed is not None:
             batch, length = len(packed.lengths), max(packed.lengths)
-        valid = _valid(kwargs.get("decoder_attention_mask" if decoder else "attention_mask"), length)
+        valid = _valid(mask, length)
         cache: Any = kwargs.get("past_key_values")
-        fitted = _fit_ids(ids, batch, repeat=generating is not None or cache is not None)
+        repeat = generating is not None or cache is not None or (around and not learning)
+        fitted = _fit_ids(ids, batch, repeat=repeat)
         state = State(batch, length, fitted, valid, packed=packed, loss_scale=self.loss_scale)
         state.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        if self.needs_state and not (module.training and torch.is_grad_enabled()):
+        if self.needs_state and not (module.training and learning):
             state.memory = self._memory(cache, state.past)
         if isinstance(labels, Tensor) and labels.shape == shape:
             learned = labels != -100
             if decoder:
                 state.valid = learned if valid is None else valid
-            elif _is_causal(module):
+            elif not type(module).__name__.endswith(_CLASSIFIERS):
                 state.prompt = ~learned if valid is None else ~learned & valid
             if total is not None:
                 # The loss is normalised by the tokens of the whole optimiser step; this is the micro-batch's share. By
@@ -114,23 +134,29 @@ class Context:
                 state.loss_scale = (learned if decoder else learned[:, 1:]).sum() / total
                 state.gradient = float(_ranks())
         elif generating and length and state.past == 0 and not decoder:
-            prompt = torch.arange(length, device=inputs.device).expand(batch, -1) < generating
-            state.prompt = prompt if valid is None else prompt & valid.to(prompt.device)
+            device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            prompt = torch.arange(length, device=device).expand(batch, -1) < generating
+            state.prompt = prompt if valid is None else prompt & valid.to(device)
         self._local.state = state
-        if (self.needs_state or self.observers or self.merging) and module.training:
-            self.carry_through_checkpoints(module)
+        if (self.needs_state or self.observers or self.merging) and (module.training or learning):
+            if self._checkpointing is None:  # found once: to walk over all modules takes milliseconds
+                self._checkpointing = checkpointed(module)
+            carry_state(self, self._checkpointing)
+            self._local.opened = True
         return args, kwargs
 
     def open_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an encoder beside a decoder: its rows, padding and ids are its own, as `generate` may run
         it by itself."""
         outer = self.state
-        inputs = _first({"input_ids": args[0] if args else None, **kwargs}, "input_ids", "inputs_embeds")
-        batch, length = inputs.shape[:2] if isinstance(inputs, Tensor) and inputs.dim() > 1 else (0, 0)
+        batch, length = _size(args, kwargs)
         ids = getattr(self._local, "ids", None) if outer is None else outer.task_ids
         state = State(batch, length, _fit_ids(ids, batch, repeat=False), _valid(kwargs.get("attention_mask"), length))
+        state.outer, state.loss_scale = outer, self.loss_scale if outer is None else outer.loss_scale
         if outer is not None:
-            state.outer, state.losses, state.loss_scale = outer, outer.losses, outer.loss_scale
+            state.losses = outer.losses
+        elif self.needs_state and torch.is_grad_enabled():
+            carry_state(self, checkpointed(module))
         self._local.state = state
 
     def close_encoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -139,6 +165,8 @@ class Context:
         if state is not None:
             state.closed = True
             self._local.state = state.outer
+            if state.outer is None:
+                self._note_losses(state)
 
     def _memory(self, cache: Any, past: int) -> dict[Any, Any]:
         # The first forward of a generation may make its cache itself, out of our sight; the next one then adopts what
@@ -158,19 +186,24 @@ class Context:
         state = self.state
         if state is not None:
             state.closed = True
-            self.last_losses = {name: total / count for name, (total, count) in state.losses.items()}
-            if state.losses and torch.is_grad_enabled():
-                self._local.with_losses = state
-                loss = getattr(output, "loss", output[0] if isinstance(output, tuple) and output else None)
-                if isinstance(loss, Tensor) and loss.dim() == 0:
-                    self.follow(loss)
+            self._note_losses(state, further=kwargs.get("encoder_outputs") is not None)
+            loss = _loss_of(output)
+            if loss is not None and state.losses:
+                self.follow(loss)
         self._local.state = None
+
+    def _note_losses(self, state: State, *, further: bool = False) -> None:
+        """`further`: the forward goes on from an encoder that ran by itself."""
+        self.last_losses = {name: total / count for name, (total, count) in state.losses.items()}
+        if state.losses and torch.is_grad_enabled():
+            before = getattr(self._local, "with_losses", ())[-1:] if further else ()
+            self._local.with_losses = (*before, state)
 
     def follow(self, loss: Tensor) -> None:
         """Auxiliary losses of this thread's last forward take the gradient that `loss` gets as their own."""
-        state: State | None = getattr(self._local, "with_losses", None)
-        if state is not None and loss.requires_grad and not torch.compiler.is_compiling():
-            loss.register_hook(functools.partial(_remember, state))
+        states: tuple[State, ...] = getattr(self._local, "with_losses", ())
+        if states and loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(functools.partial(_remember, states))
 
     def call(self, name: str, shape: tuple[int, ...]) -> Call:
         """One layer's view of the running forward; `shape` is its input's leading dimensions.
@@ -178,7 +211,8 @@ class Context:
         Raises:
             HeadwaterError: in a checkpoint's second forward, if it cannot be told which forward that belongs to.
         """
-        if self.state is None and self.needs_state and torch._C._current_graph_task_id() != -1:
+        opened = self.state is None and self.needs_state and getattr(self._local, "opened", False)
+        if opened and torch._C._current_graph_task_id() != -1:
             raise HeadwaterError(
                 Problem(
                     f"{name} runs again in backward, by a checkpoint that headwater does not know",
@@ -187,47 +221,10 @@ class Context:
             )
         return Call(name, shape, self.state, self.observers, self.merging, self.align)
 
-    def carry_through_checkpoints(self, model: nn.Module) -> None:
-        """Makes transformers' checkpointed layers and PyTorch's wrapped ones remember the state of the forward they
-        belong to."""
-        if self._checkpointing is None:  # found once: to walk over all modules in each forward takes milliseconds
-            names = ("gradient_checkpointing", "checkpoint_fn")
-            self._checkpointing = [m for m in model.modules() if any(hasattr(m, name) for name in names)]
-        for module in self._checkpointing:
-            for name in _CHECKPOINTS:
-                checkpoint = module.__dict__.get(name)
-                if checkpoint is not None and not hasattr(checkpoint, "carries_headwater_state"):
-                    module.__dict__[name] = _Carrying(self, checkpoint)
 
-    def leave_checkpoints(self, model: nn.Module) -> None:
-        """Undoes `carry_through_checkpoints`."""
-        for module in model.modules():
-            for name in _CHECKPOINTS:
-                checkpoint = module.__dict__.get(name)
-                if isinstance(checkpoint, _Carrying):
-                    module.__dict__[name] = checkpoint.checkpoint
-
-
-class _Carrying:
-    """`checkpoint(function, *args)` where `function`, whenever it runs, runs under the state of the first call."""
-
-    carries_headwater_state = True
-
-    def __init__(self, context: Context, checkpoint: Callable[..., Any]):
-        self.context, self.checkpoint = context, checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state = self.context.state
-
-        def under_state(*inner: Any, **named: Any) -> Any:
-            with self.context.use(state):
-                return function(*inner, **named)
-
-        return self.checkpoint(under_state, *args, **kwargs)
-
-
-def _remember(state: State, gradient: Tensor) -> None:
-    state.gradient = gradient.detach()
+def _remember(states: tuple[State, ...], gradient: Tensor) -> None:
+    for state in states:
+        state.gradient = gradient.detach()
 
 
 def _ranks() -> int:
@@ -253,15 +250,26 @@ def _has_encoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether a label of -100 marks a prompt: in a model that writes text, and not in one that classifies tokens."""
-    can_generate = getattr(model, "can_generate", None)
-    return can_generate is None or bool(can_generate())
+def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and positions of what a model reads; no positions where that is sound or pixels, no rows if it is unknown."""
+    for name in ("input_ids", "inputs_embeds"):
+        given = kwargs.get(name)
+        given = args[0] if given is None and args and name == "input_ids" else given
+        if isinstance(given, Tensor) and given.dim() > 1:
+            return given.shape[0], given.shape[1]
+    rows = (t.shape[0] for name in _OTHER_INPUTS if isinstance(t := kwargs.get(name), Tensor) and t.dim() > 1)
+    return next(rows, 0), 0
 
 
-def _first(kwargs: dict[str, Any], *names: str) -> Any:
-    """The first that is given."""
-    return next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in what a model gives back: an output class, a dictionary, a tuple that begins with it, or it alone."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif isinstance(output, tuple):
+        output = output[0] if output else None
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "loss", None)
+    return output if isinstance(output, Tensor) and output.dim() == 0 else None
 
 
 def _valid(mask: Any, length: int) -> Tensor | None:

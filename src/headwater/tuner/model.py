@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -17,6 +17,7 @@ from ..errors import HeadwaterError, Problem
 from ..methods.base import LayerShape, MethodConfig
 from ..methods.registry import Method
 from ..methods.registry import method as registered
+from .checkpoints import leave_checkpoints
 from .context import KEYWORD, Context, Observer
 from .layer import MethodLayer, floating_weight, linear_sizes, wide_dtype
 from .mlp import fuse_mlps, unfuse_mlps
@@ -158,7 +159,7 @@ class MethodModel(BaseTuner):
             hook.remove()
         context: Context | None = model.__dict__.pop(_CONTEXT, None)
         if context is not None:
-            context.leave_checkpoints(model)
+            leave_checkpoints(model)
         unfuse_mlps(model)
         return model
 
@@ -185,8 +186,8 @@ def add_branch(
         branch.to(any_weight.device)
     branch.train(layer.training)
     layer.branches[adapter_name] = branch
-    layer.context.needs_state |= branch.needs_state
-    layer.context.needs_batch |= branch.has_losses
+    layer.context.branches_need_state |= branch.needs_state
+    layer.context.branches_need_batch |= branch.has_losses
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 
@@ -199,13 +200,23 @@ def install_context(model: nn.Module) -> Context:
             model.register_forward_pre_hook(context.open, with_kwargs=True),
             model.register_forward_hook(context.close, with_kwargs=True, always_call=True),
         )
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-            encoder = cast(Any, model).get_encoder()
+        encoder = _encoder_of(model)
+        if encoder is not None:
             model.__dict__[_HOOKS] += (
                 encoder.register_forward_pre_hook(context.open_encoder, with_kwargs=True),
                 encoder.register_forward_hook(context.close_encoder, with_kwargs=True, always_call=True),
             )
     return model.__dict__[_CONTEXT]
+
+
+def _encoder_of(model: Any) -> nn.Module | None:
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    try:
+        encoder = model.get_encoder()
+    except (AttributeError, NotImplementedError):
+        return None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def context_of(model: nn.Module) -> Context:
