@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ class RunConfig(BaseModel):
     """All that a run is told. Every key is described in docs/config.md.
 
     Args:
-        model_name_or_path: hub id, local folder or GGUF file; relative to the current folder.
+        model_name_or_path: hub id, local folder or GGUF file. Local ones become absolute: they start from the file's
+            folder where there is something of that name, else from the current folder.
         model: how the base model is loaded.
         method: `name` and the fields of that method's config; where it is left out, `RECOMMENDED`, and then
             `RECOMMENDED_LEARNING_RATE` unless `training` has one.
@@ -85,6 +87,11 @@ class RunConfig(BaseModel):
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
     _document: Document = PrivateAttr(default_factory=lambda: Document({}))
+
+    @field_validator("model_name_or_path", mode="after")
+    @classmethod
+    def _local_model_is_absolute(cls, name: str) -> str:
+        return _absolute(Path.cwd(), name)
 
     @field_validator("method", mode="after")
     @classmethod
@@ -145,17 +152,17 @@ class RunConfig(BaseModel):
         }
         problems = []
         for problem in error.problems:
-            path = files.get(problem.where) or self._path_of(problem.where)
-            if path is not None:
-                place = self.where(*path)
-                problem = dataclasses.replace(
-                    problem, where=f"{place}: {problem.where}" if path[0] == "tasks" else place
-                )
+            if (split := files.get(problem.where)) is not None:
+                problem = dataclasses.replace(problem, where=f"{self.where(*split)}: {problem.where}")
+            elif (path := self._path_of(problem.where)) is not None:
+                problem = dataclasses.replace(problem, where=self.where(*path))
             problems.append(problem)
         return HeadwaterError(*problems)
 
     def _path_of(self, name: str) -> KeyPath | None:
-        """The path of a key named as in ``training.max_steps``, or by a field of the method; None if it is no key."""
+        """The path of a key such as ``training.max_steps`` or ``tasks[0].name``, or of a method's field; else None."""
+        if task := re.fullmatch(r"tasks\[(\d+)\]\.(\w+)", name):
+            return "tasks", int(task[1]), task[2]
         first, _, rest = name.partition(".")
         if first in ("training", "method") and rest.isidentifier():
             return first, rest
@@ -207,6 +214,9 @@ def changed(config: RunConfig, sections: dict[str, Any], places: dict[KeyPath, s
 
 
 def _checked(document: Document, base_dir: Path, model: type[RunConfig], problems: Sequence[Problem] = ()) -> RunConfig:
+    name = document.data.get("model_name_or_path")
+    if isinstance(name, str):
+        document.data["model_name_or_path"] = _absolute(base_dir, name)
     try:
         config = model.model_validate(document.data)
     except ValidationError as error:
@@ -214,7 +224,14 @@ def _checked(document: Document, base_dir: Path, model: type[RunConfig], problem
     if problems:
         raise HeadwaterError(*problems)
     config._base_dir, config._document = base_dir, document
+    for field in _files_of(config.method):
+        config.method[field] = _absolute(base_dir, config.method[field])
     return config
+
+
+def _files_of(method: dict[str, Any]) -> list[str]:
+    """The fields of a `method:` section that name files or folders."""
+    return [field for field in getattr(method_configs()[method["name"]], "files", ()) if method.get(field)]
 
 
 def dump_config(config: RunConfig) -> str:
@@ -224,9 +241,8 @@ def dump_config(config: RunConfig) -> str:
         del data["mixture"]["batching"]  # left open, it is balanced where an alignment loss needs that
     data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
     data["output_dir"] = str(Path(data["output_dir"]).absolute())
-    for field in getattr(method_configs()[data["method"]["name"]], "files", ()):
-        if data["method"].get(field):
-            data["method"][field] = _absolute(Path.cwd(), data["method"][field])
+    for field in _files_of(data["method"]):
+        data["method"][field] = _absolute(Path.cwd(), data["method"][field])
     for task in data["tasks"]:
         for split in ("train", "validation", "test"):
             if task.get(split):
@@ -237,4 +253,4 @@ def dump_config(config: RunConfig) -> str:
 def _absolute(base: Path, name: str) -> str:
     """A local path made absolute; a hub name, which is no path here, unchanged."""
     path = base / Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(path.absolute()) if name and path.exists() else name

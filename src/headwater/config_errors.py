@@ -94,9 +94,17 @@ def _unknown_key(path: KeyPath, where: str, model: type[BaseModel], data: Any) -
 
 
 def _nearest(kind: str, name: Any, known: Sequence[str], where: str) -> Problem:
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6) or _abbreviated(str(name), known)
     if close:
         fix = f"did you mean `{close[0]}`?"
     else:
         fix = f"known here: {', '.join(known)}" if len(known) <= 20 else "docs/config.md lists all keys"
     return Problem(f"unknown {kind} `{name}`", where, fix)
+
+
+def _abbreviated(name: str, known: Sequence[str]) -> list[str]:
+    """The names whose words begin with these letters, as those of `learning_rate` do with `lr`, or that end with these
+    words."""
+    return [
+        full for full in known if "".join(word[:1] for word in full.split("_")) == name or full.endswith(f"_{name}")
+    ]

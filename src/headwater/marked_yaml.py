@@ -119,6 +119,9 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise HeadwaterError(Problem("there is no such file", source, _neighbours(Path(path)))) from None
+    except IsADirectoryError:
+        inside = _neighbours(Path(path) / "any")
+        raise HeadwaterError(Problem("this is a folder; a YAML file is needed here", source, inside)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise HeadwaterError(Problem(f"the file cannot be read: {error}", source)) from None
     return parse_document(text, source)

@@ -28,11 +28,11 @@ def run_file(made, tmp_path):
     return path
 
 
-def refused(done, *texts):
-    """The command ended with 2 and said all of `texts` on one screen of standard error."""
+def refused(done, *texts, lines=24):
+    """The command ended with 2 and said all of `texts` on one screen of standard error, or in so many lines."""
     assert done.code == 2, done
     assert "Traceback" not in done.err
-    assert len(done.err.splitlines()) <= 24
+    assert len(done.err.splitlines()) <= lines
     for text in texts:
         assert str(text) in done.err
     return done
@@ -115,9 +115,56 @@ def test_no_such_model(headwater, run_file):
     refused(done, "./no/model")
 
 
-def test_many_problems_still_fit_on_a_screen(headwater, run_file):
+def test_all_problems_of_a_file_are_named(headwater, run_file):
     run_file.write_text(run_file.read_text() + "".join(f"nonsense{i}: 1\n" for i in range(50)))
-    refused(headwater("train", run_file), "... and 40 more")
+    refused(headwater("train", run_file), *(f"unknown key `nonsense{i}`" for i in range(50)), lines=100)
+
+
+def test_data_check_names_every_row_and_train_says_how_to_see_them(headwater, run_file):
+    for name in ("animals-train", "colours-train"):
+        run_file.with_name(f"{name}.jsonl").write_text('{"prompt": "x"}\n' * 30)
+    every = [f"{name}-train.jsonl:{line}:" for name in ("animals", "colours") for line in range(1, 31)]
+    refused(headwater("data", "check", run_file), *every, lines=60)
+    done = refused(headwater("train", run_file), "animals-train.jsonl: and 20 more problems")
+    assert done.err.count("`headwater data check FILE` names them all") == 1
+
+
+def test_two_tasks_of_one_name(headwater, run_file):
+    run_file.write_text(run_file.read_text().replace("name: colours", "name: animals"))
+    refused(headwater("train", run_file), f"error: {run_file}:5: tasks[1].name: 2 tasks are called 'animals'")
+
+
+def test_a_folder_in_the_place_of_the_file(headwater, run_file):
+    folder = run_file.parent
+    refused(headwater("train", folder), f"{folder}: this is a folder", "YAML files there: run.yaml")
+
+
+@pytest.mark.parametrize("where", ["run.yaml", "run.yaml/below", "/proc/headwater"])
+def test_an_output_folder_that_cannot_be(headwater, run_file, where):
+    for command in (["train", run_file], ["compare", run_file, "--methods", "lora,rlora"]):
+        done = headwater(*command, "--set", f"output_dir={run_file.parent / where}")
+        refused(done, "--set output_dir: ", where, "choose another folder")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("lr", "learning_rate"), ("epochs", "num_train_epochs")],
+)
+def test_a_key_as_others_call_it(headwater, run_file, key, nearest):
+    refused(headwater("train", run_file, "--set", f"training.{key}=3"), f"did you mean `{nearest}`?")
+
+
+def test_a_resume_with_other_settings_names_the_place(headwater, run_file):
+    assert headwater("train", run_file).code == 0
+    resume = ["--set", "training.resume_from_checkpoint=true"]
+    run_file.write_text(run_file.read_text().replace("num_heads: 2", "num_heads: 3"))
+    done = headwater("train", run_file, *resume, "--set", "training.learning_rate=0.5")
+    refused(
+        done,
+        f"{run_file}:2: method.num_heads: the checkpoint was trained with rlora num_heads 2, this run has rlora num_he",
+        "--set training.learning_rate: the checkpoint was trained with learning_rate 0.0002, this run has 0.5",
+        "resume with the data and settings that the run began with",
+    )
 
 
 @pytest.mark.parametrize("command", ["evaluate", "inspect", "generate"])

@@ -254,6 +254,25 @@ def test_dumped_text_is_complete_and_reads_back_from_anywhere(tmp_path, monkeypa
     assert set(yaml.safe_load(dump_config(config))) == set(RunConfig.model_fields) - {"compare"}
 
 
+def test_a_local_model_starts_from_the_files_folder_then_from_here(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    for folder in (tmp_path / "file" / "model", here / "model", here / "other"):
+        folder.mkdir(parents=True)
+    (tmp_path / "file" / "basis.safetensors").write_text("")
+    monkeypatch.chdir(here)
+    path = write(tmp_path / "file", GOOD)
+
+    def named(name):
+        return load_config(path, [f"model_name_or_path={name}"]).model_name_or_path
+
+    assert named("model") == str(tmp_path / "file" / "model")
+    assert named("other") == str(here / "other")
+    assert named("org/name") == "org/name"
+    assert RunConfig(**{**GOOD_FIELDS, "model_name_or_path": "model"}).model_name_or_path == str(here / "model")
+    cora = load_config(path, ["method={name: cora, r: 4, basis: basis.safetensors}"])
+    assert cora.method["basis"] == str(tmp_path / "file" / "basis.safetensors")
+
+
 def test_a_dumped_run_with_an_alignment_loss_still_leaves_its_batches_open(tmp_path):
     path = write(tmp_path, GOOD)
     open_ = load_config(write(tmp_path, dump_config(load_config(path, ["align={kind: kl}"])), "open.yaml"))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,16 @@ def test_finished_runs_are_kept_and_the_base_model_is_scored_once(whole, tmp_pat
     scored.clear()
     compared(path)
     assert scored.count(0) == 1
+
+
+def test_methods_that_are_not_asked_for_any_more_are_named(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    text = StringIO()
+    plan = plan_of(path, "compare.methods=[lora]")
+    content = compare(plan, console=Console(file=text, width=200))
+    assert [entry["method"] for entry in content["summary"]] == ["lora"]
+    assert "left out of comparison.json, as they were not asked for: heads; their runs stay" in text.getvalue()
+    assert (path.parent / "out" / "heads" / "seed-0" / "results.json").is_file()
 
 
 def copy_of(whole, folder) -> Path:

@@ -149,6 +149,20 @@ def test_what_is_wrong_is_said(path, overrides, said):
         assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("lora", "change its other fields, choose a larger number"),
+        ("rlora", "solve for another (match: num_heads), choose"),
+        ("moe_lora", "solve for another (match: num_experts), choose"),
+    ],
+)
+def test_only_fields_that_a_method_has_are_advised(path, method, advice):
+    with pytest.raises(HeadwaterError) as caught:
+        plan_of(path, methods(f"[{{label: x, method: {method}, match: rank}}]"), "compare.parameters=100")
+    assert advice in str(caught.value)
+
+
 def test_problems_have_the_line_of_the_method_that_has_them(tmp_path):
     lines = FILE.replace("  methods: [lora, {{label: heads, method: {{name: hydralora, num_heads: 2}}}}]\n", (
         "  methods:\n    - lora\n    - label: heads\n      method:\n        name: hydralora\n        num_heads: 0\n"

@@ -116,6 +116,24 @@ def test_class_numbers_are_read_as_names(tmp_path):
     assert ":3: field 'completion' is null" in said(tmp_path / "unlabelled")
 
 
+def test_items_of_a_json_list_are_not_taken_for_lines(tmp_path):
+    rows = [{"prompt": str(i)} for i in range(12)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows))
+    assert [line.partition(": field")[0] for line in said(path).splitlines()] == [
+        f"{path}: item {i}" for i in range(1, 13)
+    ]
+    assert Row("", "", source="b.json", line=2).where == "b.json: item 2"
+
+
+def test_a_cell_of_a_csv_file_may_be_long(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"prompt,completion\n{long},yes\n")
+    limit = csv.field_size_limit()
+    assert read_rows(tmp_path / "a.csv")[0].prompt == long
+    assert csv.field_size_limit() == limit
+
+
 def test_malformed_jsonl_names_every_line(tmp_path):
     good = json.dumps(RECORDS[0]).encode()
     (tmp_path / "a.jsonl").write_bytes(
@@ -138,7 +156,7 @@ def test_malformed_jsonl_names_every_line(tmp_path):
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "a.json:2: not JSON: Extra data"),
         ("a.json", b"[\n\n{]", "a.json:3: not JSON"),
         ("a.json", b'[\n"\xff"]', "a.json:2: byte 4 of the file is not UTF-8"),
-        ("a.json", b"[1]", "a.json:1: the row is a number"),
+        ("a.json", b"[1]", "a.json: item 1: the row is a number"),
         ("a.csv", b"prompt,completion\na\n", "a.csv:2: the header has 2 cells, the row 1"),
         ("a.csv", b"prompt,completion\n\na,b,c\n", "a.csv:3: the header has 2 cells, the row 3"),
         ("a.csv", b"prompt,prompt\na,b\n", "a.csv:1: the header names prompt more than once"),

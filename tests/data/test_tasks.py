@@ -130,7 +130,7 @@ def test_all_problems_of_all_tasks_together(folder):
         TaskSpec(name="third", train="broken.jsonl", test="broken.jsonl"),
     ]
     text = said(specs, folder)
-    assert "tasks: 2 tasks are called 'same'" in text
+    assert "tasks[1].name: 2 tasks are called 'same'" in text
     assert "missing.jsonl: no such file" in text
     assert "empty.jsonl: has no rows\n    task 'same' needs at least one train row" in text
     assert "tasks[2] nothing: the task has neither `train` nor `test`" in text
@@ -147,6 +147,9 @@ def test_many_broken_files_fit_on_one_screen(folder):
     text = said(specs, folder)
     assert len(text.splitlines()) <= 40
     assert all(f"{i}.jsonl: and 499 more problems" in text for i in range(12))
+    with pytest.raises(HeadwaterError) as caught:
+        load_tasks(specs, folder, all_problems=True)
+    assert len(caught.value.problems) == 12 * 500
 
 
 def test_no_tasks(tmp_path):

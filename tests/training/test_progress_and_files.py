@@ -13,6 +13,7 @@ from headwater.training import HeadwaterArguments
 from headwater.training.files import replace_folder, write_json, write_text
 from headwater.training.history import History
 from headwater.training.progress import ProgressDisplay, duration
+from headwater.training.table import show_scores
 
 LOG = {"loss": 1.5, "tokens_per_second": 1234.0, "task_loss/a": 1.0, "task_loss/b": 2.0}
 
@@ -101,6 +102,27 @@ def test_files_are_replaced_whole(tmp_path):
     assert (tmp_path / "old" / "file").read_text() == "2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "x.json", "y"]
     assert json.loads(path.read_text()) == {"a": [1.0, None]}
+
+
+def test_the_table_says_what_is_measured_and_a_sinking_loss_is_a_gain():
+    results = {
+        "steps": 10,
+        "train_seconds": 61.2,
+        "tasks": {
+            "a": {"metric": "choice_accuracy", "n": 200, "before": 0.5, "after": 0.875},
+            "b": {"metric": "loss", "n": 220, "before": 2.5, "after": 1.0},
+        },
+        "mean": {"before": 0.5, "after": 0.875},
+        "extra": {"majority": {"a": 0.5, "b": None}},
+    }
+    console = Console(file=StringIO(), width=160, record=True)
+    show_scores(results, console)
+    lines = console.export_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines if "│" in line]
+    assert ["a", "choice_accuracy", "200", "0.500", "0.500", "0.875", "+0.375"] in cells
+    assert ["b", "loss", "220", "", "2.500", "1.000", "+1.500"] in cells
+    assert ["mean", "", "", "", "0.500", "0.875", "+0.375"] in cells
+    assert "10 steps in 61 s of training" in lines[-1]
 
 
 def test_argument_defaults(tmp_path):

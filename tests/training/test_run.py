@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from headwater.config import load_config
@@ -21,44 +20,6 @@ from headwater.training import train
 from headwater.training.gate_monitor import METRICS
 from headwater.training.head_monitor import HEAD_METRICS
 from headwater.training.history import History
-
-RUN = """
-model_name_or_path: {base}
-method: {{name: rlora, r: 4, lora_alpha: 4, target_modules: [gate_proj, up_proj, down_proj]}}
-tasks:
-  - {{name: colour, train: colour.jsonl, test: colour.jsonl}}
-  - {{name: copy, train: copy.jsonl, validation: copy.jsonl, test: copy.jsonl, weight: 2.0}}
-mixture: {{strategy: weights}}
-evaluation: {{max_rows_during_training: 4}}
-training:
-  max_steps: 12
-  learning_rate: 0.02
-  per_device_train_batch_size: 4
-  logging_steps: 2
-  eval_steps: 4
-  save_steps: 6
-  use_cpu: true
-output_dir: {out}
-seed: 3
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base model, two tasks and a run's file."""
-    folder = tmp_path_factory.mktemp("run")
-    make_tiny_llama().save_pretrained(folder / "base")
-    make_tiny_tokenizer().save_pretrained(folder / "base")
-    colours = [
-        {"prompt": f"{thing}{i} is", "completion": colour, "choices": [" red", " blue"]}
-        for thing, colour in (("fire", " red"), ("sky", " blue"))
-        for i in range(8)
-    ]
-    copies = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(10)]
-    for name, rows in (("colour", colours), ("copy", copies)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.yaml").write_text(RUN.format(base=folder / "base", out=folder / "out"))
-    return folder
 
 
 def run(folder: Path, out: Path, *overrides: str):
@@ -246,6 +207,16 @@ def test_plain_lora_and_best_model(folder, tmp_path):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(result.adapter_dir).items())
     analysis = json.loads((tmp_path / "analysis.json").read_text())
     assert analysis["head_similarity"] == {}
+
+
+def test_a_local_base_model_is_recorded_by_its_whole_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    short = ("training.max_steps=1", "training.eval_steps=null", "model_name_or_path=base")
+    result, _ = run(folder, tmp_path, *short)
+    for file, key in (("results.json", "base_model"), ("adapter/adapter_config.json", "base_model_name_or_path")):
+        assert json.loads((tmp_path / file).read_text())[key] == str(folder / "base")
+    assert load_config(tmp_path / "config.yaml").model_name_or_path == str(folder / "base")
+    assert result.results["base_model"] == str(folder / "base")
 
 
 @pytest.mark.parametrize(

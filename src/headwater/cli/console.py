@@ -16,8 +16,6 @@ from rich.text import Text
 
 from headwater.errors import HeadwaterError, Problem
 
-SCREEN = 20
-"""Lines of problems shown before the rest is only counted: the message should fit on one screen."""
 PIPE_WIDTH = 160
 
 
@@ -47,33 +45,13 @@ def show_warning(message: Warning | str, *_where: object, **_more: object) -> No
 
 def show_error(error: HeadwaterError) -> None:
     """Print all problems of an error: a panel on a terminal, plain lines elsewhere."""
-    shown = _first_screen(error.problems)
-    rest = len(error.problems) - len(shown)
     if not sys.stderr.isatty():
-        for problem in shown:
+        for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
-        if rest:
-            print(f"... and {rest} more", file=sys.stderr)
         return
-    parts: list[Text | Padding] = []
-    for problem in shown:
-        parts.extend(_lines(problem))
-    if rest:
-        parts.append(Text(f"... and {rest} more", style="dim"))
+    parts = [part for problem in error.problems for part in _lines(problem)]
     title = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
     err_console().print(Panel(Group(*parts), title=title, title_align="left", border_style="red"))
-
-
-def _first_screen(problems: Sequence[Problem]) -> list[Problem]:
-    """As many problems as fit, and one in any case."""
-    shown: list[Problem] = []
-    lines = 0
-    for problem in problems:
-        lines += len(str(problem).splitlines())
-        if shown and lines > SCREEN:
-            break
-        shown.append(problem)
-    return shown
 
 
 def _lines(problem: Problem) -> Iterable[Text | Padding]:

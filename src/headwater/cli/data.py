@@ -23,7 +23,7 @@ def run_check(file: str, overrides: Sequence[str], *, as_json: bool) -> None:
 
     config = load_config(file, overrides, model=TasksFile)
     try:
-        found = describe(load_tasks(config.tasks, config.base_dir))
+        found = describe(load_tasks(config.tasks, config.base_dir, all_problems=True))
     except HeadwaterError as error:
         raise config.placed(error) from error
     if as_json:

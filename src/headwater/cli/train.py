@@ -35,8 +35,8 @@ def run(file: str, overrides: Sequence[str]) -> None:
     quiet_libraries()
     console = out_console()
     with resumable(config.output_dir, ["headwater", "train", file], overrides):
-        from headwater.demo.run import show_scores
         from headwater.training import train
+        from headwater.training.table import show_scores
 
         try:
             result = train(config, console=console)

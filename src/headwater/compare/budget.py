@@ -61,6 +61,11 @@ def field_to_solve(name: str, match: str) -> str:
     return match
 
 
+def solvable(name: str) -> list[str]:
+    """The fields that say how large a method is: its rank, and its number of heads if it has some."""
+    return list(dict.fromkeys(field_to_solve(name, match) for match in ("rank", "heads")))
+
+
 def solve(config: RunConfig, field: str, budget: int) -> tuple[dict[str, Any], int]:
     """The config's `method:` section with `field` set so that its trainable parameters are nearest to `budget`.
 

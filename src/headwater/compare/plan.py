@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwater.compare.budget import field_to_solve, solve, trainable_parameters
+from headwater.compare.budget import field_to_solve, solvable, solve, trainable_parameters
 from headwater.compare.spec import CompareSpec, Variant
 from headwater.errors import HeadwaterError, Problem
 from headwater.methods.registry import methods
@@ -186,14 +186,16 @@ def _refuse_far(plan: Plan) -> None:
         if not planned.field or abs(deviation) <= plan.spec.tolerance:
             continue
         value = planned.config.method.get(planned.field)
+        others = [name for name in solvable(planned.config.method["name"]) if name != planned.field]
+        another = f"solve for another (match: {' or '.join(others)}), " if others else ""
         problems.append(
             Problem(
                 f"{planned.label} cannot have {plan.budget:,} trainable parameters to within "
                 f"{plan.spec.tolerance:.0%}: the nearest is {planned.parameters:,} ({deviation:+.1%}) with "
                 f"{planned.field} {value}",
                 plan.config.where("compare", "methods", index),
-                "change its other fields, solve for another (match: num_experts), choose a larger number "
-                "(compare.parameters), or allow the difference (compare.tolerance)",
+                f"change its other fields, {another}choose a larger number (compare.parameters), or allow the "
+                "difference (compare.tolerance)",
             )
         )
     if problems:

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from headwater.evaluation.scores import TaskScore
 from headwater.marked_yaml import parse_document, read_document
 from headwater.report import write_comparison_report
 from headwater.training.files import write_json
-from headwater.training.folder import last_checkpoint
+from headwater.training.folder import last_checkpoint, make_folder
 from headwater.training.history import History
 from headwater.training.progress import ProgressDisplay, duration
 from headwater.training.run import require_one_process, train, training_arguments
@@ -83,7 +83,11 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
     if (output / "results.json").exists():
         what, fix = f"{output} holds a run of `headwater train`", "choose another folder: --set output_dir=FOLDER"
         raise HeadwaterError(Problem(what, plan.config.where("output_dir"), fix))
-    (output / LOCKS).mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(output)
+    except HeadwaterError as error:
+        raise plan.config.placed(error) from None
+    (output / LOCKS).mkdir(exist_ok=True)
     bench = _Bench(console)
     planned, chosen = _with_learning_rates(plan, output, bench)
     spec = plan.spec
@@ -108,9 +112,22 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
         },
     }
     with FileLock(output / LOCKS / "report"):  # all processes that shared the runs end with it
+        if left_out := _left_out(output, by_method):
+            bench.say(
+                f"left out of comparison.json, as they were not asked for: {', '.join(left_out)}; their runs stay"
+            )
         write_json(output / "comparison.json", content)
         write_comparison_report(output)
     return content
+
+
+def _left_out(output: Path, labels: Iterable[str]) -> list[str]:
+    """The methods that the folder's comparison has, and the one to be written has not."""
+    path = output / "comparison.json"
+    if not path.is_file():
+        return []
+    had = [entry["method"] for entry in json.loads(path.read_text(encoding="utf-8"))["summary"]]
+    return [label for label in had if label not in labels]
 
 
 def _with_learning_rates(plan: Plan, output: Path, bench: _Bench) -> tuple[list[Planned], dict[str, Any]]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headwater.data.sources import kind, read_records
+from headwater.data.sources import kind, place, read_records
 from headwater.errors import HeadwaterError, Problem
 
 SHOWN = 20
-"""How many malformed rows are listed; the rest are counted, so that the message stays on one screen."""
+"""About how many malformed rows are listed; the rest are counted, so that the message stays on one screen."""
+CHECK = "`headwater data check FILE` names them all"
 
 FORMATS = "prompt and completion; messages; instruction and output; text"
 
@@ -43,8 +45,8 @@ class Row:
 
     @property
     def where(self) -> str:
-        """`source:line`, for messages to people."""
-        return f"{self.source}:{self.line}" if self.source else ""
+        """`source:line`, or `source: item 3` in a `.json` file; for messages to people."""
+        return place(self.source, self.line) if self.source else ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def collect_rows(
     rows: list[Row] = []
     for record in records:
         row, errors = _fill(record.fields, template) if template else parse_row(record.fields)
-        where = f"{label}:{record.line}"
+        where = place(label, record.line)
         problems.extend(replace(error, where=where) for error in errors)
         if row is not None:
             rows.append(replace(row, source=label, line=record.line))
@@ -125,8 +127,8 @@ def collect_rows(
 
 
 def _line(problem: Problem) -> int:
-    number = problem.where.rpartition(":")[2]
-    return int(number) if number.isdecimal() else 0
+    number = re.search(r"[: ](\d+)$", problem.where)
+    return int(number[1]) if number else 0
 
 
 def _fill(fields: Mapping[str, Any], template: RowTemplate) -> tuple[Row | None, list[Problem]]:
@@ -139,8 +141,12 @@ def _fill(fields: Mapping[str, Any], template: RowTemplate) -> tuple[Row | None,
     return None, [Problem(what)]
 
 
-def one_screen(problems: Mapping[str, Sequence[Problem]], limit: int = SHOWN) -> list[Problem]:
-    """At most about `limit` problems, shared among the sources; the rest are counted, and an advice is given once."""
+def one_screen(problems: Mapping[str, Sequence[Problem]], limit: int = SHOWN, more: str = "") -> list[Problem]:
+    """At most about `limit` problems, shared among the sources; the rest are counted, and an advice is given once.
+
+    Args:
+        more: how to see those that are only counted.
+    """
     wrong = {source: found for source, found in problems.items() if found}
     share = max(1, limit // max(1, len(wrong)))
     shown: list[Problem] = []
@@ -150,9 +156,11 @@ def one_screen(problems: Mapping[str, Sequence[Problem]], limit: int = SHOWN) ->
             shown.append(replace(problem, fix="") if problem.fix in given else problem)
             given.add(problem.fix)
         if len(found) > share:
-            shown.append(Problem(f"and {len(found) - share:,} more problems", source))
+            shown.append(Problem(f"and {len(found) - share:,} more problems", source, "" if more in given else more))
+            given.add(more)
     if len(wrong) > limit:
-        shown.append(Problem(f"and problems with {len(wrong) - limit:,} more sources"))
+        fix = "" if more in given else more
+        shown.append(Problem(f"and problems with {len(wrong) - limit:,} more sources", fix=fix))
     return shown
 
 

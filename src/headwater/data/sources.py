@@ -33,6 +33,11 @@ class Record:
     fields: dict[str, Any]
 
 
+def place(source: str, number: int) -> str:
+    """Where a row is, for messages to people. A `.json` file has lines, too, but its rows are not counted by them."""
+    return f"{source}: item {number}" if Path(source).suffix == ".json" else f"{source}:{number}"
+
+
 Read = tuple[list[Record], list[Problem]]
 
 
@@ -109,7 +114,7 @@ def _json(data: bytes, name: str) -> Read:
     records: list[Record] = []
     problems: list[Problem] = []
     for number, fields in enumerate(rows, 1):
-        _add(records, problems, number, fields, f"{name}:{number}")
+        _add(records, problems, number, fields, place(name, number))
     return records, problems
 
 
@@ -125,6 +130,15 @@ def _csv(data: bytes, name: str) -> Read:
         text = data.decode()
     except UnicodeDecodeError as error:
         return [], [_not_utf8(data, error, name)]
+    # A cell may be as long as the file; the limit holds for the whole process, so it is given back.
+    usual = csv.field_size_limit(len(text) + 1)
+    try:
+        return _cells(text, name)
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _cells(text: str, name: str) -> Read:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     records, problems = [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from headwater.data.rows import Row, RowTemplate, collect_rows, one_screen
+from headwater.data.rows import CHECK, SHOWN, Row, RowTemplate, collect_rows, one_screen
 from headwater.data.sources import HUB_NAME, SUFFIXES
 from headwater.errors import HeadwaterError, Problem
 
@@ -95,24 +96,30 @@ class Task:
     notes: list[str] = field(default_factory=list)
 
 
-def load_tasks(specs: Sequence[TaskSpec], base_dir: Path) -> list[Task]:
+def load_tasks(specs: Sequence[TaskSpec], base_dir: Path, *, all_problems: bool = False) -> list[Task]:
     """Read every file of every task.
 
     Args:
         specs: the tasks, in the order that gives them their ids.
         base_dir: folder that relative paths start from.
+        all_problems: name every wrong row, however many there are.
 
     Raises:
-        HeadwaterError: everything that is wrong with any task, at most about a screen of it.
+        HeadwaterError: everything that is wrong with any task; unless `all_problems`, about a screen of it, and the
+            rest counted.
     """
     problems: dict[str, list[Problem]] = {}
     if not specs:
         raise HeadwaterError(Problem("there are no tasks", "tasks", "name at least one, with a train or a test file"))
-    for name, count in Counter(spec.name for spec in specs).items():
+    names = [spec.name for spec in specs]
+    for name, count in Counter(names).items():
         if count > 1:
-            problems.setdefault("tasks", []).append(Problem(f"{count} tasks are called '{name}'", "tasks"))
+            second = names.index(name, names.index(name) + 1)
+            problems.setdefault("tasks", []).append(
+                Problem(f"{count} tasks are called '{name}'", f"tasks[{second}].name", "give each a name of its own")
+            )
     tasks = [_load(spec, index, base_dir, problems) for index, spec in enumerate(specs)]
-    if found := one_screen(problems):
+    if found := one_screen(problems, sys.maxsize if all_problems else SHOWN, CHECK):
         raise HeadwaterError(*found)
     return tasks
 

@@ -14,11 +14,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HeadwaterError, Problem
 from .history import AUXILIARY_LOSS, TASK_LOSS
+from .resume import SAVED, check_state, describe
 
 if TYPE_CHECKING:
     from .trainer import HeadwaterTrainer
-
-SAVED = "headwater"
 
 
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
@@ -85,15 +84,15 @@ class Accounts(TrainerCallback):
         """Takes over the books of the checkpoint that `state` is from.
 
         Raises:
-            HeadwaterError: if it was trained on another mixture.
+            HeadwaterError: if it was trained on another mixture, or with other settings.
         """
-        self._mixture = self._describe_mixture()
+        self._about = describe(self.trainer)
         self.tokens = self.slots = 0
         self._earlier_seconds = 0.0
         books: Any = state.stateful_callbacks  # a dict, though annotated as a list
         saved = books.get(SAVED)
         if saved and state.global_step:
-            self._check_mixture(saved["mixture"])
+            check_state(self.trainer, saved)
             self.tokens, self.slots = saved["tokens"], saved["slots"]
             self._earlier_seconds = saved["train_seconds"]
             self.trainer.activation_bytes = saved.get("activation_bytes")
@@ -102,6 +101,7 @@ class Accounts(TrainerCallback):
         self._step = None
         self._trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
         self.restore(state)
+        state.compute_steps(args, state.max_steps)  # else a resumed run logs, scores and saves as often as before
         self.trainer.excluded_seconds = 0.0
         self._started = time.perf_counter()
         self._window = (state.global_step, self.tokens, self.seconds)
@@ -137,7 +137,7 @@ class Accounts(TrainerCallback):
         # Trainer writes this into the `trainer_state.json` of a checkpoint.
         state.stateful_callbacks[SAVED] = {
             "sampler": self.place(state.global_step),
-            "mixture": self._mixture,
+            **self._about,
             "tokens": self.tokens,
             "slots": self.slots,
             "train_seconds": self.seconds,
@@ -158,33 +158,6 @@ class Accounts(TrainerCallback):
         accumulation = self.trainer.args.gradient_accumulation_steps
         steps = self.trainer.steps_per_epoch
         return {"epoch": step // steps, "batches": step % steps * accumulation * ranks}
-
-    def _describe_mixture(self) -> dict[str, Any]:
-        trainer = self.trainer
-        return {
-            "rows": dict(zip(trainer.task_names, map(len, trainer.lengths), strict=True)),
-            "tokens": dict(zip(trainer.task_names, map(sum, trainer.lengths), strict=True)),
-            "shares": [round(share, 9) for share in trainer.shares],
-            "batching": trainer.mixture.batching,
-            "batch_size": trainer._train_batch_size,
-            "ranks": trainer.accelerator.num_processes,
-            "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-            "seed": trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed,
-        }
-
-    def _check_mixture(self, saved: dict[str, Any]) -> None:
-        now = self._mixture
-        problems = [
-            Problem(
-                f"the checkpoint was trained with {key} {saved.get(key)}, this run has {now[key]}",
-                "resume_from_checkpoint",
-                "resume with the data and settings the run began with, or start a new run",
-            )
-            for key in now
-            if saved.get(key) != now[key]
-        ]
-        if problems and not self.trainer.args.ignore_data_skip:
-            raise HeadwaterError(*problems)
 
     def _not_finite(self, what: str, step: int, tasks: Sequence[str]) -> HeadwaterError:
         last = get_last_checkpoint(self.trainer.args.output_dir)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..errors import HeadwaterError, Problem
@@ -11,6 +14,7 @@ from .arguments import HeadwaterArguments
 
 STATE = "trainer_state.json"
 WORTH_KEEPING = ("adapter", "results.json", "comparison.json")
+ELSEWHERE = "choose another folder: --set output_dir=FOLDER"
 REPLACED = (*WORTH_KEEPING, "analysis.json", "conflict.json", "report.html", "figures", "history.jsonl", "config.yaml")
 
 
@@ -32,11 +36,11 @@ def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:
             )
         return last
     path = Path(str(asked))
-    if not (path / STATE).is_file():
+    if not is_whole(path):
         found = [str(p.parent) for p in sorted(Path(args.output_dir).glob(f"checkpoint-*/{STATE}"))]
         raise HeadwaterError(
             Problem(
-                f"{path} is no checkpoint folder: it has no {STATE}",
+                f"{path} is no checkpoint folder: it has no {STATE} that can be read",
                 where,
                 f"there are {', '.join(found)}" if found else "set it to true for the run's last checkpoint",
             )
@@ -45,40 +49,96 @@ def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The latest checkpoint of a run that is whole: its state, which is written last, can be read."""
+    """The latest checkpoint of a run that is whole."""
     found = {int(n): p for p in output.glob(f"checkpoint-*/{STATE}") if (n := p.parent.name[11:]).isdecimal()}
-    return next((found[n].parent for n in sorted(found, reverse=True) if _is_json(found[n])), None)
+    return next((found[n].parent for n in sorted(found, reverse=True) if is_whole(found[n].parent)), None)
 
 
-def _is_json(path: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: its state, which is written last, can be read."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # another process may be taking it away
         return False
     return True
 
 
+def is_of(checkpoint: Path | None, output: Path) -> bool:
+    """Whether a checkpoint is one of the run in `output`."""
+    return checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+
+
 def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
-    """Refuses to write over a run that holds an adapter, results or checkpoints.
+    """Refuses a folder that cannot be written to, and one that holds another run's adapter, results or checkpoints.
 
     Raises:
-        HeadwaterError: if `output` holds one that is neither resumed nor to be overwritten.
+        HeadwaterError: if `output` holds a run that is neither resumed nor to be overwritten, or cannot be made.
     """
-    if resume is None and not overwrite and (held := _held(output)):
+    check_writable(output)
+    held = _held(output)
+    if not held or overwrite or is_of(resume, output):
+        return
+    if resume is not None:
         raise HeadwaterError(
             Problem(
-                f"{output} holds a run already ({', '.join(p.name for p in held[:4])})",
-                "output_dir",
-                "choose another folder, go on with it (training.resume_from_checkpoint: true), or replace it "
+                f"{resume} is no checkpoint of the run that {output} holds ({', '.join(p.name for p in held[:4])})",
+                "training.resume_from_checkpoint",
+                "choose another output_dir to go on from it there, or replace the run "
                 "(training.overwrite_output_dir: true)",
             )
         )
+    raise HeadwaterError(
+        Problem(
+            f"{output} holds a run already ({', '.join(p.name for p in held[:4])})",
+            "output_dir",
+            "choose another folder, go on with it (training.resume_from_checkpoint: true), or replace it "
+            "(training.overwrite_output_dir: true)",
+        )
+    )
+
+
+def check_writable(output: Path) -> None:
+    """Finds out whether a folder can be made and written to, by trying; leaves nothing behind.
+
+    Raises:
+        HeadwaterError: if it cannot.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first rank tries for all
+    missing = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        make_folder(output)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise HeadwaterError(
+            Problem(f"{output} cannot be written to: {error.strerror}", "output_dir", ELSEWHERE)
+        ) from None
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def make_folder(output: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        HeadwaterError: if it cannot be made.
+    """
+    if output.exists() and not output.is_dir():
+        raise HeadwaterError(Problem(f"{output} is a file, not a folder", "output_dir", ELSEWHERE))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the folder {output} cannot be made: {error.strerror}"
+        raise HeadwaterError(Problem(what, "output_dir", ELSEWHERE)) from None
 
 
 def clear_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
     """Makes the folder; takes an earlier run's files out of it, unless that run is resumed. Other files stay."""
     output.mkdir(parents=True, exist_ok=True)
-    if resume is not None:
+    if is_of(resume, output):
         return
     for path in [*(output / name for name in REPLACED), *(_held(output) if overwrite else [])]:
         if path.is_dir():

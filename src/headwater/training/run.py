@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from .. import __version__
 from ..analysis.routing import head_similarity, routing_by_task
@@ -28,12 +28,14 @@ from ..methods import make_config
 from ..tuner import align
 from .arguments import HeadwaterArguments
 from .files import replace_folder, write_json, write_text
-from .folder import check_folder, checkpoint_to_resume, clear_folder
+from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
 from .progress import ProgressDisplay
+from .resume import check_checkpoint
 from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
 from .trainer import HeadwaterTrainer
+from .write_errors import explained_writes
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -77,10 +79,40 @@ def train(
             training where the fresh adapter is found to change nothing, which saves that scoring.
 
     Raises:
-        HeadwaterError: whatever is wrong with the config, the data or the model; a folder that holds a run already; a
-            loss that is not finite.
+        HeadwaterError: whatever is wrong with the config, the data or the model; a folder that holds a run already, or
+            that cannot be written; a checkpoint that was trained with other things; a loss that is not finite.
         KeyboardInterrupt: on Ctrl-C; during training a checkpoint of the current step is saved first.
     """
+    with explained_writes(Path(config.output_dir)):
+        return _train(config, console, base_scores)
+
+
+class _Start(TrainerCallback):
+    """Begins the run folder, once: what an earlier run left there is replaced, or, where that run is resumed, kept.
+
+    A resumed run's files change only when training begins, for by then its checkpoint is loaded.
+    """
+
+    def __init__(self, config: RunConfig, args: HeadwaterArguments, resume: Path | None, history: History):
+        self.config, self.args, self.resume, self.history = config, args, resume, history
+        self.done = args.process_index != 0
+
+    def now(self) -> None:
+        if self.done:
+            return
+        self.done = True
+        from ..config import dump_config
+
+        output = Path(self.args.output_dir)
+        clear_folder(output, resume=self.resume, overwrite=self.args.overwrite_output_dir)
+        write_text(output / "config.yaml", dump_config(self.config))
+        self.history.start(self.resume if is_of(self.resume, output) else None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.now()
+
+
+def _train(config: RunConfig, console: Console | None, base_scores: Mapping[str, TaskScore] | None) -> RunResult:
     args = training_arguments(config)
     output = Path(args.output_dir)
     resume = checkpoint_to_resume(args)
@@ -109,15 +141,16 @@ def train(
         evaluator=scorer.during,
         callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
     )
-    if first:  # from here on an earlier run in the folder is replaced
-        clear_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
-        from ..config import dump_config
-
-        write_text(output / "config.yaml", dump_config(config))
-        history.start(resume)
+    if resume is not None:
+        check_checkpoint(trainer, resume)
+    start = _Start(config, args, resume, history)
+    trainer.add_callback(start)
+    goes_on = is_of(resume, output)
+    if not goes_on:
+        start.now()
     _say_what_is_trained(console, config, tasks, encoded, trainer)
     try:
-        before = history.scores(0) if resume else {}
+        before = history.scores(0) if goes_on else {}
         if not before and base_scores and changes_nothing(trainer.model, encoded, pad_id(tokenizer)):
             before = scorer.known(base_scores, 0)
         before = before or scorer.all_rows(trainer.model, 0)
@@ -126,6 +159,7 @@ def train(
             torch.cuda.reset_peak_memory_stats(args.device)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            start.now()  # a checkpoint that has all steps is not trained further
         finally:
             interrupt.release()
         peak = torch.cuda.max_memory_allocated(args.device) if cuda else None

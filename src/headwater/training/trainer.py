@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,8 @@ from .loss import CompletionCollator, CompletionHead, completion_losses, count_i
 from .memory import SavedBytes
 from .method_callback import MethodCallback
 from .packed import pack, rows_apart, why_not
+from .resume import check_checkpoint
+from .write_errors import whole_or_gone
 
 if TYPE_CHECKING:
     from ..data.encode import Encoded
@@ -175,8 +178,10 @@ class HeadwaterTrainer(Trainer):
 
         Raises:
             HeadwaterError: at a non-finite loss or gradient, naming step and tasks; and if a checkpoint to be resumed
-                comes from another mixture.
+                comes from another mixture or method, or was trained with other settings.
         """
+        if isinstance(resume_from_checkpoint, str):
+            check_checkpoint(self, Path(resume_from_checkpoint))
         if isinstance(resume_from_checkpoint, str) and self._restore_if_complete(resume_from_checkpoint):
             return TrainOutput(self.state.global_step, math.nan, {})
         self._head = CompletionHead(self.model)
@@ -200,6 +205,11 @@ class HeadwaterTrainer(Trainer):
         self.state = state
         self.accounts.restore(state)
         return True
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with whole_or_gone(folder) if self.args.should_save else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

@@ -251,7 +251,7 @@ def _has_encoder(model: nn.Module) -> bool:
 
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Rows and positions of what a model reads; no positions where that is sound or pixels, no rows if it is unknown."""
+    """Rows and positions of what a model reads; 0 positions of sound or pixels, 0 rows where nothing is known."""
     for name in ("input_ids", "inputs_embeds"):
         given = kwargs.get(name)
         given = args[0] if given is None and args and name == "input_ids" else given

@@ -1,0 +1,168 @@
+"""Whether a checkpoint is one of this run: what it was trained with, compared with what this run has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HeadwaterError, Problem
+from .folder import STATE
+
+if TYPE_CHECKING:
+    from .trainer import HeadwaterTrainer
+
+SAVED = "headwater"
+"""Under this name a checkpoint's state holds what headwater knows of it."""
+SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "loss_normalization",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
+    "dataloader_drop_last",
+    "bf16",
+    "fp16",
+)
+"""The keys of `training:` that weights depend on, and that stay as they were. How long a run is, how often it is saved,
+scored and logged, and on what device it runs may change."""
+MANY = 6
+NOT_COMPARED = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision"}
+
+
+def describe(trainer: HeadwaterTrainer) -> dict[str, dict[str, Any]]:
+    """What a checkpoint records of how its weights came about: the mixture, and settings by the key that they have in a
+    run's file. As JSON holds them."""
+    args = trainer.args
+    mixture = {
+        "rows": dict(zip(trainer.task_names, map(len, trainer.lengths), strict=True)),
+        "tokens": dict(zip(trainer.task_names, map(sum, trainer.lengths), strict=True)),
+        "shares": [round(share, 9) for share in trainer.shares],
+        "batching": trainer.mixture.batching,
+        "batch_size": trainer._train_batch_size,
+        "ranks": trainer.accelerator.num_processes,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+    }
+    align = getattr(trainer._context and trainer._context.align, "spec", None)
+    settings = {
+        **{f"training.{key}": getattr(args, key) for key in SETTINGS},
+        "seed": args.seed,
+        "tasks": trainer.task_names,
+        "align": align and align.model_dump(),
+        "model.dtype": str(getattr(trainer.model, "dtype", None)),
+    }
+    return json.loads(json.dumps({"mixture": mixture, "settings": settings}, default=str))
+
+
+def check_state(trainer: HeadwaterTrainer, saved: dict[str, Any]) -> None:
+    """Checks what the state of a checkpoint records.
+
+    Raises:
+        HeadwaterError: if it was trained with other settings or, unless `ignore_data_skip` is on, on another mixture.
+    """
+    _refuse(_differences(trainer, saved))
+
+
+def check_checkpoint(trainer: HeadwaterTrainer, checkpoint: Path) -> None:
+    """Checks all that a checkpoint holds. Nothing is loaded or written.
+
+    Raises:
+        HeadwaterError: as `check_state`; or if its adapter is of another method, or on another base model.
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    saved = state.get("stateful_callbacks", {}).get(SAVED, {})
+    _refuse([*_method(trainer, checkpoint), *_differences(trainer, saved)])
+
+
+def _refuse(problems: list[Problem]) -> None:
+    """Raises:
+    HeadwaterError: with the problems, if there are any; what to do is said once.
+    """
+    different = list({problem.what: problem for problem in reversed(problems)}.values())[::-1]
+    if different:
+        *others, last = different
+        fix = "resume with the data and settings that the run began with, or start a new run in another output_dir"
+        raise HeadwaterError(*others, Problem(last.what, last.where, fix))
+
+
+def _differences(trainer: HeadwaterTrainer, saved: dict[str, Any]) -> list[Problem]:
+    now = describe(trainer)
+    # What an older headwater did not write down cannot be compared.
+    settings, mixture = saved.get("settings", {}), saved.get("mixture", {})
+    if trainer.args.ignore_data_skip:
+        mixture = {}
+    return [
+        *(
+            _problem(f"{key.rpartition('.')[2]} {_text(settings[key])}", _text(value), key)
+            for key, value in now["settings"].items()
+            if key in settings and settings[key] != value
+        ),
+        *(
+            _problem(f"{key} {mixture[key]}", value, "training.resume_from_checkpoint")
+            for key, value in now["mixture"].items()
+            if key in mixture and mixture[key] != value
+        ),
+    ]
+
+
+def _problem(then: str, now: Any, where: str) -> Problem:
+    return Problem(f"the checkpoint was trained with {then}, this run has {now}", where)
+
+
+def _text(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def _method(trainer: HeadwaterTrainer, checkpoint: Path) -> list[Problem]:
+    """What differs between the checkpoint's adapter and this run's, by their configs."""
+    path = checkpoint / "adapter_config.json"
+    config = next(iter((getattr(trainer.model, "peft_config", None) or {}).values()), None)
+    if config is None or not path.is_file():
+        return []
+    then = _plain(json.loads(path.read_text(encoding="utf-8")))
+    now = _plain(
+        json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    )
+    problems = []
+    if then.get("peft_type") != now["peft_type"]:
+        problems.append(_problem(_named(then, ["r"]), _named(now, ["r"]), "method"))
+    else:
+        # Files are read when an adapter is made, and may have moved since.
+        kept = [key for key in then if key in now and key not in {*NOT_COMPARED, *getattr(config, "files", ())}]
+        if other := [key for key in kept if then[key] != now[key]]:
+            where = f"method.{other[0]}" if len(other) == 1 else "method"
+            problems.append(_problem(_named(then, other), _named(now, other), where))
+    bases = [Path(str(found.get("base_model_name_or_path") or "")).name for found in (then, now)]
+    if all(bases) and bases[0] != bases[1]:  # a folder may have moved; its name says which model it is
+        problems.append(_problem(f"base model {bases[0]}", bases[1], "model_name_or_path"))
+    return problems
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with its lists of names in one order: PEFT keeps some of them as sets."""
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for key, value in config.items()
+    }
+
+
+def _named(config: dict[str, Any], fields: list[str]) -> str:
+    """A method and some of its fields; of long lists, as those of target modules are, how long they are."""
+    parts = []
+    for key in fields:
+        value = config.get(key)
+        many = isinstance(value, list) and len(value) > MANY
+        parts.append(f"{len(value or ())} {key}" if many else f"{key} {_text(value)}")
+    return f"{config.get('peft_type', 'no method')} ".lower() + ", ".join(parts)

@@ -1,0 +1,178 @@
+"""A resume that is refused, or fails, says why before anything is written; one that is granted is of the same run."""
+
+import json
+import resource
+import shutil
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from safetensors import safe_open
+from transformers import TrainerCallback
+
+from headwater.config import load_config
+from headwater.errors import HeadwaterError
+from headwater.training import run as training_run
+from headwater.training import train
+from headwater.training.folder import last_checkpoint
+from headwater.training.history import History
+
+RESUME = "training.resume_from_checkpoint=true"
+SHORT = ("training.max_steps=4", "training.save_steps=2", "training.eval_steps=null", "training.logging_steps=1")
+
+
+def run(folder: Path, out: Path, *overrides: str):
+    config = load_config(folder / "run.yaml", [f"output_dir={out}", *SHORT, *overrides])
+    return train(config, console=Console(file=StringIO(), width=200))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    run(folder, folder / "kept")
+    return folder / "kept"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tasks=[{name: x, train: colour.jsonl, test: colour.jsonl}]", "trained with tasks ['colour', 'copy']"),
+        ("tasks.0.name=x", "this run has ['x', 'copy']"),
+        ("seed=4", "trained with seed 3, this run has 4"),
+        ("training.learning_rate=1", "trained with learning_rate 0.02, this run has 1"),
+        ("training.lr_scheduler_type=linear", "trained with lr_scheduler_type cosine, this run has linear"),
+        ("training.warmup_steps=2", "trained with warmup_steps 0.03, this run has 2"),
+        ("training.optim=sgd", "trained with optim adamw_torch"),
+        ("mixture.batching=by_length", "trained with batching mixed, this run has by_length"),
+        ("align={kind: kl}", "trained with align none, this run has {"),
+        ("model.dtype=bfloat16", "trained with dtype torch.float32, this run has torch.bfloat16"),
+        ("method.lora_alpha=8", "trained with rlora lora_alpha 4, this run has rlora lora_alpha 8"),
+        ("method.r=2", "trained with rlora r 4, this run has rlora r 2"),
+        ("method={name: lora, r: 2}", "trained with rlora r 4, this run has lora r 2"),
+        ("method.target_modules=[up_proj]", "target_modules"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_changes(folder, finished, override, said):
+    """Every difference is said, not only the first."""
+    before = content(finished)
+    equal = ["mixture.batching=mixed"] if override.startswith("align") else []  # else it draws balanced batches
+    with pytest.raises(HeadwaterError) as caught:
+        run(
+            folder, finished, RESUME, "training.max_steps=6", "training.per_device_train_batch_size=8", override, *equal
+        )
+    assert said in str(caught.value)
+    assert "batch_size 4, this run has 8" in str(caught.value)
+    assert content(finished) == before
+
+
+def test_a_resume_that_fails_changes_nothing(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"torn")
+    before = content(out)
+    with pytest.raises(Exception, match=r"."):
+        run(folder, out, RESUME, "training.max_steps=6")
+    assert content(out) == before
+
+
+def test_a_longer_run_goes_on(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    result = run(folder, out, RESUME, "training.max_steps=6", "training.save_steps=3", "training.logging_steps=2")
+    assert result.results["steps"] == 6
+    assert load_config(out / "config.yaml").training["max_steps"] == 6
+    steps = [line["step"] for line in History(out / "history.jsonl").lines() if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 6]
+
+
+def test_a_checkpoint_of_another_run_does_not_replace_a_finished_one(folder, finished, tmp_path):
+    mine = tmp_path / "mine"
+    run(folder, mine, "training.max_steps=2", "seed=5")
+    before = content(mine)
+    resume = f"training.resume_from_checkpoint={finished / 'checkpoint-2'}"
+    with pytest.raises(HeadwaterError, match="checkpoint-2 is no checkpoint of the run that"):
+        run(folder, mine, resume)
+    assert content(mine) == before
+
+
+def test_a_checkpoint_goes_on_in_a_folder_of_its_own_without_anothers_history(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = (finished / "history.jsonl").read_text().replace('"value": ', '"value": 9')
+    (out / "history.jsonl").write_text(lines)  # of a run that was stopped before its first checkpoint
+    result = run(folder, out, f"training.resume_from_checkpoint={finished / 'checkpoint-2'}")
+    expected = json.loads((finished / "results.json").read_text())
+    assert result.results["tasks"] == expected["tasks"]
+    assert [line["step"] for line in History(out / "history.jsonl").lines()] == [0, 3, 4, 4]
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/headwater"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(folder, tmp_path, where, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(training_run, "load_tasks", lambda *_: pytest.fail("the data were read first"))
+    with pytest.raises(HeadwaterError, match=r"is a file, not a folder|cannot be made") as caught:
+        run(folder, tmp_path / where)
+    assert caught.value.problems[0].where == "output_dir"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_refused_run_leaves_no_folder_behind(folder, tmp_path):
+    with pytest.raises(HeadwaterError):
+        run(folder, tmp_path / "a" / "b", "method.r=64")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("room", [200, 3000, None])
+def test_a_full_disk_is_said_and_the_last_checkpoint_is_good(folder, tmp_path, monkeypatch, room):
+    """From step 3 on, files end after `room` bytes; with None in the optimiser's, which torch writes.
+
+    The limit is one on the size of a file: writers meet it as they meet a full disk.
+    """
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                adapter = (out / "checkpoint-2" / "adapter_model.safetensors").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room or adapter + 1000, limits[1]))
+
+    monkeypatch.setattr(training_run, "NotTwiceAtTheEnd", Full)
+    if room is None:  # torch does not tell why it cannot write
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    try:
+        with pytest.raises(HeadwaterError) as caught:
+            run(folder, out, "training.logging_steps=100")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    text = str(caught.value)
+    assert f"the run folder {out} cannot be written: " in text
+    reasons = {200: "File too large", 3000: "File too large", None: "No space left on device"}
+    assert reasons[room] in text
+    assert f"the last whole checkpoint is {out / 'checkpoint-2'}" in text
+    assert not (out / "checkpoint-4").exists()
+    assert last_checkpoint(out) == out / "checkpoint-2"
+    assert run(folder, out, RESUME).results["steps"] == 4
+
+
+def test_a_checkpoint_written_anew_and_not_to_its_end_is_not_gone_on_from(folder, finished, tmp_path, monkeypatch):
+    """The state of the old checkpoint must not vouch for the half of the new one."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+
+    def killed(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_run.HeadwaterTrainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, f"training.resume_from_checkpoint={out / 'checkpoint-2'}")
+    monkeypatch.undo()
+    assert last_checkpoint(out) == out / "checkpoint-2"
+    with safe_open(out / "checkpoint-2" / "adapter_model.safetensors", "pt") as file:
+        assert list(file.keys())
