@@ -9,7 +9,7 @@ from rich.console import Console
 
 from headwater.demo import run
 from headwater.demo.assets import DemoAssets, Source, model_folder, task_entries
-from headwater.demo.run import demo_config, run_demo, show_scores
+from headwater.demo.run import demo_config, run_demo
 from headwater.errors import HeadwaterError
 
 
@@ -133,23 +133,3 @@ def test_fetching_alone_links_model_and_tasks(tmp_path, monkeypatch, tiny_model)
     (tmp_path / "taken" / "tasks").mkdir(parents=True)
     with pytest.raises(HeadwaterError, match="in the place of the demo's link"):
         run.fetch_demo(tmp_path / "taken", progress=print)
-
-
-def test_the_table(console):
-    results = {
-        "steps": 10,
-        "train_seconds": 61.2,
-        "tasks": {
-            "a": {"metric": "choice_accuracy", "n": 200, "before": 0.5, "after": 0.875},
-            "b": {"metric": "choice_accuracy", "n": 220, "before": 0.25, "after": 0.2},
-        },
-        "mean": {"before": 0.375, "after": 0.54},
-        "extra": {"majority": {"a": 0.5, "b": None}},
-    }
-    show_scores(results, console)
-    lines = console.export_text().splitlines()
-    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines if "│" in line]
-    assert ["a", "200", "0.500", "0.500", "0.875", "+0.375"] in cells
-    assert ["b", "220", "", "0.250", "0.200", "-0.050"] in cells
-    assert ["mean", "", "", "0.375", "0.540", "+0.165"] in cells
-    assert "10 steps in 61 s of training" in lines[-1]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..base_model import cache_dir
 from ..errors import HeadwaterError, Problem
@@ -38,6 +37,7 @@ def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: 
     from ..training import train
     from ..training.folder import check_folder, checkpoint_to_resume
     from ..training.run import training_arguments
+    from ..training.table import show_scores
 
     console = console or Console()
     cache = cache_dir() / "demo"
@@ -110,28 +110,3 @@ def show_sources(assets: DemoAssets, console: Console) -> None:
     for source in assets.sources:
         line = f"{source.name}: {source.description} ({source.licence})"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def show_scores(results: dict[str, Any], console: Console) -> None:
-    """Print the per-task table of a ``results.json``: scores before and after, the gain, and the majority's share."""
-    table = Table()
-    for column in ("task", "rows", "always the same answer", "before", "after", "gain"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for name, task in results["tasks"].items():
-        majority = results["extra"]["majority"].get(name)
-        table.add_row(
-            name,
-            str(task["n"]),
-            "" if majority is None else f"{majority:.3f}",
-            f"{task['before']:.3f}",
-            f"{task['after']:.3f}",
-            f"{task['after'] - task['before']:+.3f}",
-        )
-    mean = results["mean"]
-    if mean["after"] is not None:
-        gain = f"{mean['after'] - mean['before']:+.3f}"
-        table.add_section()
-        table.add_row("mean", "", "", f"{mean['before']:.3f}", f"{mean['after']:.3f}", gain, style="bold")
-    console.print(table)
-    seconds = results["train_seconds"]
-    console.print(f"{results['steps']} steps in {seconds:.0f} s of training", highlight=False)
