@@ -107,9 +107,9 @@ def test_a_row_depends_on_neither_batch_size_nor_neighbours(name):
     alone = [score(model, [p], [c], batch_size=1)[0] for p, c in zip(prompts, choices, strict=True)]
     for batch_size in (3, 8):
         for values, wanted in zip(score(model, prompts, choices, batch_size=batch_size), alone, strict=True):
-            assert values == pytest.approx(wanted, abs=1e-5)
+            assert values == pytest.approx(wanted, abs=1e-4)
     backwards = score(model, prompts[::-1], choices[::-1], batch_size=4)[::-1]
-    assert all(b == pytest.approx(a, abs=1e-5) for a, b in zip(alone, backwards, strict=True))
+    assert all(b == pytest.approx(a, abs=1e-4) for a, b in zip(alone, backwards, strict=True))
 
 
 @settings(max_examples=25, deadline=None)

@@ -68,7 +68,7 @@ def test_dropout_masks_are_drawn_anew_and_follow_the_seed(row, tiny_llama):
     torch.manual_seed(0)
     assert torch.equal(logits(row, model), first)
     still = adapt(row, tiny_llama(), **row.no_dropout).train()
-    torch.testing.assert_close(logits(row, still), logits(row, still.eval()), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(row, still), logits(row, still.eval()), atol=1e-4, rtol=1e-4)
 
 
 def test_two_forwards_before_one_backward_equal_two_backwards(row, tiny_llama):
