@@ -173,10 +173,15 @@ class RunConfig(BaseModel):
 
 
 class TasksFile(RunConfig):
-    """A run's file of which only `tasks` is looked at, so that nothing else need be there."""
+    """A run's file of which only `tasks` is looked at, so that nothing else need be there.
+
+    Sections of `headwater prefer` and `headwater meta` may stand in it; those commands check them.
+    """
 
     model_name_or_path: str = ""
     output_dir: str = ""
+    preference: Any = None
+    meta: Any = None
 
 
 def load_config(

@@ -218,6 +218,19 @@ def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
     refused(headwater("generate", run, "-p", "x", "--task", "animal"), "unknown task `animal`", "animals, colours")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--num-fewshot", 0, "--limit", 5, "--task", "animals", "--chat", "--include-path", "."],
+        ["--lm-eval", "bbh", "--tasks", "tasks.yaml", "--split", "test"],
+    ],
+)
+def test_options_of_another_kind_of_evaluation_are_refused(headwater, tmp_path, options):
+    done = headwater("evaluate", tmp_path, *options)
+    wanted = [option for option in options if str(option).startswith("--") and option != "--lm-eval"]
+    refused(done, *(f"{option}: the option does not apply here" for option in wanted))
+
+
 def test_wrong_arguments(headwater):
     assert headwater("trian").code == 2
     assert headwater("train").code == 2

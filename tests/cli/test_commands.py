@@ -104,6 +104,22 @@ def test_evaluate_takes_overrides_and_splits(headwater, trained):
     assert rows == {"animals": "5", "colours": "24"}
 
 
+def test_validation_rows_are_as_many_as_asked_for_and_one_row_of_loss_has_no_interval(headwater, trained, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"tasks: [{{name: colours, test: {trained.parent}/colours-test.jsonl, "
+        f"validation: {trained.parent}/colours-train.jsonl, metric: loss, max_test_rows: 1}}]"
+    )
+    for split in ("test", "validation"):
+        output = tmp_path / f"{split}.json"
+        done = headwater("evaluate", trained, "--tasks", tmp_path / "run.yaml", "--split", split, "-o", output)
+        assert done.code == 0, done.err
+        (row,) = (line.split() for line in done.out.splitlines() if line.split()[:1] == ["colours"])
+        score = json.loads(output.read_text())["tasks"]["colours"]
+        assert score["n"] == 1
+        assert score["detail"]["interval"] is None
+        assert row == ["colours", "loss", "1", f"{score['value']:.3f}"]
+
+
 def test_without_a_method_the_recommended_one_is_trained_and_said(headwater, tmp_path):
     path = write_run(tmp_path)
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("method")))
@@ -154,13 +170,34 @@ def test_generate_equals_plain_greedy_decoding(headwater, trained):
 
 
 def test_generate_answers_each_line_of_standard_input(headwater, trained, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n  \ntwo\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
     done = headwater("generate", trained, "--max-new-tokens", 2, "--json", "--task", "colours")
     assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n  \ntwo\n"))
+    done = headwater("generate", trained, "--max-new-tokens", 2)
+    assert (done.code, done.out) == (2, "")
+    assert "standard input:2: 2 of 4 lines are blank" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     done = headwater("generate", trained)
     assert done.code == 2
     assert "there is no prompt" in done.err
+
+
+def test_without_a_number_of_tokens_answers_end_where_the_model_does(headwater, trained, tmp_path):
+    short = tmp_path / "run"
+    shutil.copytree(trained, short)
+    make_tiny_llama(max_position_embeddings=32).save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for file in (short / "config.yaml", short / "adapter" / "adapter_config.json"):
+        file.write_text(file.read_text().replace(str(trained.parent / "model"), str(tmp_path / "model")))
+    prompts = ("-p", "one two", "-p", "one two three four")
+    done = headwater("generate", short, *prompts, "--json")
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 2
+    done = headwater("generate", short, *prompts, "--max-new-tokens", 32)
+    assert done.code == 2
+    assert "are more than the model's 32" in done.err
+    assert "--max-new-tokens" in done.err
 
 
 def test_generate_in_chat_form_uses_the_template(headwater, trained):

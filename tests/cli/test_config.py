@@ -306,6 +306,14 @@ def test_values_survive_dump_and_load(tmp_path_factory, r, rate, weight, modules
     assert (again.method, again.training, again.tasks) == (config.method, config.training, config.tasks)
 
 
+@pytest.mark.parametrize("name", ["prefer", "meta"])
+def test_a_tasks_file_may_be_one_for_prefer_or_meta(name):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
+    assert load_config(path, model=TasksFile).tasks
+    with pytest.raises(HeadwaterError, match="unknown key `metta`"):
+        load_config(path, ["metta=1"], model=TasksFile)
+
+
 def test_a_tasks_file_needs_only_tasks(tmp_path):
     path = write(tmp_path, "tasks: [{name: a, test: a.jsonl}]\nevaluation: {batch_size: 2}\n")
     config = load_config(path, model=TasksFile)

@@ -111,7 +111,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         read_document(tmp_path / "frist.yaml")
     with pytest.raises(HeadwaterError, match="does not exist either"):
         read_document(tmp_path / "no" / "first.yaml")
-    with pytest.raises(HeadwaterError, match="this is a folder; a YAML file is needed here\n.*first.yaml"):
+    with pytest.raises(HeadwaterError, match=r"this is a folder; a YAML file is needed here\n.*first\.yaml"):
         read_document(tmp_path)
 
 

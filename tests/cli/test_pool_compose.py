@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 from cli_support import run_main
@@ -51,6 +53,12 @@ def test_retrieving_for_prompts(made, capsys):
     assert [row["prompt"] for row in rows] == ["news1 news2", "film3"]
     assert all(len(row["adapters"]) == 2 for row in rows)
     assert "news1" in run(capsys, made, "retrieve", "-p", "news1", *encoder).out
+
+
+def test_a_blank_line_is_no_prompt(made, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("news1\n\nfilm3\n"))
+    refused = run(capsys, made, "retrieve", "--encoder", made / "text" / "encoder", code=2)
+    assert "standard input:2: 1 of 3 lines are blank" in refused.err
 
 
 def test_how_often_the_own_adapter_is_found(made, tmp_path, capsys):
@@ -137,7 +145,7 @@ def test_flow_hub_and_arrow_are_written_and_score_the_same_again(made, tmp_path,
     first = {}
     for command, options in (
         ("flow", ["--start", "news", "--epochs", 1, "--learning-rate", 0.05]),
-        ("hub", ["--budget", 6]),
+        ("hub", ["--budget", 3]),  # less than Cobyla takes by itself
         ("arrow", ["--top-k", 2]),
     ):
         file = tmp_path / f"{command}.json"
@@ -145,6 +153,7 @@ def test_flow_hub_and_arrow_are_written_and_score_the_same_again(made, tmp_path,
         shown = run(capsys, made, command, *asked)
         first[command] = next(iter(json.loads(file.read_text())["ways"].values()))["tasks"]["news"]["value"]
         assert f"{first[command]:.3f}" in shown.out
+        assert "COBYLA" not in shown.err
         assert run(capsys, made, command, *asked, code=2).err.count("not an empty folder") == 1
     assert json.loads((tmp_path / "flow" / "flow.json").read_text())["training"]["steps"] == 3
     assert json.loads((tmp_path / "hub" / "hub.json").read_text())["optimiser"].startswith("NGOpt -> ")

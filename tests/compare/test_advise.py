@@ -83,6 +83,20 @@ def test_a_pilot_on_a_tiny_model(tmp_path, capsys):
     assert runs == [p.stat().st_mtime_ns for p in sorted((folder / "pilot").glob("*/*/results.json"))]
 
 
+def test_plain_lora_takes_the_nearest_rank_and_how_far_off_it_is_is_said(tmp_path, capsys):
+    path = write_file(tmp_path)
+    code, out, err = advise(capsys, path, "--minutes", 30, "--seeds", "0,1", "--method", "rlora",
+                            "--set", "method.num_heads=3", "--set", "method.name=rlora",
+                            "--set", "compare.methods=[lora]", "--set", "compare.tolerance=0")  # fmt: skip
+    assert code == 0, err
+    sizes = json.loads((tmp_path / "out" / "advice" / "advice.json").read_text())["trainable_parameters"]
+    assert sizes["lora"] != sizes["rlora"]
+    off = sizes["lora"] / sizes["rlora"] - 1
+    assert (
+        f"plain LoRA has {sizes['lora']:,} trainable parameters, {off:+.1%} from the {sizes['rlora']:,} of rlora" in out
+    )
+
+
 def test_too_little_time_and_one_seed_are_said(tmp_path, capsys):
     path = write_file(tmp_path, FILE.replace("max_steps: 4", "max_steps: 400"))
     code, _, err = advise(capsys, path, "--minutes", 0.001, "--method", "hydralora", "--set", "method.num_heads=2",

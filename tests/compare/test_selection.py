@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 from comparing import write_file
 
-from headwater.compare.selection import MOST, choosing_tasks, hold_out, quality
+from headwater.compare.selection import MOST, best_rate, choosing_tasks, hold_out, quality
 from headwater.config import load_config
 from headwater.data.rows import Row
 from headwater.data.tasks import Task, load_tasks
+from headwater.errors import HeadwaterError
 
 
 def task_of(count, repeat=1):
@@ -48,6 +50,47 @@ def test_the_files_hold_the_same_rows(tmp_path):
         [(r.prompt, r.completion, r.choices, r.messages) for r in rows] for rows in (given.train, given.validation)
     ]
     assert (again.weight, again.metric) == (2.0, given.metric)
+
+
+def test_validation_rows_are_drawn_from_everywhere_as_evaluate_draws_them(tmp_path):
+    path = write_file(tmp_path)
+    first = "{name: a, train: animals-test.jsonl, validation: animals-train.jsonl, max_test_rows: 6}"
+    config = load_config(path, [f"tasks=[{first}]"])
+    (section,) = choosing_tasks(config, tmp_path / "chosen")
+    with open(section["test"]) as file:
+        chosen = [json.loads(line)["prompt"] for line in file]
+    assert len(chosen) == 6
+    assert chosen != [f"train animals {i} is" for i in range(6)]
+    assert chosen == [row.prompt for row in load_tasks(config.tasks, tmp_path)[0].validation]
+
+
+def test_tasks_with_too_few_rows_are_named_with_their_place_in_the_file(tmp_path):
+    path = write_file(tmp_path)
+    row = json.dumps({"prompt": "one", "completion": " cat", "choices": [" cat", " dog"]}) + "\n"
+    (tmp_path / "animals-train.jsonl").write_text(row)
+    (tmp_path / "colours-train.jsonl").write_text(row * 3)
+    with pytest.raises(HeadwaterError) as caught:
+        choosing_tasks(load_config(path), tmp_path / "chosen")
+    for problem, line, task in zip(caught.value.problems, (4, 5), ("animals", "colours"), strict=True):
+        assert problem.where.endswith(f"run.yaml:{line}: tasks[{line - 4}].train")
+        assert f"task {task} has too few" in problem.what
+        assert "validation" in problem.fix
+    (tmp_path / "animals-train.jsonl").unlink()
+    with pytest.raises(HeadwaterError, match=r"run\.yaml:4"):
+        choosing_tasks(load_config(path), tmp_path / "chosen")
+
+
+def test_what_is_said_of_a_chosen_learning_rate():
+    assert best_rate({1e-3: 0.5, 1e-2: 0.6, 1e-1: 0.5}) == (1e-2, "")
+    assert best_rate({1e-3: 0.5}) == (1e-3, "")
+    for scores, best, edge in (({1e-3: 0.6, 1e-2: 0.6, 1e-1: 0.5}, 1e-3, "smallest"), ({1: 0, 2: 1}, 2, "largest")):
+        rate, said = best_rate(scores)
+        assert rate == best
+        assert f"the {edge} tried: a wider grid" in said
+    rate, said = best_rate({1e-2: 0.5, 1e-3: 0.5})
+    assert rate == 1e-3
+    assert "all that were tried score the same" in said
+    assert "wider grid" not in said
 
 
 def test_quality_is_the_mean_score_of_what_was_trained_on():

@@ -87,6 +87,14 @@ def test_a_sample_is_the_same_every_time_in_order_and_said(folder):
     assert task.notes == ["train: 10 of 40 rows of train.jsonl, drawn at random"]
 
 
+def test_held_out_rows_are_drawn_in_both_splits(folder):
+    spec = TaskSpec(name="a", train="free.jsonl", validation="train.jsonl", test="train.jsonl", max_test_rows=10)
+    task = load_tasks([spec], folder)[0]
+    assert (len(task.train), len(task.validation), len(task.test)) == (30, 10, 10)
+    assert [row.line for row in task.validation] != list(range(1, 11))
+    assert task.notes[0] == "validation: 10 of 40 rows of train.jsonl, drawn at random"
+
+
 def test_overlap_and_repetition_are_warned_about(folder):
     write(folder / "leaky.jsonl", [choice(1), choice(1), {**choice(50), "prompt": "Question  39:\n"}, choice(99)])
     task = load_tasks([TaskSpec(name="a", train="train.jsonl", test="leaky.jsonl")], folder)[0]

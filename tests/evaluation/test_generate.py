@@ -127,6 +127,20 @@ def test_top_p_near_zero_is_greedy(ending, tiny_tokenizer):
     assert generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6, temperature=2.0, top_p=1e-6) == greedy
 
 
+def test_by_default_answers_end_where_the_model_does(tiny_llama, tiny_tokenizer, caplog):
+    model = tiny_llama(max_position_embeddings=24)
+    length = len(tiny_tokenizer("a longer one")["input_ids"])
+    prompts = ["a longer one", "short"]
+    found = generate_text(model, tiny_tokenizer, prompts)
+    assert f"answers end after {24 - length} tokens" in caplog.text
+    assert found == generate_text(model, tiny_tokenizer, prompts, max_new_tokens=24 - length)
+    with pytest.raises(HeadwaterError, match=r"prompt 2.*tokens of prompt and 1 of answer"):
+        generate_text(model, tiny_tokenizer, ["short", "long " * 10])
+    caplog.clear()
+    generate_text(tiny_llama(max_position_embeddings=300), tiny_tokenizer, ["short"])
+    assert not caplog.text
+
+
 def test_every_wrong_setting_is_named(tiny_llama, tiny_tokenizer):
     with pytest.raises(HeadwaterError) as caught:
         generate_text(

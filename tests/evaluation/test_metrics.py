@@ -98,6 +98,14 @@ def test_weights_count_like_repeated_evidence():
     assert high < 1.5
 
 
+def test_values_that_do_not_differ_have_no_bootstrap_interval():
+    assert interval([6.071]) is None
+    assert interval([6.071], [12.0]) is None
+    assert interval([0.0] * 6, [1.0] * 6) is None  # differences row by row, of which none is another
+    low, high = interval([1.0])  # Wilson's knows what one row may say
+    assert low < 0.5 < high
+
+
 def test_interval_of_nothing():
     with pytest.raises(ValueError, match="at least one"):
         interval([])

@@ -14,8 +14,9 @@ from headwater.analysis import heads as heads_of
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
-from headwater.evaluation import EvaluationSpec, score_task
+from headwater.evaluation import EvaluationSpec, TaskScore, score_task
 from headwater.export import by_mean_gates, check_differs_by_task
+from headwater.export.per_task import Exported
 
 ROUTED = ["rlora", "hydralora", "moe_lora", "malora", "smora", "cond_mixlora"]
 SPECS = EvaluationSpec(), DataSpec()
@@ -55,7 +56,7 @@ def routers_to_zero(model):
 def test_nothing_is_lost_where_gates_are_the_same_for_every_token(row_id, tmp_path):
     found, routed = export(row_id, tmp_path, make_tasks(), routers_to_zero)
     for task in found:
-        assert (task.exact, task.rows, task.lost, task.interval) == (False, 5, 0.0, (0.0, 0.0))
+        assert (task.exact, task.rows, task.lost, task.interval) == (False, 5, 0.0, None)
         assert task.routed.n == 6
         x = torch.randint(0, 250, (2, 9))
         plain = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / task.task)
@@ -100,12 +101,23 @@ def test_scores_are_those_of_the_adapter_and_of_what_was_written(tmp_path):
         for score, model in ((got.routed, routed), (got.plain, plain)):
             assert score.correct == score_task(model, make_tiny_tokenizer(), task, task.test, *SPECS).correct
         assert got.lost == pytest.approx(got.routed.value - got.plain.value)
-        low, high = got.interval
-        assert low <= got.lost <= high
+        if got.routed.correct == got.plain.correct:
+            assert got.interval is None
+        else:
+            low, high = got.interval
+            assert low <= got.lost <= high
     assert ("averaging gates", 2, 2) in said
     assert {what for what, _, _ in said} >= {"scoring the adapter: first", "scoring the plain LoRA: second"}
     some = export("rlora", tmp_path / "some", tasks, score_rows=4)[0]
     assert [(task.routed.n, task.plain.n) for task in some] == [(4, 4), (4, 4)]
+
+
+def test_rows_that_all_lose_the_same_tell_no_interval():
+    score = TaskScore("t", "choice_accuracy", 2 / 3, 3, None, [1.0, 0.0, 1.0])
+    assert Exported("t", 4, False, 3, score, score).interval is None
+    worse = TaskScore("t", "choice_accuracy", 1 / 3, 3, None, [1.0, 0.0, 0.0])
+    low, high = Exported("t", 4, False, 3, score, worse).interval
+    assert low <= 1 / 3 <= high
 
 
 def test_a_loss_that_rises_is_a_score_lost(tmp_path):

@@ -21,6 +21,7 @@ from headwater.config import load_config
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.generate import task_vector
+from headwater.generate.report import _size
 from headwater.generate.spec import MetaConfig
 
 
@@ -147,6 +148,23 @@ def test_mistakes_are_said_together_and_before_anything_runs(meta_folder, tmp_pa
     assert not (tmp_path / "none").exists()
     code, _, err = meta(capsys, "train", meta_folder / "meta.yaml", "--set", "meta.betta=1")
     assert (code, "did you mean `beta`" in err) == (2, True)
+
+
+def test_batches_that_cannot_be_normalised_are_refused_before_anything_is_collected(meta_folder, tmp_path, capsys):
+    channels = f"meta.channels=[{', '.join(['4'] * 12)}]"  # halve an adapter's few thousand numbers to one
+    for more, refused in (("meta.leave_one_out=true", True), ("meta.leave_one_out=false", False)):
+        output = tmp_path / more
+        code, _, err = meta(
+            capsys, "train", meta_folder / "meta.yaml", "--set", channels, "--set", more, "--set", "meta.steps=1",
+            "--set", f"output_dir={output}",
+        )  # fmt: skip
+        assert (code, output.exists()) == ((2, False) if refused else (0, True)), err
+        assert ("meta.rows_per_task to 2" in err) == refused
+        assert "Traceback" not in err
+
+
+def test_small_sizes_have_a_unit_that_shows_them():
+    assert [_size(n) for n in (512, 50 * 2**10, 2**20, 0)] == ["0.5 KiB", "50.0 KiB", "1.0 MiB", "0.0 KiB"]
 
 
 def test_adapters_collected_under_other_settings_are_refused(finished, meta_folder, capsys):

@@ -109,7 +109,7 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE", help="YAML file with the tasks to score; the run's own by default."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which rows: test, validation or train.")] = "test",
+    split: Annotated[Optional[str], typer.Option(help="Which rows: test (default), validation or train.")] = None,  # noqa: UP045
     output: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="FILE", help="Write the scores as JSON, too."),
@@ -135,9 +135,12 @@ def evaluate(
     chat: Annotated[bool, typer.Option(help="For --lm-eval: use the model's chat template.")] = False,
 ) -> None:
     """Score an adapter on held-out rows, task by task; or on lm-eval's tasks."""
+    from headwater.cli.evaluate import refuse, run
+
     if lm_eval is not None:
         from headwater.cli.lm_eval import run as run_lm_eval
 
+        refuse({"--tasks": tasks, "--split": split}, "lm-eval's tasks bring their own rows: leave it out")
         run_lm_eval(
             source,
             [name for name in lm_eval.split(",") if name],
@@ -150,9 +153,10 @@ def evaluate(
             overrides=overrides or [],
         )
         return
-    from headwater.cli.evaluate import run
-
-    run(source, tasks, split, output, overrides or [])
+    theirs = {"--include-path": include_path, "--num-fewshot": num_fewshot, "--limit": limit, "--task": task}
+    fix = "it is for lm-eval's tasks: name some with --lm-eval, or leave it out"
+    refuse({**theirs, "--chat": chat}, fix)
+    run(source, tasks, split or "test", output, overrides or [])
 
 
 @app.command()
@@ -171,7 +175,10 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="Put each prompt into the model's chat template as the user's turn.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per answer.")] = 256,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Most tokens per answer; 256 by default, or what the model has room for."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="When sampling, the share of probability kept.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,

@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 SPLITS = ("test", "validation", "train")
 
 
+def refuse(options: dict[str, object], fix: str) -> None:
+    """Refuses options that the others make meaningless.
+
+    Args:
+        options: name -> value; None or False where it was not given.
+
+    Raises:
+        HeadwaterError: naming every one that was given.
+    """
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise HeadwaterError(*(Problem("the option does not apply here", name, fix) for name in given))
+
+
 def run(source: str, tasks_file: str | None, split: str, output: str | None, overrides: Sequence[str]) -> None:
     """Score an adapter on its run's tasks, or those of a file; print a table, write JSON where asked to.
 
@@ -35,7 +49,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
     config = _what_to_score(found, tasks_file, overrides)
 
     from headwater.data.tasks import load_tasks
-    from headwater.evaluation import interval, mean_score, score_tasks
+    from headwater.evaluation import mean_score, score_tasks
 
     try:
         tasks = [_with_trained_index(task, found) for task in load_tasks(config.tasks, config.base_dir)]
@@ -57,8 +71,9 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
         )
     rows = []
     for score in scores.values():
-        low, high = score.detail.get("interval") or interval(score.correct)
-        rows.append([score.task, score.metric, score.n, f"{score.value:.3f}", f"{low:.3f} - {high:.3f}", _share(score)])
+        ends = score.detail["interval"]
+        shown = ends and f"{ends[0]:.3f} - {ends[1]:.3f}"
+        rows.append([score.task, score.metric, score.n, f"{score.value:.3f}", shown, _share(score)])
     mean = mean_score(scores.values())
     if mean is not None:
         rows.append(["mean", "", "", f"{mean:.3f}", "", ""])

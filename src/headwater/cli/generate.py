@@ -16,7 +16,7 @@ def run(
     *,
     task: str | None,
     chat: bool,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_p: float,
     seed: int,
@@ -29,7 +29,7 @@ def run(
     """
     found = locate(source)
     index = None if task is None else found.task_index(task)
-    texts = list(prompts) if prompts else _lines()
+    texts = list(prompts) if prompts else prompt_lines()
     model, tokenizer = load(found)
 
     from headwater.data.rows import Row
@@ -53,10 +53,19 @@ def run(
         print(json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False) if as_json else answer)
 
 
-def _lines() -> list[str]:
-    lines = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+def prompt_lines() -> list[str]:
+    """The lines of standard input, each of them a prompt.
+
+    Raises:
+        HeadwaterError: there are none, or some are blank: skipping them would shift the answers against the lines.
+    """
+    lines = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin]
     if not lines:
         raise HeadwaterError(
             Problem("there is no prompt", "", "give --prompt TEXT, or one prompt per line on standard input")
         )
+    blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
+    if blank:
+        what = f"{len(blank)} of {len(lines)} lines are blank, and each line is a prompt"
+        raise HeadwaterError(Problem(what, f"standard input:{blank[0]}", "take blank lines out"))
     return lines

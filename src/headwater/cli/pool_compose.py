@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
+from headwater.cli.generate import prompt_lines
 from headwater.cli.pool import new_folder
 from headwater.errors import HeadwaterError, Problem
 
@@ -80,15 +80,15 @@ def retrieve(
         for name, places in [*ranks.items(), ("all", [place for part in ranks.values() for place in part])]:
             hits = {k: [float(place <= k) for place in places] for k in (1, top)}
             record[name] = {"n": len(places), **{f"top-{k}": sum(v) / len(v) for k, v in hits.items()}}
-            record[name]["intervals"] = {f"top-{k}": list(interval(v)) for k, v in hits.items()}
-            rows.append([name, len(places), *(_share(values, *interval(values)) for values in hits.values())])
+            record[name]["intervals"] = {f"top-{k}": interval(v) for k, v in hits.items()}
+            rows.append([name, len(places), *(_share(values, interval(values)) for values in hits.values())])
         columns = ["task", "rows", "found first", f"among the first {top}"]
         if as_json:
             print(json.dumps(record))
         else:
             out_console().print(table(columns, rows))
         return
-    texts = list(prompts) if prompts else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = list(prompts) if prompts else prompt_lines()
     for text, found in zip(texts, _retriever(pool, encoder).retrieve(texts, top), strict=True):
         if as_json:
             print(json.dumps({"prompt": text, "adapters": dict(found)}, ensure_ascii=False))
@@ -168,6 +168,8 @@ def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: 
     Raises:
         HeadwaterError: for whatever is wrong with the pool, the tasks or the settings.
     """
+    import warnings
+
     from headwater.compose.hub import search
     from headwater.evaluation.forward import pad_id
 
@@ -175,6 +177,8 @@ def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: 
     target = new_folder(output)
     chosen = list(names) or found.pool.names
     found.pool.require(*chosen)
+    # scipy's words about a small budget, in names that are none of headwater's options
+    warnings.filterwarnings("ignore", module=r"scipy\._lib\.pyprima")
     with err_console().status("searching weights") as status:
         result = search(
             found.pooled,
@@ -303,8 +307,7 @@ def _show(scores: dict[str, dict[str, TaskScore]], scoring: Scoring) -> None:
     record: dict[str, Any] = {"schema": 1, "split": scoring.split, "ways": {}}
     for way, found in scores.items():
         for score in found.values():
-            low, high = score.detail["interval"]
-            rows.append([way, score.task, score.metric, score.n, f"{score.value:.3f}", f"{low:.3f} - {high:.3f}"])
+            rows.append([way, score.task, score.metric, score.n, f"{score.value:.3f}", _ends(score.detail["interval"])])
         mean = mean_score(found.values())
         if mean is not None and len(found) > 1:
             rows.append([way, "mean", "", "", f"{mean:.3f}", ""])
@@ -316,8 +319,12 @@ def _show(scores: dict[str, dict[str, TaskScore]], scoring: Scoring) -> None:
         _note(f"wrote {scoring.output}")
 
 
-def _share(values: Sequence[float], low: float, high: float) -> str:
-    return f"{sum(values) / len(values):.3f} ({low:.3f} - {high:.3f})"
+def _share(values: Sequence[float], ends: Sequence[float] | None) -> str:
+    return f"{sum(values) / len(values):.3f} ({_ends(ends)})"
+
+
+def _ends(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} - {interval[1]:.3f}"
 
 
 def _say(text: str) -> None:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from headwater.compare.budget import trainable_parameters
-from headwater.compare.plan import make_plan
+from headwater.compare.plan import Plan, make_plan
 from headwater.compare.run import compare
 from headwater.compare.selection import choosing_tasks
-from headwater.compare.spec import CompareSpec
 from headwater.errors import HeadwaterError, Problem
 from headwater.training.files import write_json
 from headwater.training.run import training_arguments
@@ -28,6 +27,8 @@ LEAST_STEPS = 20
 """A pilot of fewer steps would compare beginnings."""
 MOST_ROWS = 60
 """Validation rows a task is scored on."""
+ANY_TOLERANCE = 1e9
+"""Plain LoRA takes the rank that comes nearest, however far that is: the user did not choose it."""
 
 
 def advise(
@@ -35,7 +36,8 @@ def advise(
 ) -> dict[str, Any]:
     """Compares plain LoRA with a multi-head method on validation rows, in about the given time.
 
-    Both have the same number of trainable parameters, data order and seeds. Test rows are not touched: what is trained
+    Both have the same data order and seeds, and the same number of trainable parameters or the nearest that a rank of
+    plain LoRA gives, which is then said. Test rows are not touched: what is trained
     on and scored are the tasks' training and validation rows. A pilot that was stopped goes on when called again.
 
     Args:
@@ -65,6 +67,7 @@ def advise(
     own = config.method["name"]
     name = method or (DEFAULT_METHOD if own == "lora" else own)
     variants: list[Any] = ["lora", {"method": {"name": name}}]
+    probe = output / "probe"
 
     def pilot(steps: int, methods: list[Any], folder: Path) -> RunConfig:
         training = {**config.training, "max_steps": steps, "eval_strategy": "no", "save_steps": max(steps, 1)}
@@ -72,16 +75,15 @@ def advise(
             training.pop(key, None)
         section = {
             "methods": methods,
-            "seeds": seeds if steps > PROBE_STEPS else seeds[:1],
+            "seeds": seeds[:1] if folder == probe else seeds,
             # The method stays as the file has it; plain LoRA's rank is solved for.
             "parameters": trainable_parameters(config, {**_shared(config, name), "name": name}),
-            "tolerance": config.compare.tolerance if config.compare else CompareSpec().tolerance,
+            "tolerance": ANY_TOLERANCE,
         }
         sections = {"tasks": tasks, "training": training, "compare": section, "output_dir": str(folder)}
         return changed(config, sections, {})
 
     console.print("measuring how long a step takes", highlight=False)
-    probe = output / "probe"
     measured = compare(make_plan(pilot(PROBE_STEPS, variants, probe)), console=Console(quiet=True))
     per_step = {entry["method"]: entry["extra"]["seconds_per_step"] for entry in measured["summary"]}
     full = full_steps(config)
@@ -99,7 +101,10 @@ def advise(
             raise HeadwaterError(Problem(what, "--minutes", fix))
         write_json(output / "pilot.json", {"steps": steps})
     console.print(f"{len(variants)} methods, {len(seeds)} seeds, {steps} of {full} steps each", highlight=False)
-    content = compare(make_plan(pilot(steps, variants, output / "pilot")), console=console)
+    plan = make_plan(pilot(steps, variants, output / "pilot"))
+    if unequal := _unequal(plan):
+        console.print(unequal, highlight=False, soft_wrap=True)
+    content = compare(plan, console=console)
     advice = advice_of(content, steps=steps, full=full)
     write_json(output / "advice.json", advice)
     return advice
@@ -111,6 +116,18 @@ def _shared(config: RunConfig, name: str) -> dict[str, Any]:
 
     known = method_fields(name)
     return {key: value for key, value in config.method.items() if key in known}
+
+
+def _unequal(plan: Plan) -> str:
+    """What to say where no rank gives plain LoRA the other method's number of trainable parameters."""
+    plain, other = plan.methods
+    off = plan.deviation(plain)
+    if not off:
+        return ""
+    return (
+        f"plain LoRA has {plain.parameters:,} trainable parameters, {off:+.1%} from the {other.parameters:,} of "
+        f"{other.label}: no rank comes nearer than {plain.config.method['r']}"
+    )
 
 
 def _kept_steps(output: Path) -> int | None:

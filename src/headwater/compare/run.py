@@ -18,7 +18,7 @@ from rich.console import Console
 
 from headwater.base_model import load_base_model
 from headwater.compare.plan import Plan, Planned
-from headwater.compare.selection import choosing_tasks, quality
+from headwater.compare.selection import best_rate, choosing_tasks, quality
 from headwater.compare.summary import summarise
 from headwater.data.tasks import load_tasks
 from headwater.errors import HeadwaterError, Problem
@@ -153,11 +153,9 @@ def _with_learning_rates(plan: Plan, output: Path, bench: _Bench) -> tuple[list[
     chosen: dict[str, Any] = {}
     for label, p in asked.items():
         scores = {rate: quality(found[jobs[label, rate].name], trained[label]) for rate in p.learning_rates}
-        best = max(scores, key=lambda rate: (scores[rate], -rate))
-        edge = "smallest" if best == min(scores) else "largest" if best == max(scores) else ""
+        best, said = best_rate(scores)
         chosen[label] = {"seed": seed, "scores": {f"{rate:g}": s for rate, s in scores.items()}, "chosen": best}
-        at_edge = f", the {edge} tried: a wider grid may have a better one" if edge and len(scores) > 1 else ""
-        bench.say(f"{label}: learning rate {best:g}{at_edge}")
+        bench.say(f"{label}: learning rate {best:g}{said}")
     replaced = {label: p.with_learning_rate(chosen[label]["chosen"]) for label, p in asked.items()}
     return [replaced.get(p.label, p) for p in plan.methods], chosen
 

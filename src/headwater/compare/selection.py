@@ -26,18 +26,17 @@ def choosing_tasks(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     The rows are written to `folder` as JSONL files, the same ones in every call. The tasks' test rows are in neither.
 
     Raises:
-        HeadwaterError: if the tasks cannot be read, or one is left without rows.
+        HeadwaterError: if the tasks cannot be read, or some are left without rows, with file and line.
     """
+    try:
+        tasks = load_tasks(config.tasks, config.base_dir)
+        splits = _splits(tasks)
+    except HeadwaterError as error:
+        raise config.placed(error) from error
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
-    for spec, task in zip(config.tasks, load_tasks(config.tasks, config.base_dir), strict=True):
+    for task, (train, chosen) in zip(tasks, splits, strict=True):
         section = {"name": task.name, "metric": task.metric, "weight": task.weight}
-        train, chosen = task.train, task.validation[: spec.max_test_rows]
-        if not chosen and train:
-            train, chosen = hold_out(task)
-            if not train:
-                place = f"tasks[{task.index}] {task.name}"
-                raise HeadwaterError(Problem("has too few training rows to take some out of them", place))
         for key, rows in (("train", train), ("test", chosen)):
             if rows:
                 path = folder / f"{task.name}-{key}.jsonl"
@@ -46,6 +45,23 @@ def choosing_tasks(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
         if train or chosen:
             sections.append(section)
     return sections
+
+
+def _splits(tasks: Sequence[Task]) -> list[tuple[list[Row], list[Row]]]:
+    """Per task what is trained on and what chooses."""
+    splits = [hold_out(task) if task.train and not task.validation else (task.train, task.validation) for task in tasks]
+    problems = [
+        Problem(
+            f"task {task.name} has too few different training rows to take some out of them",
+            f"tasks[{task.index}].train",
+            "give it `validation:` rows",
+        )
+        for task, (train, _) in zip(tasks, splits, strict=True)
+        if task.train and not train
+    ]
+    if problems:
+        raise HeadwaterError(*problems)
+    return splits
 
 
 def hold_out(task: Task) -> tuple[list[Row], list[Row]]:
@@ -70,3 +86,14 @@ def quality(results: Mapping[str, Any], trained: Sequence[str]) -> float:
     tasks = [task for name, task in results["tasks"].items() if name in trained]
     scores = [task["after"] for task in tasks if task["metric"] != "loss"]
     return sum(scores) / len(scores) if scores else -sum(task["after"] for task in tasks) / len(tasks)
+
+
+def best_rate(scores: Mapping[float, float]) -> tuple[float, str]:
+    """The learning rate with the best score, the smaller of two equal ones, and what has to be said about it."""
+    best = max(scores, key=lambda rate: (scores[rate], -rate))
+    if len(scores) == 1 or min(scores) < best < max(scores):
+        return best, ""
+    if len(set(scores.values())) == 1:
+        return best, ", the smallest: all that were tried score the same"
+    edge = "smallest" if best == min(scores) else "largest"
+    return best, f", the {edge} tried: a wider grid may have a better one"

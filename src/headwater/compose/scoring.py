@@ -144,7 +144,9 @@ def score_mixtures(
         bounds = interval(correct, weights)
     else:
         value, bounds = float(np.mean(correct)), interval(correct)
-    return TaskScore(task.name, task.metric, value, len(rows), majority(rows), correct, {"interval": list(bounds)})
+    return TaskScore(
+        task.name, task.metric, value, len(rows), majority(rows), correct, {"interval": bounds and list(bounds)}
+    )
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ class TaskSpec(BaseModel):
             `prompt: "Question: {question}"`.
         metric: how held-out rows are scored. Without it `choice_accuracy` where rows have choices, else `loss`.
         weight: multiplies the task's share of the mixture.
-        max_train_rows, max_test_rows: take this many rows at random, the same ones in every run.
+        max_train_rows, max_test_rows: take this many rows at random, the same ones in every run; max_test_rows of the
+            validation rows, too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -143,7 +144,8 @@ def _load(spec: TaskSpec, index: int, base_dir: Path, problems: dict[str, list[P
             wrong = [Problem("has no rows", source, f"task '{spec.name}' needs at least one {split} row")]
         # A file that serves two splits or tasks is reported once.
         problems[source] = list(dict.fromkeys([*problems.get(source, []), *wrong]))
-        rows[split] = _sample(found, getattr(spec, f"max_{split}_rows", None), spec.name, split, notes)
+        limit = spec.max_train_rows if split == "train" else spec.max_test_rows
+        rows[split] = _sample(found, limit, spec.name, split, notes)
     if not spec.train and not spec.test:
         problems.setdefault(place, []).append(Problem("the task has neither `train` nor `test`", place))
     metric = spec.metric or ("choice_accuracy" if any(row.choices for row in _all(rows)) else "loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +31,11 @@ from headwater.tuner import needs_task_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+NEW_TOKENS = 256
+"""Most tokens of an answer, unless its caller says how many."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def generate_text(
     prompts: Sequence[str | Row],
     *,
     task_index: int | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -176,7 +182,8 @@ def generate_text(
     Args:
         prompts: texts, or rows, e.g. of chat messages; what a row's last assistant turn says is not looked at.
         task_index: the task whose adapter route is taken; needed where the method goes by task.
-        max_new_tokens: most tokens per answer.
+        max_new_tokens: most tokens per answer; by default 256, or what the longest prompt leaves of the model's
+            positions where that is less, which is said.
         temperature: 0 for the likeliest token each time; else the sampling temperature.
         top_p: when sampling, only the likeliest tokens that make up this probability are drawn from.
         seed: of the sampling; the same seed, prompts and batch size give the same texts.
@@ -189,6 +196,8 @@ def generate_text(
     spec = data_spec or DataSpec()
     rows = [Row(prompt=p, completion="") if isinstance(p, str) else _answerable(p) for p in prompts]
     encoded = [encode_prompt(row, tokenizer, spec) for row in rows]
+    if max_new_tokens is None:
+        max_new_tokens = _room(model, encoded)
     problems = [
         Problem(f"{name} is {value}, which is out of range", fix=fix)
         for name, value, good, fix in (
@@ -201,7 +210,11 @@ def generate_text(
     ]
     if task_index is None and needs_task_ids(model):
         problems.append(Problem("the adapter goes by task, and no task was given", fix="Name one of its tasks."))
-    problems += length_problems(model, encoded, [f"prompt {i + 1}" for i in range(len(rows))], max_new_tokens)
+    places, fix = (
+        [f"prompt {i + 1}" for i in range(len(rows))],
+        "Shorten the prompt, or lower max_new_tokens (--max-new-tokens).",
+    )
+    problems += length_problems(model, encoded, places, [max_new_tokens] * len(rows), fix)
     if problems:
         raise HeadwaterError(*problems)
     with evaluating(model):
@@ -226,19 +239,30 @@ def _answerable(row: Row) -> Row:
     return replace(row, messages=(*row.messages, {"role": "assistant", "content": "?"}))
 
 
+def _room(model: nn.Module, prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that an answer may have where nobody says: `NEW_TOKENS`, or what the longest prompt leaves."""
+    limit, longest = max_positions(model), max(map(len, prompts), default=0)
+    left = NEW_TOKENS if limit is None else limit - longest
+    if 0 < left < NEW_TOKENS:
+        what = "answers end after %d tokens: that is what the longest prompt leaves of the model's %d"
+        logger.warning(what, left, limit)
+    return max(1, min(left, NEW_TOKENS))  # a prompt that leaves nothing is an error that names it
+
+
 def length_problems(
-    model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[str], room: int | Sequence[int]
+    model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[str], rooms: Sequence[int], fix: str
 ) -> list[Problem]:
-    """What is wrong with the lengths of tokenised prompts, each of which needs `room` more tokens behind it."""
+    """What is wrong with the lengths of tokenised prompts, each of which needs so many more tokens behind it.
+
+    Args:
+        fix: what to do about a prompt that is too long.
+    """
     limit = max_positions(model)
-    rooms = [room] * len(prompts) if isinstance(room, int) else room
     problems = []
     for prompt, place, more in zip(prompts, places, rooms, strict=True):
         if not prompt:
             problems.append(Problem("the prompt has no tokens, so nothing predicts the answer", place))
         elif limit is not None and len(prompt) + more > limit:
             what = f"{len(prompt)} tokens of prompt and {more} of answer are more than the model's {limit}"
-            problems.append(
-                Problem(what, place, "Shorten the prompt, or lower max_new_tokens if answers are generated.")
-            )
+            problems.append(Problem(what, place, fix))
     return problems

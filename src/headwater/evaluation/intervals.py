@@ -11,12 +11,13 @@ _Z95 = 1.959963984540054  # the standard normal's 97.5 % point
 _RESAMPLES = 2000
 
 
-def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float] | None:
     """95 % interval of the mean of per-row scores.
 
     Wilson's score interval when every value is 0 or 1: unlike the usual mean ± 1.96 standard errors it stays inside
     [0, 1] and keeps a width when all rows are right or all are wrong. Else the bootstrap's percentiles, from 2,000
-    resamples with a fixed seed, so that the same values always give the same interval.
+    resamples with a fixed seed, so that the same values always give the same interval. None where the bootstrap has but
+    one value, once or often: resamples of it are all the same, which does not mean that other rows would be.
 
     Args:
         weights: of the rows, > 0, for a weighted mean; always the bootstrap then.
@@ -34,6 +35,8 @@ def interval(values: Sequence[float], weights: Sequence[float] | None = None) ->
         half = _Z95 * math.sqrt(mean * (1 - mean) / n + _Z95**2 / (4 * n * n)) / shrink
         # The ends may miss a share of 0 or 1 by a rounding error.
         return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
+    if (scores == scores[0]).all():
+        return None
     weight = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(0)
     means = []

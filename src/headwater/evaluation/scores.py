@@ -22,7 +22,7 @@ class TaskScore:
         majority: share of the most frequent answer when all rows share their choices, which is what a model gets
             that always says the same; None elsewhere.
         correct: one value per row, in the order of the rows: 1.0 or 0.0; for `loss` the row's mean -log p.
-        detail: more about it, all of it fit for JSON: `interval` (95 %, low and high); for choices
+        detail: more about it, all of it fit for JSON: `interval` (95 %, low and high, or None); for choices
             `predicted_shares` and `normalization`; for generated answers `examples` and `unfinished`; for `loss`
             `tokens`.
     """

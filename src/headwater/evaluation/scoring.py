@@ -135,7 +135,8 @@ def _score_choices(
     problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
     rooms = [max((len(tokens[c]) for c in row.choices), default=0) for row in rows]
     prompts, cut = _prompts(tokenizer, rows, data_spec, rooms)
-    _refuse(task, problems + length_problems(model, prompts, [row.where for row in rows], rooms))
+    places = [row.where for row in rows]
+    _refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
     choices = [[tokens[c] for c in row.choices] for row in rows]
     log_probs = choice_log_probs(
         model,
@@ -190,7 +191,8 @@ def _score_generated(
             if reference_number(row.completion) is None
         ]
     prompts, cut = _prompts(tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows))
-    _refuse(task, problems + length_problems(model, prompts, [row.where for row in rows], spec.max_new_tokens))
+    places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
+    _refuse(task, problems + length_problems(model, prompts, places, [spec.max_new_tokens] * len(rows), fix))
     answers = generate_from_ids(
         model,
         tokenizer,
@@ -258,7 +260,8 @@ def _score(
     weights: Sequence[float] | None = None,
 ) -> TaskScore:
     value = float(np.average(correct, weights=weights))
-    detail = {"interval": list(interval(correct, weights)), **detail}
+    ends = interval(correct, weights)
+    detail = {"interval": ends and list(ends), **detail}
     return TaskScore(task.name, task.metric, value, len(correct), majority, correct, detail)
 
 

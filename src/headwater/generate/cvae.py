@@ -19,6 +19,11 @@ CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 """The authors' widths; each convolution halves the signal, so its length is a multiple of 2^12."""
 
 
+def can_train(length: int, channels: tuple[int, ...], batch: int) -> bool:
+    """Whether batch normalisation sees more than one value per channel where a batch of signals is shortest."""
+    return batch > 1 or length > 2 ** len(channels)
+
+
 class CVAE(nn.Module):
     """Encoder and decoder for signals of one length.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
 from ..training.files import replace_folder, write_json
-from .cvae import CVAE, cvae_loss
+from .cvae import CVAE, can_train, cvae_loss
 from .generator import AdapterGenerator
 from .layout import Layout, Scale
 from .spec import MetaSpec
@@ -54,6 +54,27 @@ def new_generator(
     )
 
 
+def check_batches(length: int, tasks: int, spec: MetaSpec, where: str) -> None:
+    """Refuses batches of one adapter that the autoencoder's channels halve to a single value.
+
+    Args:
+        length: numbers in an adapter.
+        tasks: that a generator learns, at the least.
+        where: the setting to name, e.g. with its file and line.
+
+    Raises:
+        HeadwaterError: for such a batch.
+    """
+    if can_train(length, spec.channels, tasks * spec.rows_per_task):
+        return
+    what = (
+        f"a generator of one task learns from one adapter at a time, and {len(spec.channels)} channels halve its "
+        f"{length:,} numbers to a single one, which cannot be normalised"
+    )
+    fix = "set meta.rows_per_task to 2 or more, give more tasks or fewer meta.channels"
+    raise HeadwaterError(Problem(what, where, fix))
+
+
 def fit(
     generator: AdapterGenerator,
     weights: Mapping[str, Tensor],
@@ -72,8 +93,9 @@ def fit(
         report: called after each step with its number and `{"error", "kl"}`.
 
     Raises:
-        HeadwaterError: the loss is not finite, or `state` is another training's.
+        HeadwaterError: the loss is not finite, `state` is another training's, or as `check_batches`.
     """
+    check_batches(generator.layout.length, len(generator.tasks), spec, "meta.rows_per_task")
     cvae = generator.cvae.train()
     normalised = {name: generator.normalise(weights[name], name) for name in generator.tasks}
     conditions = torch.stack([generator.condition(v) for v in generator.tasks.values()])

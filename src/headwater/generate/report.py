@@ -69,7 +69,7 @@ def _page(results: dict[str, Any]) -> Page:
         [[Cell(task), *(Cell(f"{d:.3f}") for d in by.values())] for task, by in extra["distance"].items()],
         "Mean squared distance in normalised weights to each task's mean checkpoint. Own task: near 0 when learned.",
     )
-    size = {name: f"{value / 2**20:.1f} MiB" for name, value in storage.items()}
+    size = {name: _size(value) for name, value in storage.items()}
     kept = (
         f"The generator takes {size['generator']}, one adapter {size['adapter']}, one adapter per task "
         f"{size['one_adapter_per_task']}, all collected checkpoints {size['all_checkpoints']}. The generator is "
@@ -102,6 +102,11 @@ def _notes(means: dict[str, float]) -> list[Note]:
     if "left_out" in means and means["left_out"] <= means["base"]:
         notes.append(Note("For tasks that the generator never saw, what it writes does not beat the base model."))
     return notes
+
+
+def _size(count: float) -> str:
+    """Bytes as `0.2 MiB`, few of them as `12.5 KiB`."""
+    return f"{count / 2**20:.1f} MiB" if count >= 0.1 * 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _pair(interval: list[float] | None) -> tuple[float, float] | None:

@@ -17,9 +17,9 @@ from ..data.tasks import Task, load_tasks
 from ..evaluation.scores import TaskScore
 from ..evaluation.scoring import score_tasks
 from ..training.files import write_json, write_text
-from ..training.run import require_one_process
+from ..training.run import add_adapter, require_one_process
 from .collect import collect, collected, mean_of, with_adapter
-from .fit import fit, new_generator
+from .fit import check_batches, fit, new_generator
 from .generator import AdapterGenerator
 from .layout import Layout, write_adapter
 from .task_vector import task_vector
@@ -44,6 +44,7 @@ class MetaRun:
 
     def collect(self) -> None:
         """Trains each task by itself and keeps its late checkpoints; notes the tasks' vectors."""
+        self._check_batches()
         self.folder.mkdir(parents=True, exist_ok=True)
         from ..config import dump_config
 
@@ -53,6 +54,14 @@ class MetaRun:
         temporary = self.folder / ".task_vectors"
         save_file(vectors, temporary)
         temporary.replace(self.folder / "task_vectors.safetensors")
+
+    def _check_batches(self) -> None:
+        """Refuses what no generator could be trained on, before hours of collecting."""
+        adapted = add_adapter(self.model, self.config.method)
+        length = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        self.model = adapted.unload()  # type: ignore[operator]
+        tasks = len(self.tasks) - self.config.meta.leave_one_out
+        check_batches(length, tasks, self.config.meta, self.config.where("meta", "rows_per_task"))
 
     def vector(self, task: Task) -> Tensor:
         """A task's vector from its training rows."""
