@@ -29,6 +29,7 @@ from ..ops import (
     drop,
     implementation,
     project,
+    read_exactly,
     read_plainly,
 )
 from .call import Call
@@ -317,22 +318,13 @@ class Branch(nn.Module):
             seed: of the dropout on x; None without.
         """
         at, device = self.chooses_by, x.device.type
-        if at is None or not (x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device)):
+        autocast = torch.is_autocast_enabled(device)
+        if at is None or not (x.dtype in (torch.bfloat16, torch.float16) or autocast):
             return ranks
         dropped, clean = self.reads()
-        router = (*dropped, *clean)[at].detach().float()
-        if torch.is_autocast_enabled(device):  # as training reads x, which is cast before it comes here
-            x = x.to(torch.get_autocast_dtype(device))
-        # block by block, or x would be there in float32
-        rows = len(x) if torch.compiler.is_compiling() else (1 << 18 if device == "cpu" else 1 << 26) // x.shape[1]
-        rows, blocks = max(rows, 1), []
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            for start in range(0, max(len(x), 1), rows):
-                wide = x[start : start + rows].float()
-                if seed is not None and at < len(dropped):
-                    wide = drop(wide, seed, self.lora_dropout, first_row=start)
-                blocks.append(F.linear(wide, router))
-        logits, given = torch.cat(blocks), ranks[at]
+        x = x.to(torch.get_autocast_dtype(device)) if autocast else x  # as training has it, where x comes cast
+        seed = seed if at < len(dropped) else None
+        logits, given = read_exactly(x, (*dropped, *clean)[at], seed, self.lora_dropout), ranks[at]
         return (*ranks[:at], given + (logits - given.detach()), *ranks[at + 1 :])
 
     def _first_ranks(self, x: Tensor, seed: Tensor | None) -> Tensor:

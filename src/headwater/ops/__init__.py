@@ -1,6 +1,6 @@
 """The gated low-rank update, written once for all methods. Knows tensors only."""
 
-from .adapter import Adapter, GatedHeads, Tensors, read_plainly
+from .adapter import Adapter, GatedHeads, Tensors, read_exactly, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, drop
 from .few_tokens import Update, factor_updates, mixed_update, routed_updates
@@ -28,6 +28,7 @@ __all__ = [
     "is_watched",
     "mixed_update",
     "project",
+    "read_exactly",
     "read_plainly",
     "routed_updates",
     "spread_heads",

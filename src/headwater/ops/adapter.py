@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import implementation
-from .dropout import keep_mask, masked, pack, unpack
+from .dropout import drop, keep_mask, masked, pack, unpack
 from .lowrank import aligned, project, widened
 
 BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
@@ -180,3 +181,18 @@ def read_plainly(adapter: Adapter, x: Tensor) -> tuple[Tensor, ...]:
     behind = [u for place in places for u in project(adapter.draw(place, x.shape[1]) * x, tensors.dropped)]
     clean = project(x, tensors.clean) if tensors.clean else ()
     return adapter.ranks(torch.cat([*behind, *clean], dim=-1), tensors)
+
+
+@torch.no_grad()
+def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """`(mask * x) down^T / (1 - p)` in float32, `(tokens, k)`, of an x of half precision; no mask without a seed. Block by
+    block, or all of x would be there in float32."""
+    size = BLOCK if x.device.type == "cpu" else BLOCK << 8
+    rows = max(1, x.shape[0] if torch.compiler.is_compiling() else size // x.shape[1])
+    blocks = []
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, max(x.shape[0], 1), rows):
+            wide = x[start : start + rows].float()
+            wide = wide if seed is None else drop(wide, seed, p, first_row=start)
+            blocks.append(F.linear(wide, down.float()))
+    return _joined(blocks)
