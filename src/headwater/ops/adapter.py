@@ -185,8 +185,8 @@ def read_plainly(adapter: Adapter, x: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """`(mask * x) down^T / (1 - p)` in float32, `(tokens, k)`, of an x of half precision; no mask without a seed. Block by
-    block, or all of x would be there in float32."""
+    """`(mask * x) down^T / (1 - p)` in float32, `(tokens, k)`, of an x of half precision; no mask without a seed. Block
+    by block, or all of x would be there in float32."""
     size = BLOCK if x.device.type == "cpu" else BLOCK << 8
     rows = max(1, x.shape[0] if torch.compiler.is_compiling() else size // x.shape[1])
     blocks = []
