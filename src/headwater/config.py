@@ -221,7 +221,7 @@ def changed(config: RunConfig, sections: dict[str, Any], places: dict[KeyPath, s
 def _checked(document: Document, base_dir: Path, model: type[RunConfig], problems: Sequence[Problem] = ()) -> RunConfig:
     name = document.data.get("model_name_or_path")
     if isinstance(name, str):
-        document.data["model_name_or_path"] = _absolute(base_dir, name)
+        document.data["model_name_or_path"] = _absolute(_base(document, ("model_name_or_path",), base_dir), name)
     try:
         config = model.model_validate(document.data)
     except ValidationError as error:
@@ -230,8 +230,13 @@ def _checked(document: Document, base_dir: Path, model: type[RunConfig], problem
         raise HeadwaterError(*problems)
     config._base_dir, config._document = base_dir, document
     for field in _files_of(config.method):
-        config.method[field] = _absolute(base_dir, config.method[field])
+        config.method[field] = _absolute(_base(document, ("method", field), base_dir), config.method[field])
     return config
+
+
+def _base(document: Document, path: KeyPath, base_dir: Path) -> Path:
+    """Where a path starts from: the file's folder, or the current one where it was given at the command line."""
+    return Path.cwd() if document.where(path).startswith("--") else base_dir
 
 
 def _files_of(method: dict[str, Any]) -> list[str]:

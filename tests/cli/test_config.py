@@ -1,6 +1,7 @@
 """A run's file: what is accepted, and what is said about everything that is not."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -260,17 +261,23 @@ def test_a_local_model_starts_from_the_files_folder_then_from_here(tmp_path, mon
         folder.mkdir(parents=True)
     (tmp_path / "file" / "basis.safetensors").write_text("")
     monkeypatch.chdir(here)
-    path = write(tmp_path / "file", GOOD)
 
     def named(name):
-        return load_config(path, [f"model_name_or_path={name}"]).model_name_or_path
+        return load_config(write(tmp_path / "file", GOOD.replace("some/model", name))).model_name_or_path
 
     assert named("model") == str(tmp_path / "file" / "model")
     assert named("other") == str(here / "other")
     assert named("org/name") == "org/name"
     assert RunConfig(**{**GOOD_FIELDS, "model_name_or_path": "model"}).model_name_or_path == str(here / "model")
-    cora = load_config(path, ["method={name: cora, r: 4, basis: basis.safetensors}"])
-    assert cora.method["basis"] == str(tmp_path / "file" / "basis.safetensors")
+    method = "{name: cora, r: 4, basis: basis.safetensors}"
+    path = write(tmp_path / "file", re.sub("method: .*", f"method: {method}", GOOD))
+    assert load_config(path).method["basis"] == str(tmp_path / "file" / "basis.safetensors")
+    # what was typed here is meant from here
+    assert load_config(path, ["model_name_or_path=model"]).model_name_or_path == str(here / "model")
+    assert load_config(path, ["model_name_or_path=."]).model_name_or_path == str(here)
+    (here / "basis.safetensors").write_text("")
+    for override in (f"method={method}", "method.basis=basis.safetensors"):
+        assert load_config(path, [override]).method["basis"] == str(here / "basis.safetensors")
 
 
 def test_a_dumped_run_with_an_alignment_loss_still_leaves_its_batches_open(tmp_path):

@@ -78,6 +78,8 @@ def test_what_would_change_an_answer_is_refused(url, body, fields):
     ("body", "fields"),
     [
         (TEXT, {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "min_tokens": 0, "best_of": None}),
+        (TEXT, {"length_penalty": 1.0, "typical_p": 1, "stop_token_ids": [], "skip_special_tokens": True}),
+        (TEXT, {"include_stop_str_in_output": False, "spaces_between_special_tokens": True, "priority": 0}),
         (TEXT, {"top_k": 0, "best_of": 1, "logprobs": False, "echo": False, "suffix": "", "logit_bias": {}}),
         (TEXT, {"n": 2, "best_of": 2, "frequency_penalty": 0, "presence_penalty": 0.0, "unheard_of": None}),
         (CHAT, {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "logprobs": False}),

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from headwater.config import load_config
 from headwater.errors import HeadwaterError
+from headwater.training import HeadwaterTrainer, train
 from headwater.training import run as training_run
-from headwater.training import train
 from headwater.training.folder import last_checkpoint
 from headwater.training.history import History
 
@@ -98,6 +98,45 @@ def test_a_checkpoint_of_another_run_does_not_replace_a_finished_one(folder, fin
     with pytest.raises(HeadwaterError, match="checkpoint-2 is no checkpoint of the run that"):
         run(folder, mine, resume)
     assert content(mine) == before
+
+
+def test_checkpoints_may_be_links_to_another_disk(folder, finished, tmp_path):
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    shutil.copytree(finished, out)
+    disk.mkdir()
+    for checkpoint in list(out.glob("checkpoint-*")):
+        (out / checkpoint.name).rename(disk / checkpoint.name)
+        checkpoint.symlink_to(disk / checkpoint.name)
+    assert run(folder, out, RESUME, "training.max_steps=6").results["steps"] == 6
+    for link in (out / f"checkpoint-{n}" for n in (2, 4)):
+        assert link.is_symlink()
+    run(folder, out, "training.overwrite_output_dir=true")
+    assert sorted(p.name for p in disk.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_batch_size_that_was_found_is_gone_on_with(folder, tmp_path, monkeypatch):
+    compute, sizes = HeadwaterTrainer.compute_loss, []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if len(inputs["completion_lengths"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        sizes.append(len(inputs["completion_lengths"]))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(HeadwaterTrainer, "compute_loss", compute_loss)
+    sets = ("training.per_device_train_batch_size=4", "training.auto_find_batch_size=true")
+    run(folder, tmp_path / "out", *sets)
+    assert run(folder, tmp_path / "out", *sets, RESUME, "training.max_steps=6").results["steps"] == 6
+    assert set(sizes) <= {1, 2}
+
+
+def test_other_data_may_be_taken_where_that_is_asked_for(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    sets = (RESUME, "training.max_steps=6", "seed=4")
+    with pytest.raises(HeadwaterError, match="trained with seed"):
+        run(folder, out, *sets)
+    assert run(folder, out, *sets, "training.ignore_data_skip=true").results["steps"] == 6
 
 
 def test_a_checkpoint_goes_on_in_a_folder_of_its_own_without_anothers_history(folder, finished, tmp_path):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BartConfig, BartForSequenceClassification, BartModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BartModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import headwater
 from headwater import HeadwaterError
@@ -66,6 +73,49 @@ def test_generation_goes_by_task_with_and_without_a_cache(method, fields):
     assert beams.shape[0] == 2
     with pytest.raises(HeadwaterError, match="none was given"):
         model.generate(input_ids=x, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("make_model", ["t5", "bart"])
+def test_padding_on_either_side_changes_no_loss(make_model):
+    """Of layers that read the encoder's output in the decoder, too, and where both come to the same length."""
+    base = make_t5() if make_model == "t5" else BartForConditionalGeneration(bart_config())
+    targets = ["q", "k", "v", "wi_0"] if make_model == "t5" else ["q_proj", "k_proj", "v_proj", "fc1"]
+    model = balanced(base, target_modules=targets, r=2)
+    headwater.align(model, weight=1.0)
+    generator = torch.Generator().manual_seed(4)
+    x, labels = (torch.randint(3, 99, (4, n), generator=generator) for n in (20, 12))
+    ids, pad = torch.tensor([0, 0, 1, 1]), torch.nn.functional.pad
+    found = []
+    for read, written in ((0, 0), (8, 0), (0, 8), (4, 12)):
+        mask = pad(torch.ones_like(x), (0, read))
+        filled = pad(labels, (0, written), value=-100)
+        model(input_ids=pad(x, (0, read), value=1), attention_mask=mask, labels=filled, headwater_task_ids=ids)
+        found.append(dict(context_of(model).last_losses))
+    assert found[0]["align"] > 0
+    for losses in found[1:]:
+        torch.testing.assert_close(losses, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_of_several_classes_are_no_text():
+    torch.manual_seed(0)
+    base = BartForSequenceClassification(bart_config(problem_type="multi_label_classification"))
+    model = balanced(base, target_modules=["fc1", "v_proj"])
+    x = torch.cat([text(6), torch.full((2, 1), 2)], 1)
+    found = []
+    for read in (0, 5):
+        mask = torch.nn.functional.pad(torch.ones_like(x), (0, read))
+        padded = torch.nn.functional.pad(x, (0, read), value=1)
+        model(input_ids=padded, attention_mask=mask, labels=torch.ones(2, 3))
+        found.append(dict(context_of(model).last_losses))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def bart_config(**fields):
+    return BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, num_labels=3,
+        pad_token_id=1, eos_token_id=2, dropout=0.0, **fields,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
@@ -169,14 +219,9 @@ def test_a_model_that_does_not_say_where_its_encoder_is_can_be_adapted(kind):
 
 @pytest.mark.parametrize("head", [BartModel, BartForSequenceClassification])
 def test_a_decoder_that_reads_what_the_model_shifts_knows_its_rows(head):
-    config = BartConfig(
-        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, num_labels=3,
-        pad_token_id=1, eos_token_id=2, dropout=0.0,
-    )  # fmt: skip
     torch.manual_seed(0)
     config_of = headwater.make_config("mtl_lora", num_tasks=3, target_modules=["fc1"], init_seed=1)
-    model = get_peft_model(head(config), config_of).eval()
+    model = get_peft_model(head(bart_config()), config_of).eval()
     x = torch.cat([text(6), torch.full((2, 1), 2)], 1)
     for parameter in model.parameters():
         if parameter.requires_grad:

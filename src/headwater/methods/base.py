@@ -318,8 +318,10 @@ class Branch(nn.Module):
             seed: of the dropout on x; None without.
         """
         at, device = self.chooses_by, x.device.type
+        if at is None or device == "meta":
+            return ranks
         autocast = torch.is_autocast_enabled(device)
-        if at is None or not (x.dtype in (torch.bfloat16, torch.float16) or autocast):
+        if not (x.dtype in (torch.bfloat16, torch.float16) or autocast):
             return ranks
         dropped, clean = self.reads()
         x = x.to(torch.get_autocast_dtype(device)) if autocast else x  # as training has it, where x comes cast

@@ -58,6 +58,7 @@ class State:
         task_range: lowest and highest task id, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
         outer: of an encoder's state, the whole model's; None where it runs by itself.
+        read: of an encoder-decoder's state, that of layers in the decoder which read what the encoder wrote.
     """
 
     batch: int = 0
@@ -74,6 +75,7 @@ class State:
     task_range: tuple[int, int] | None = None
     closed: bool = False
     outer: State | None = None
+    read: State | None = None
 
     def range_of_tasks(self, ids: Tensor) -> tuple[int, int]:
         if self.task_range is None:  # once per forward, because reading it waits for an accelerator

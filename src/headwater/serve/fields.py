@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 # Change nothing about an answer, whatever they say.
 _HARMLESS = {
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_options", "prompt_cache_retention",
+    "prompt_cache_options", "prompt_cache_retention", "priority", "request_id",
 }  # fmt: skip
 # OpenAI's parameters, and those common on servers like this one, that would change an answer -> values that do not.
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
@@ -41,6 +41,15 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "ignore_eos": (False,),
     "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
 }
 _IN_MESSAGES = ("tool_calls", "function_call", "audio")
 

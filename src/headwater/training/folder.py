@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -65,7 +64,8 @@ def is_whole(checkpoint: Path) -> bool:
 
 def is_of(checkpoint: Path | None, output: Path) -> bool:
     """Whether a checkpoint is one of the run in `output`."""
-    return checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+    # its parent, as the checkpoint itself may be a link to another disk
+    return checkpoint is not None and checkpoint.absolute().parent.resolve() == output.resolve()
 
 
 def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
@@ -98,26 +98,22 @@ def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Finds out whether a folder can be made and written to, by trying; leaves nothing behind.
+    """Finds out whether a folder can be written to, or made in the nearest one above it that is there.
 
     Raises:
         HeadwaterError: if it cannot.
     """
     if os.environ.get("RANK", "0") != "0":
         return  # the first rank tries for all
-    missing = [path for path in (output, *output.parents) if not path.exists()]
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise HeadwaterError(Problem(f"{there} is a file, not a folder", "output_dir", ELSEWHERE))
     try:
-        make_folder(output)
-        with tempfile.TemporaryFile(dir=output):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise HeadwaterError(
-            Problem(f"{output} cannot be written to: {error.strerror}", "output_dir", ELSEWHERE)
-        ) from None
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        what = f"the folder {output} cannot be {'written to' if there == output else 'made'}: {error.strerror}"
+        raise HeadwaterError(Problem(what, "output_dir", ELSEWHERE)) from None
 
 
 def make_folder(output: Path) -> None:
@@ -141,7 +137,7 @@ def clear_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
     if is_of(resume, output):
         return
     for path in [*(output / name for name in REPLACED), *(_held(output) if overwrite else [])]:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

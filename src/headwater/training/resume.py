@@ -83,6 +83,8 @@ def check_checkpoint(trainer: HeadwaterTrainer, checkpoint: Path) -> None:
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     saved = state.get("stateful_callbacks", {}).get(SAVED, {})
+    if trainer.args.auto_find_batch_size and "mixture" in saved:  # the size that was found is not restored yet
+        saved = {**saved, "mixture": {k: v for k, v in saved["mixture"].items() if k != "batch_size"}}
     _refuse([*_method(trainer, checkpoint), *_differences(trainer, saved)])
 
 
@@ -102,7 +104,7 @@ def _differences(trainer: HeadwaterTrainer, saved: dict[str, Any]) -> list[Probl
     # What an older headwater did not write down cannot be compared.
     settings, mixture = saved.get("settings", {}), saved.get("mixture", {})
     if trainer.args.ignore_data_skip:
-        mixture = {}
+        mixture, settings = {}, {k: v for k, v in settings.items() if k not in ("tasks", "seed")}
     return [
         *(
             _problem(f"{key.rpartition('.')[2]} {_text(settings[key])}", _text(value), key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,12 @@ from .checkpoints import carry_state, checkpointed
 
 LABELS = "headwater_labels"
 _CLASSIFIERS = ("ForTokenClassification", "ForMaskedLM")  # where a label of -100 marks no prompt
+# In a decoder, the layers that read what the encoder wrote.
+_CROSS = re.compile(
+    r"(encdecattention|encoder_attn|encoder_attention|crossattention|cross_attn|cross_attention)\."
+    r"(.*\.)?(k|v|key|value|k_proj|v_proj|key_proj|value_proj)$",
+    re.IGNORECASE,
+)
 _OTHER_INPUTS = ("input_features", "input_values", "pixel_values")
 
 
@@ -36,6 +43,7 @@ class Context:
         self.branches_need_state = self.branches_need_batch = False
         self.last_losses: dict[str, Tensor] = {}
         self._checkpointing: list[nn.Module] | None = None
+        self._opened = False  # by a forward whose layers may run again in backward, perhaps in another thread
 
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
@@ -105,6 +113,7 @@ class Context:
         mask, decoder = kwargs.get("attention_mask"), _has_encoder(module)
         batch, length = _size(args, kwargs)
         if decoder:  # the encoder's part is `open_encoder`'s
+            labels = None if isinstance(labels, Tensor) and labels.is_floating_point() else labels  # of a classifier
             given = (kwargs.get("decoder_input_ids"), kwargs.get("decoder_inputs_embeds"), *args[2:3], labels)
             written = next((t for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
             if written is not None:  # else the model shifts what the encoder reads
@@ -137,12 +146,14 @@ class Context:
             device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
             prompt = torch.arange(length, device=device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(device)
+        if decoder:
+            state.read = _state_beside(state, args, kwargs)
         self._local.state = state
         if (self.needs_state or self.observers or self.merging) and (module.training or learning):
             if self._checkpointing is None:  # found once: to walk over all modules takes milliseconds
                 self._checkpointing = checkpointed(module)
             carry_state(self, self._checkpointing)
-            self._local.opened = True
+            self._opened = True
         return args, kwargs
 
     def open_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,6 +197,8 @@ class Context:
         state = self.state
         if state is not None:
             state.closed = True
+            if state.read is not None:
+                state.read.closed = True
             self._note_losses(state, further=kwargs.get("encoder_outputs") is not None)
             loss = _loss_of(output)
             if loss is not None and state.losses:
@@ -211,15 +224,17 @@ class Context:
         Raises:
             HeadwaterError: in a checkpoint's second forward, if it cannot be told which forward that belongs to.
         """
-        opened = self.state is None and self.needs_state and getattr(self._local, "opened", False)
-        if opened and torch._C._current_graph_task_id() != -1:
+        state = self.state
+        if state is None and self._opened and self.needs_state and torch._C._current_graph_task_id() != -1:
             raise HeadwaterError(
                 Problem(
                     f"{name} runs again in backward, by a checkpoint that headwater does not know",
                     fix="use model.gradient_checkpointing_enable(), or wrap layers before the first training step",
                 )
             )
-        return Call(name, shape, self.state, self.observers, self.merging, self.align)
+        if state is not None and state.read is not None and _CROSS.search(name):
+            state = state.read
+        return Call(name, shape, state, self.observers, self.merging, self.align)
 
 
 def _remember(states: tuple[State, ...], gradient: Tensor) -> None:
@@ -259,6 +274,15 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
             return given.shape[0], given.shape[1]
     rows = (t.shape[0] for name in _OTHER_INPUTS if isinstance(t := kwargs.get(name), Tensor) and t.dim() > 1)
     return next(rows, 0), 0
+
+
+def _state_beside(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
+    """For a decoder's layers that read what the encoder wrote: its rows and padding, and the losses of the model."""
+    (batch, length), encoded = _size(args, kwargs), kwargs.get("encoder_outputs")
+    if encoded is not None and isinstance(encoded[0], Tensor) and encoded[0].dim() == 3:
+        batch, length = encoded[0].shape[:2]
+    valid = _valid(kwargs.get("attention_mask"), length)
+    return State(batch, length, state.task_ids, valid, loss_scale=state.loss_scale, losses=state.losses, outer=state)
 
 
 def _loss_of(output: Any) -> Tensor | None:
