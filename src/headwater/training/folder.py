@@ -107,7 +107,8 @@ def check_writable(output: Path) -> None:
         return  # the first rank tries for all
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise HeadwaterError(Problem(f"{there} is a file, not a folder", "output_dir", ELSEWHERE))
+        what = "" if there == output else f"the folder {output} cannot be made: "
+        raise HeadwaterError(Problem(f"{what}{there} is a file, not a folder", "output_dir", ELSEWHERE))
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
