@@ -24,7 +24,7 @@ from ..data.sampler import MixtureBatchSampler
 from ..errors import HeadwaterError, Problem
 from ..evaluation.scores import TaskScore, mean_score
 from ..methods.call import KEYWORD, LENGTHS
-from ..tuner.context import LABELS
+from ..tuner.context import LABELS, has_encoder
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments
@@ -84,7 +84,7 @@ class HeadwaterTrainer(Trainer):
         evaluator: Evaluator | None = None,
         **kwargs: Any,
     ):
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if has_encoder(model):
             raise HeadwaterError("headwater trains decoder-only language models; this one is an encoder-decoder")
         self.task_names = list(train)
         self.lengths = [[len(row) for row in rows] for rows in train.values()]

@@ -110,7 +110,7 @@ class Context:
         labels = kwargs.pop(LABELS, kwargs.get("labels"))
         total = kwargs.get("num_items_in_batch")
         generating = getattr(self._local, "prompt_length", None)
-        mask, decoder = kwargs.get("attention_mask"), _has_encoder(module)
+        mask, decoder = kwargs.get("attention_mask"), has_encoder(module)
         batch, length = _size(args, kwargs)
         if decoder:  # the encoder's part is `open_encoder`'s
             labels = None if isinstance(labels, Tensor) and labels.is_floating_point() else labels  # of a classifier
@@ -261,7 +261,8 @@ def _as_ids(ids: Any) -> Tensor:
     return ids.long()
 
 
-def _has_encoder(model: nn.Module) -> bool:
+def has_encoder(model: Any) -> bool:
+    """Whether a model has an encoder beside its decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 

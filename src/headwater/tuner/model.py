@@ -18,7 +18,7 @@ from ..methods.base import LayerShape, MethodConfig
 from ..methods.registry import Method
 from ..methods.registry import method as registered
 from .checkpoints import leave_checkpoints
-from .context import KEYWORD, Context, Observer
+from .context import KEYWORD, Context, Observer, has_encoder
 from .layer import MethodLayer, floating_weight, linear_sizes, wide_dtype
 from .mlp import fuse_mlps, unfuse_mlps
 from .targets import rank_of, settle_targets
@@ -73,8 +73,7 @@ class MethodModel(BaseTuner):
         )
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if self.method.branch.by_prompt and encoder_decoder:
+        if self.method.branch.by_prompt and has_encoder(model):
             raise HeadwaterError(
                 Problem(
                     f"{self.method.title} goes by a row's prompt, and what an encoder-decoder writes has none",
@@ -210,7 +209,7 @@ def install_context(model: nn.Module) -> Context:
 
 
 def _encoder_of(model: Any) -> nn.Module | None:
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not has_encoder(model):
         return None
     try:
         encoder = model.get_encoder()
