@@ -39,23 +39,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headwater.ops import triton_dropout, triton_heads
 
-pointers = {name: "*bf16" for name in ("z", "z_0", "h", "dh", "dz", "dz_0", "x", "dx", "back")}
-pointers |= {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "size": "i64"}
-kernels = [triton_heads._forward, triton_heads._backward]
-kernels += [triton_dropout._keep_mask, triton_dropout._dropped, triton_dropout._add_back]
-for kernel in kernels:
-    for gate in (0, 1, 2):
-        constants = dict(SCALE=1.25, START=-0.5 * gate, DROPS=True, GATE=gate, AGAIN=gate > 0, WIDE=tl.float32)
-        constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024)
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        names = kernel.arg_names
-        pointers["out"] = "*i8" if kernel is triton_dropout._keep_mask else "*bf16"
-        signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
-        places = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-        for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
-            text = triton.compile(source, target=target, options={"enable_fp_fusion": True}).asm
-            assert "st.local" not in text.get("ptx", ""), "registers spill"
+wide = ("z", "z_0", "h", "dh", "dz", "dz_0", "x", "dx", "down", "u", "du")
+pointers = {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "size": "i64", "out": "*i8"}
+types = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
+heads, reads = [triton_heads._forward, triton_heads._backward], [triton_dropout._read, triton_dropout._add_back]
+cases = [(kernel, gate, "bf16") for kernel in (*heads, triton_dropout._keep_mask) for gate in (0, 1, 2)]
+for kernel, gate, dtype in cases + [(kernel, gate, dtype) for kernel in reads for gate in (0, 1) for dtype in types]:
+    constants = dict(SCALE=1.25, START=-0.5 * gate, DROPS=True, GATE=gate, AGAIN=gate > 0, WIDE=types[dtype])
+    constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024, ALIGNED=gate == 0, ADDS=gate == 0, STEPS=4)
+    if kernel in reads:
+        blocks = (triton_dropout.READ, triton_dropout.BACK)[reads.index(kernel)][dtype == "bf16"]
+        constants |= dict(RANKS=16, TOKENS=blocks["TOKENS"], COLUMNS=blocks["COLUMNS"])
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    names = kernel.arg_names
+    pointers |= {name: "*" + dtype for name in wide} | {"found": "*fp64" if dtype == "fp64" else "*fp32"}
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+        text = triton.compile(source, target=target, options={"enable_fp_fusion": True}).asm
+        assert "st.local" not in text.get("ptx", ""), "registers spill"
 """
 
 

@@ -21,6 +21,8 @@ CLOSE = {
     torch.float16: {"rtol": 2e-3, "atol": 2e-4},
     torch.bfloat16: {"rtol": 2e-2, "atol": 1e-3},
 }
+# The interpreter multiplies matrices of bfloat16 as if its bits were whole numbers.
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # tokens, r, N: one token and none; neither a power of two; more tokens than a block; more heads, and more ranks, than
 # tokens in the smallest block; single ranks and heads, which Triton turns into constants
 SIZES = [(1, 8, 3), (0, 3, 2), (7, 3, 3), (130, 5, 6), (300, 8, 3), (21, 2, 33), (19, 40, 2), (33, 1, 1)]
@@ -149,16 +151,34 @@ def test_a_compiled_graph_calls_the_kernels():
         assert torch.equal(plain.grad, through.grad)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("size", [(70, 33), (1, 1), (3, 1100), (0, 4)], ids=str)
-def test_x_under_its_mask_and_what_comes_back_through_it(size, p):
-    x, dx, back = (noise(*size, seed=seed) for seed in range(3))
-    kept = keep_mask(key(), *size, p, first_row=7)
-    assert torch.equal(triton_dropout.dropped(x, key(), p, 7), torch.where(kept, x, 0))
-    expected = dx + kept * back
-    triton_dropout.add_back(dx, back, x, key(), p, 7)
-    torch.testing.assert_close(dx, expected, **CLOSE[torch.float64])
-    assert torch.equal(back, torch.where(kept, x, 0))
+# tokens, d_in, r: one, none; no multiples of 4 or of a block; several blocks each way; more ranks than a launch takes
+READS = [(1, 1, 1), (0, 4, 3), (70, 33, 5), (7, 300, 8), (130, 140, 17), (9, 24, 70)]
+
+
+@pytest.mark.parametrize("size", READS, ids=str)
+@pytest.mark.parametrize("masks", [1, 3])
+@pytest.mark.parametrize("programs", [1, 1024])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, HALF], ids=str)
+def test_x_under_its_masks_is_read_and_comes_back(size, masks, programs, dtype, monkeypatch):
+    monkeypatch.setattr(triton_dropout, "PROGRAMS", programs)
+    tokens, d_in, r = size
+    x, dx = noise(tokens, d_in, seed=0, dtype=dtype), noise(tokens, d_in, seed=1, dtype=dtype)
+    down, du = noise(r, d_in, seed=2, dtype=dtype), noise(masks * r, tokens, seed=3, dtype=dtype).T
+    kept = keep_mask(key(), masks * tokens, d_in, 0.3).view(masks, tokens, d_in)
+    u = triton_dropout.read(x, down, key(), 0.3, masks)
+    want_u, want_dx, want_down = torch.zeros_like(u).double(), dx.double(), torch.zeros_like(down).double()
+    for n in range(masks):
+        seen, columns = kept[n] * x.double(), slice(n * r, (n + 1) * r)
+        want_u[:, columns] = seen @ down.double().T
+        want_dx += kept[n] * (du[:, columns].double() @ down.double())
+        want_down += du[:, columns].double().T @ seen
+    alone = triton_dropout.add_back(None, du, x, down, key(), 0.3, masks)
+    of_down = triton_dropout.add_back(dx, du, x, down, key(), 0.3, masks)
+    assert torch.equal(alone, of_down)
+    assert (u.dtype, of_down.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
+    for got, want in ((u, want_u), (dx, want_dx), (of_down, want_down)):
+        size = want.abs().max().clamp_min(1e-6) if want.numel() else 1.0
+        torch.testing.assert_close(got.double() / size, want / size, **CLOSE[dtype])
 
 
 LAYERS = [
@@ -186,10 +206,10 @@ def test_a_layer_trains_as_with_the_other_implementation(name, fields, autocast,
     for chosen in ("triton", "autograd"):
         monkeypatch.setenv("HEADWATER_OPS", chosen)
         torch.manual_seed(0)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, HALF, enabled=autocast):
             y = model(x, **tasks)
         own = parameters(model)
-        found.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *own.values()])))
+        found.append((y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *own.values()])))
     assert_alike(*found, autocast=autocast)
 
 

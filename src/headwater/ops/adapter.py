@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dispatch import implementation
 from .dropout import drop, keep_mask, masked, pack, unpack
-from .lowrank import aligned, project, widened
+from .lowrank import project, widened
 
 BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
 
@@ -103,11 +103,12 @@ class Adapter:
 
     def read_dropped(self, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(mask * x) down^T`, mask by mask side by side, `(tokens, masks k)`; and the masks' bits."""
-        d_in, k = x.shape[1], down.shape[0]
+        d_in = x.shape[1]
         if implementation(x.device) == "triton":
-            whole = aligned(down, 0).T
-            parts = [(self._dropped(x, n) @ whole)[:, :k] for n in range(self.masks)]
-            return _joined(parts, 1), None
+            from .triton_dropout import read
+
+            assert self.seed is not None
+            return read(x, down, self.seed, self.dropout, self.masks), None
         packs = x.device.type == "cpu" and d_in % 8 == 0  # elsewhere they are drawn again
         u: list[list[Tensor]] = [[] for _ in range(self.masks)]
         bits: list[list[Tensor]] = [[] for _ in range(self.masks)]
@@ -121,10 +122,12 @@ class Adapter:
 
     def add_dropped(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor, bits: Tensor | None) -> Tensor:
         """Adds to dx what comes back through `read_dropped`, in place; returns the gradient of `down`."""
-        k = down.shape[0]
         if implementation(x.device) == "triton":
-            return self._add_dropped_by_kernel(dx, x, du, down)
-        total = None
+            from .triton_dropout import add_back
+
+            assert self.seed is not None
+            return add_back(dx, du, x, down, self.seed, self.dropout, self.masks)
+        k, total = down.shape[0], None
         for n, rows, place in self._blocks(x):
             kept = self.draw(place, x.shape[1]).to(x.dtype) if bits is None else unpack(_rows(bits, place), x.dtype)
             part = _rows(du[:, n * k : (n + 1) * k], rows)
@@ -134,27 +137,6 @@ class Adapter:
             total = found if total is None else widened(total).add_(found)
         assert total is not None
         return total
-
-    def _dropped(self, x: Tensor, n: int) -> Tensor:
-        from .triton_dropout import dropped
-
-        assert self.seed is not None
-        return dropped(x, self.seed, self.dropout, n * x.shape[0])
-
-    def _add_dropped_by_kernel(self, dx: Tensor | None, x: Tensor, du: Tensor, down: Tensor) -> Tensor:
-        from .triton_dropout import add_back
-
-        assert self.seed is not None
-        k, whole, found = down.shape[0], aligned(down, 0), []
-        for n in range(self.masks):
-            part = aligned(du[:, n * k : (n + 1) * k])
-            if dx is None:
-                seen = self._dropped(x, n)
-            else:
-                seen = part @ whole
-                add_back(dx, seen, x, self.seed, self.dropout, n * x.shape[0])
-            found.append((part.T @ seen)[:k])
-        return found[0] if len(found) == 1 else widened(torch.stack(found)).sum(0)
 
     def _blocks(self, x: Tensor) -> list[tuple[int, slice, slice]]:
         """Masks and blocks of x's rows on a CPU, all rows at once elsewhere: mask, rows of x, rows of the masks."""

@@ -1,11 +1,14 @@
-"""Dropout as Triton kernels: `dropout.keep_mask`, and x under its mask without a mask in memory.
+"""Dropout as Triton kernels: `dropout.keep_mask`, and products with x under its mask that never hold it in memory.
 
-Each passes once over tensors as large as x, where torch would pass over int32 tensors of that size ten times. What the
-kernels of `triton_heads` share with them is here, too.
+Behind a dropout on x, a layer reads `u = (mask * x) A^T`; backward adds `mask * (du A)` to dx and needs
+`dA = du^T (mask * x)`. Each direction is one pass over tensors as wide as x here, the masks drawn on the way; as
+operations of torch with a mask drawn apart it would be five to ten. What the kernels of `triton_heads` share with
+them is here, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,72 +23,161 @@ from .dropout import threshold
 M0, M1, M2 = tl.constexpr(dropout.M0), tl.constexpr(dropout.M1), tl.constexpr(dropout.M2)
 TURN = tl.constexpr(dropout.TURN)
 ENTRIES = 1024
+MOST_RANKS = 64  # of one launch
+PROGRAMS = 1024  # as many of `_add_back` as keep a GPU busy
+# blocks of x, by whether its entries are of 16 bits; of others fewer fit into a program's registers
+READ = {
+    True: {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
+    False: {"TOKENS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+}
+BACK = {
+    True: {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 2},
+    False: {"TOKENS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+}
 
 
 @triton.jit
-def keeps(seed, place, limit):
-    """Whether entries are kept, as `dropout.keep_mask` says; `place` is their number, int64."""
+def keeps(seed, first, at, limit, ALIGNED: tl.constexpr):
+    """Whether entries are kept, as `dropout.keep_mask` says: those whose numbers are `first + at`, int64 and int32.
+
+    The wide numbers are only in `first`, which few entries have to themselves. ALIGNED says that it is a multiple of 4:
+    entries of one word then have one `at >> 2`, and the compiler sees that their hash is the same.
+    """
     bits = tl.load(seed)
-    h = (place >> 2).to(tl.int32) * M0 + (bits & 0x7FFFFFFF).to(tl.int32)
+    turn = (first + (bits >> 54)).to(tl.int32) & 255
+    if not ALIGNED:
+        at += (first & 3).to(tl.int32)
+        turn -= (first & 3).to(tl.int32)
+    h = ((first >> 2).to(tl.int32) * M0 + (bits & 0x7FFFFFFF).to(tl.int32)) + (at >> 2) * M0
     h = h ^ (h >> 16)
     h = h * M1
     h = h ^ ((bits >> 31) & 0x7FFFFFFF).to(tl.int32)
     h = h ^ (h >> 16)
     h = h * M2
-    byte = (h >> ((place & 3) * 8).to(tl.int32)) & 255
-    return byte * 256 + (((place + (bits >> 54)) * TURN) & 255).to(tl.int32) >= limit
+    byte = (h >> ((at & 3) * 8)) & 255
+    return byte * 256 + ((turn * TURN + at * TURN) & 255) >= limit
 
 
 @triton.jit
-def _keep_mask(seed, out, size, first, limit, ENTRIES: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    tl.store(out + at, keeps(seed, at + first, limit).to(tl.int8), mask=at < size)
+def _keep_mask(seed, out, size, first, limit, ALIGNED: tl.constexpr, ENTRIES: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * ENTRIES
+    at = tl.arange(0, ENTRIES)
+    kept = keeps(seed, start + first, at, limit, ALIGNED)
+    tl.store(out + start + at, kept.to(tl.int8), mask=start + at < size)
 
 
 @triton.jit
-def _dropped(seed, x, out, size, first, limit, ENTRIES: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    values = tl.load(x + at, mask=at < size, other=0.0)
-    tl.store(out + at, tl.where(keeps(seed, at + first, limit), values, 0.0), mask=at < size)
+def _read(
+    seed, x, down, u, tokens, columns, r, stride_ut, stride_um, stride_ur, limit,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """u of a block of tokens behind one mask. The masks of a block of tokens come one after the other, so that x is in
+    the cache from the second on."""
+    mask = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside, rank = token < tokens, tl.arange(0, RANKS)
+    first = (mask * tokens + token) * columns
+    total = tl.zeros([TOKENS, RANKS], WIDE)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        known = inside[:, None] & (column < columns)[None, :]
+        values = tl.load(x + (token * columns)[:, None] + column[None, :], mask=known, other=0.0)
+        kept = keeps(seed, first[:, None], column[None, :], limit, ALIGNED)
+        of_rank = (rank < r)[None, :] & (column < columns)[:, None]
+        weight = tl.load(down + rank.to(tl.int64)[None, :] * columns + column[:, None], mask=of_rank, other=0.0)
+        seen = tl.where(kept, values, 0.0).to(values.dtype)
+        total = tl.dot(seen, weight, total, input_precision="ieee", out_dtype=WIDE)
+    place = mask * stride_um + token[:, None] * stride_ut + rank.to(tl.int64)[None, :] * stride_ur
+    tl.store(u + place, total, mask=inside[:, None] & (rank < r)[None, :])
 
 
 @triton.jit
-def _add_back(seed, back, dx, x, size, first, limit, WIDE: tl.constexpr, ENTRIES: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    kept = keeps(seed, at + first, limit)
-    total = tl.load(dx + at, mask=at < size, other=0.0).to(WIDE)
-    total += tl.where(kept, tl.load(back + at, mask=at < size, other=0.0).to(WIDE), 0.0)
-    tl.store(dx + at, total, mask=at < size)
-    tl.store(back + at, tl.where(kept, tl.load(x + at, mask=at < size, other=0.0), 0.0), mask=at < size)
+def _add_back(
+    seed, x, down, du, dx, found, tokens, columns, r, first_row, stride_ut, stride_ur, stride_part, limit,
+    ADDS: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    STEPS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Through one mask, for a block of columns and STEPS blocks of tokens: adds to dx, and gives a part of dA's sum."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, RANKS)
+    of_rank = (rank < r)[:, None] & (column < columns)[None, :]
+    weight = tl.load(down + rank.to(tl.int64)[:, None] * columns + column[None, :], mask=of_rank, other=0.0)
+    total = tl.zeros([RANKS, COLUMNS], WIDE)
+    for step in range(STEPS):
+        token = (tl.program_id(1).to(tl.int64) * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        inside = token < tokens
+        known = inside[:, None] & (column < columns)[None, :]
+        place = (token * columns)[:, None] + column[None, :]
+        kept = keeps(seed, ((token + first_row) * columns)[:, None], column[None, :], limit, ALIGNED)
+        values = tl.load(x + place, mask=known, other=0.0)
+        at = token[:, None] * stride_ut + rank.to(tl.int64)[None, :] * stride_ur
+        back = tl.load(du + at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
+        seen = tl.where(kept, values, 0.0).to(values.dtype)
+        total = tl.dot(tl.trans(back), seen, total, input_precision="ieee", out_dtype=WIDE)
+        if ADDS:
+            before = tl.load(dx + place, mask=known, other=0.0).to(WIDE)
+            added = tl.dot(back, weight, input_precision="ieee", out_dtype=WIDE)
+            tl.store(dx + place, before + tl.where(kept, added, 0.0), mask=known)
+    of_part = tl.program_id(1).to(tl.int64) * stride_part + rank[:, None] * columns + column[None, :]
+    tl.store(found + of_part, total, mask=of_rank)
 
 
-def dropped(x: Tensor, seed: Tensor, p: float, first_row: int) -> Tensor:
-    """x `(rows, columns)` with the entries that `keep_mask` drops at 0; the others are not scaled."""
+def read(x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1) -> Tensor:
+    """`(mask * x) down^T` for each of `masks` masks, side by side: `(tokens, masks r)` in x's dtype.
+
+    x is `(tokens, d_in)` and `down` `(r, d_in)`, of the same dtype; the n-th mask begins at row `n * tokens` of
+    `dropout.keep_mask`. What is kept is not scaled.
+    """
+    (tokens, columns), r, blocks = x.shape, down.shape[0], READ[x.element_size() == 2]
+    u = x.new_empty(tokens, masks, r)
     x = x.contiguous()
-    out = torch.empty_like(x)
-    _over(_dropped, x, (seed, x, out), p, first_row)
-    return out
+    for ranks in _few(r):
+        part = u[:, :, ranks]
+        numbers = (tokens, columns, part.shape[2], *part.stride())
+        grid = (masks, triton.cdiv(tokens, blocks["TOKENS"]))
+        _launch(_read, grid, x, (seed, x, down[ranks].contiguous(), part), numbers, p, **_sizes(x, part), **blocks)
+    return u.flatten(1)
 
 
-def add_back(dx: Tensor, back: Tensor, x: Tensor, seed: Tensor, p: float, first_row: int) -> None:
-    """Adds `back` under the mask to dx, in place, and leaves x under the mask in `back`; all `(rows, columns)`, dx and
-    `back` contiguous."""
-    _over(_add_back, x, (seed, back, dx, x.contiguous()), p, first_row, WIDE=wide(x))
+def add_back(dx: Tensor | None, du: Tensor, x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1) -> Tensor:
+    """Adds what comes back through `read` to dx, in place, if there is one; returns the gradient of `down`, at least
+    float32. `du` is `(tokens, masks r)` of x's dtype, any strides; dx `(tokens, d_in)` is contiguous."""
+    (tokens, columns), r, blocks = x.shape, down.shape[0], BACK[x.element_size() == 2]
+    of_columns, of_tokens = triton.cdiv(columns, blocks["COLUMNS"]), triton.cdiv(tokens, blocks["TOKENS"])
+    steps = triton.next_power_of_2(max(1, of_columns * of_tokens // PROGRAMS))  # a power: few kernels are compiled
+    parts = triton.cdiv(of_tokens, steps)
+    found = x.new_empty(masks, parts, r, columns, dtype=torch.promote_types(x.dtype, torch.float32))
+    x, du = x.contiguous(), du.unflatten(1, (masks, r))
+    how = {"ADDS": dx is not None, "STEPS": steps, **blocks}
+    for n in range(masks):
+        for ranks in _few(r):
+            back, part = du[:, n, ranks], found[n, :, ranks]
+            tensors = (seed, x, down[ranks].contiguous(), back, x if dx is None else dx, part)
+            numbers = (tokens, columns, back.shape[1], n * tokens, *back.stride(), part.stride(0))
+            _launch(_add_back, (of_columns, parts), x, tensors, numbers, p, **_sizes(x, back), **how)
+    return found.sum((0, 1))
 
 
-def _over(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], p: float, first_row: int, **constants: Any) -> None:
-    require_gpu(x)
-    if x.numel():
-        with torch.cuda.device_of(x):  # a kernel starts on the current device, which need not be the tensor's
-            kernel[(triton.cdiv(x.numel(), ENTRIES),)](
-                *tensors,
-                x.numel(),
-                first_row * x.shape[1],
-                threshold(p),
-                ENTRIES=ENTRIES,
-                enable_fp_fusion=True,
-                **constants,
-            )
+def _few(r: int) -> list[slice]:
+    """Ranks in parts whose sums a program can hold."""
+    return [slice(first, min(first + MOST_RANKS, r)) for first in range(0, r, MOST_RANKS)]
+
+
+def _sizes(x: Tensor, ranks: Tensor) -> dict[str, Any]:
+    at_least = 16  # a product of blocks takes no fewer
+    known = max(at_least, triton.next_power_of_2(ranks.shape[-1]))
+    return {"ALIGNED": x.shape[1] % 4 == 0, "WIDE": wide(x), "RANKS": known}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], like: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], p: float,
+    **constants: Any,
+) -> None:  # fmt: skip
+    require_gpu(like)
+    if like.numel():
+        with torch.cuda.device_of(like):  # a kernel starts on the current device, which need not be the tensor's
+            kernel[grid](*tensors, *numbers, threshold(p), enable_fp_fusion=True, **constants)
 
 
 def require_gpu(tensor: Tensor) -> None:
@@ -112,8 +204,9 @@ def wide(tensor: Tensor) -> Any:
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, first_row: int) -> Tensor:
     """`dropout.keep_mask`."""
     kept = seed.new_empty(rows, columns, dtype=torch.bool)
-    out = kept.view(torch.int8)
-    _over(_keep_mask, out, (seed, out), p, first_row)
+    out, first = kept.view(torch.int8), first_row * columns
+    grid = (triton.cdiv(out.numel(), ENTRIES),)
+    _launch(_keep_mask, grid, out, (seed, out), (out.numel(), first), p, ALIGNED=first % 4 == 0, ENTRIES=ENTRIES)
     return kept
 
 

@@ -59,7 +59,7 @@ def _forward(
         values = ranks * g_n[None, :]
         column = (n * r + rank).to(tl.int64)[:, None]
         if DROPS:
-            values = tl.where(keeps(seed, column * tokens + token[None, :], limit), values, 0.0)
+            values = tl.where(keeps(seed, column * tokens, token.to(tl.int32)[None, :], limit, False), values, 0.0)
         tl.store(h + column * stride_hc + token[None, :] * stride_ht, values, mask=known)
     if START != 0:
         start = tl.load(z_0 + place, mask=known, other=0.0).to(WIDE) * tl.full([1, 1], START, WIDE)
@@ -91,7 +91,7 @@ def _backward(
         g_n = tl.sum(tl.where(here, g, 0.0), axis=0)[None, :]
         values = ranks * tl.full([1, 1], SCALE, WIDE) * g_n
         if DROPS:
-            kept = keeps(seed, column * tokens + token[None, :], limit)
+            kept = keeps(seed, column * tokens, token.to(tl.int32)[None, :], limit, False)
             u = tl.where(kept, u, 0.0)
             values = tl.where(kept, values, 0.0)
         d_ranks += u * g_n
