@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, Tensors
+from .dispatch import implementation
 from .dropout import keep_masks
 from .lowrank import cast, stack, widened
 from .replayed import Saved, Weights
@@ -141,7 +142,7 @@ class ByHand:
         """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
         weights = [t.clean if self.drops else (*t.dropped, *t.clean) for t in tensors]
         kinds = [w for kind in zip(*weights, strict=True) for w in kind]
-        return stack(kinds, x) if kinds else None
+        return stack(kinds, x, fill=implementation(x.device) == "triton") if kinds else None
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""

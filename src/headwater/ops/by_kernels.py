@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adapter import Tensors
 from .by_hand import ByHand
-from .lowrank import aligned, cast, product, stack
+from .lowrank import cast, stack
 from .replayed import Saved
 from .triton_heads import Ranks, gather, spread
 
@@ -23,21 +23,21 @@ class ByKernels(ByHand):
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """As `ByHand.forward`; `kept` is not there, as no mask is ever in memory."""
         down = self.clean_rows(tensors, x)
-        down = None if down is None else aligned(down, 0)
         parts = [] if down is None else [x @ down.T]
         if self.drops:
             read = [a.read_dropped(x, cast(t.dropped[0], x.dtype)) for a, t in zip(self.adapters, tensors, strict=True)]
             parts = [*(part for part, _ in read), *parts]
         u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        ups = [aligned(stack(t.up, y), 0) for t, y in zip(tensors, ys, strict=True)]
+        ups = [stack(t.up, y, fill=True) for t, y in zip(tensors, ys, strict=True)]
         for adapter, t, y, up, ranks in zip(self.adapters, tensors, ys, ups, self._ranks(u), strict=True):
             filled_up = up.shape[0] > sum(w.shape[0] for w in t.up)
             h = (y.new_zeros if filled_up else y.new_empty)(y.shape[0], up.shape[0])
             spread(ranks, h)
-            y.addmm_(h, up, alpha=adapter.scale * self.factor)
+            y.addmm_(h, up)
             assert adapter.heads is not None
-            if adapter.heads.show is not None and ranks.gate is not None:
-                adapter.heads.show(torch.softmax(ranks.gate.float(), 1))
+            if adapter.heads.show is not None and adapter.heads.routed:
+                first = ranks.at[1]
+                adapter.heads.show(torch.softmax(u[:, first : first + adapter.heads.num_heads].float(), 1))
         return u, down, *ups
 
     def backward(
@@ -50,14 +50,13 @@ class ByKernels(ByHand):
         filled_up = u.shape[1] > sum(self.rows)
         self.du, self.of_up = (u.new_zeros if filled_up else u.new_empty)(u.shape), []
         N, r = self.heads.num_heads, self.heads.r
-        of_ranks = zip(self._ranks(u), self._columns(self.du), strict=True)
-        for i, (ranks, (dz, d_logits, dz_0)) in enumerate(of_ranks):
-            up, dy, scale = ups[i], dys[i], self.adapters[i].scale * self.factor
+        for i, ranks in enumerate(self._ranks(u)):
+            up, dy = ups[i], dys[i]
             assert up is not None
-            dh = product(dy, up.T, scale)
+            dh = dy @ up.T
             h = torch.empty_like(dh) if wanted[i][0] else None
-            gather(ranks, dh, dz, d_logits, dz_0 if self.heads.start else None, h)
-            of_heads = None if h is None else product(h.T, dy, scale)[: N * r]
+            gather(ranks, dh, self.du, self.du, self.du if self.heads.start else None, h)
+            of_heads = None if h is None else (h.T @ dy)[: N * r]
             self.of_up.append(None if of_heads is None else cast(of_heads, self.tensors[i].up[0].dtype))
 
     def add_to_dx(self, dx: Tensor | None) -> None:
@@ -81,19 +80,15 @@ class ByKernels(ByHand):
             for i in range(G):
                 self.of_down[i] += parts[i::G]
 
-    def _columns(self, u: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Each layer's columns of z, logits and z_0; the last two may be none."""
-        G = len(self.adapters)
-        sizes = [rows // G for rows in self.rows for _ in range(G)]
-        parts = u.split([*sizes, u.shape[1] - sum(sizes)], 1)
-        return list(zip(parts[:G], parts[G : 2 * G], parts[2 * G : 3 * G], strict=True))
-
     def _ranks(self, u: Tensor) -> list[Ranks]:
+        """What the kernels read of each layer's, from u as it is: z, then all layers' logits, then their z_0."""
+        z_rows, gate_rows, _ = self.rows
         found = []
-        for adapter, (z, logits, z_0) in zip(self.adapters, self._columns(u), strict=True):
+        for i, adapter in enumerate(self.adapters):
             one = adapter.heads
             assert one is not None
-            gate, start = logits if one.routed else None, z_0 if one.start else None
-            p = 0.0 if one.seed is None else one.dropout
-            found.append(Ranks(one.r, one.num_heads, z, gate, one.seed, p, z_0=start, start=-1 / self.factor))
+            at = (i * one.r, z_rows + i * one.num_heads, z_rows + gate_rows + i * one.r)
+            gate, z_0 = u if one.routed else None, u if one.start else None
+            p, scale = 0.0 if one.seed is None else one.dropout, self.scale * self.factor
+            found.append(Ranks(one.r, one.num_heads, u, gate, one.seed, p, scale, z_0, -self.scale, at))
         return found

@@ -8,6 +8,7 @@ So the number of heads is nearly free, and nothing of width `d_out` is ever made
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -36,9 +37,18 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (u,) if len(weights) == 1 else torch.split(u, [w.shape[0] for w in weights], dim=-1)
 
 
-def stack(weights: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Matrices one below the other, in another tensor's dtype."""
+def stack(weights: Sequence[Tensor], like: Tensor, *, fill: bool = False) -> Tensor:
+    """Matrices one below the other, in another tensor's dtype; with `fill`, rows of zeros as in `aligned`."""
+    missing = -sum(w.shape[0] for w in weights) % 8 if fill else 0
+    if missing:
+        weights = (*weights, _zeros(missing, weights[0].shape[1], weights[0].dtype, weights[0].device))
     return cast(weights[0] if len(weights) == 1 else torch.cat(tuple(weights)), like.dtype)
+
+
+@functools.cache
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
 def aligned(ranks: Tensor, dim: int = 1) -> Tensor:

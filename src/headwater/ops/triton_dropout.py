@@ -8,6 +8,7 @@ them is here, too.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from . import dropout
 from .dropout import threshold
 
-M0, M1, M2 = tl.constexpr(dropout.M0), tl.constexpr(dropout.M1), tl.constexpr(dropout.M2)
-TURN = tl.constexpr(dropout.TURN)
 ENTRIES = 1024
 MOST_RANKS = 64  # of one launch
 PROGRAMS = 1024  # as many of `_add_back` as keep a GPU busy
@@ -41,21 +39,22 @@ def keeps(seed, first, at, limit, ALIGNED: tl.constexpr):
     """Whether entries are kept, as `dropout.keep_mask` says: those whose numbers are `first + at`, int64 and int32.
 
     The wide numbers are only in `first`, which few entries have to themselves. ALIGNED says that it is a multiple of 4:
-    entries of one word then have one `at >> 2`, and the compiler sees that their hash is the same.
+    entries of one word then have one `at >> 2`, and the compiler sees that their hash is the same. The factors are
+    dropout's M0, M1, M2 and TURN; Triton would look up names of other modules at every launch.
     """
     bits = tl.load(seed)
     turn = (first + (bits >> 54)).to(tl.int32) & 255
     if not ALIGNED:
         at += (first & 3).to(tl.int32)
         turn -= (first & 3).to(tl.int32)
-    h = ((first >> 2).to(tl.int32) * M0 + (bits & 0x7FFFFFFF).to(tl.int32)) + (at >> 2) * M0
+    h = ((first >> 2).to(tl.int32) * -1640531527 + (bits & 0x7FFFFFFF).to(tl.int32)) + (at >> 2) * -1640531527
     h = h ^ (h >> 16)
-    h = h * M1
+    h = h * 0x21F0AAAD
     h = h ^ ((bits >> 31) & 0x7FFFFFFF).to(tl.int32)
     h = h ^ (h >> 16)
-    h = h * M2
+    h = h * 0x735A2D97
     byte = (h >> ((at & 3) * 8)) & 255
-    return byte * 256 + ((turn * TURN + at * TURN) & 255) >= limit
+    return byte * 256 + ((turn * 159 + at * 159) & 255) >= limit
 
 
 @triton.jit
@@ -174,25 +173,28 @@ def _launch(
     kernel: Any, grid: tuple[int, ...], like: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], p: float,
     **constants: Any,
 ) -> None:  # fmt: skip
-    require_gpu(like)
     if like.numel():
-        with torch.cuda.device_of(like):  # a kernel starts on the current device, which need not be the tensor's
+        with on_device_of(like):
             kernel[grid](*tensors, *numbers, threshold(p), enable_fp_fusion=True, **constants)
 
 
-def require_gpu(tensor: Tensor) -> None:
-    """
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A kernel starts on the current device, which need not be the tensor's.
+
     Raises:
         HeadwaterError: if Triton can run nothing on this tensor.
     """
-    if tensor.device.type == "cpu" and isinstance(_keep_mask, triton.JITFunction):  # not wrapped by the interpreter
-        raise HeadwaterError(
-            Problem(
-                "Triton's kernels need a GPU, and this tensor is on the CPU",
-                "HEADWATER_OPS",
-                "leave HEADWATER_OPS unset, or set TRITON_INTERPRET=1 to check the kernels without one",
+    if tensor.device.type == "cpu":
+        if isinstance(_keep_mask, triton.JITFunction):  # not wrapped by the interpreter
+            raise HeadwaterError(
+                Problem(
+                    "Triton's kernels need a GPU, and this tensor is on the CPU",
+                    "HEADWATER_OPS",
+                    "leave HEADWATER_OPS unset, or set TRITON_INTERPRET=1 to check the kernels without one",
+                )
             )
-        )
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(tensor)
 
 
 def wide(tensor: Tensor) -> Any:

@@ -11,16 +11,15 @@ the same kernels for `by_kernels`: they write into given columns, and know a fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dropout import threshold
-from .triton_dropout import keeps, require_gpu, wide
+from .triton_dropout import keeps, on_device_of, wide
 
 ELEMENTS = 2048
 """Entries of a block: ranks or heads (whichever are more) times tokens."""
@@ -40,13 +39,14 @@ def _gates(gate, token, inside, head, stride_t, stride_n, N, GATE: tl.constexpr,
     return values / tl.sum(values, axis=0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["z_at", "gate_at", "z_0_at", "tokens"])
 def _forward(
-    z, z_0, gate, seed, h, tokens, r, N,
+    z, gate, z_0, seed, h, z_at, gate_at, z_0_at, tokens, r, N,
     stride_zt, stride_zr, stride_gt, stride_gn, stride_ht, stride_hc, limit,
     SCALE: tl.constexpr, START: tl.constexpr, DROPS: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    z, gate, z_0 = z + z_at, gate + gate_at, z_0 + z_0_at
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
@@ -67,14 +67,16 @@ def _forward(
         tl.store(h + column * stride_hc + token[None, :] * stride_ht, start, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["z_at", "gate_at", "z_0_at", "tokens"])
 def _backward(
-    dh, z, gate, seed, dz, dz_0, dgate, h, tokens, r, N,
+    dh, z, gate, seed, dz, dgate, dz_0, h, z_at, gate_at, z_0_at, tokens, r, N,
     stride_ht, stride_hc, stride_zt, stride_zr, stride_gt, stride_gn,
     stride_dzt, stride_dzr, stride_dgt, stride_dgn, limit,
     SCALE: tl.constexpr, START: tl.constexpr, DROPS: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr,
     AGAIN: tl.constexpr, HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    z, gate = z + z_at, gate + gate_at
+    dz, dgate, dz_0 = dz + z_at, dgate + gate_at, dz_0 + z_0_at
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
@@ -128,8 +130,7 @@ def backward(dh: Tensor, z: Tensor, gate: Tensor, seed: Tensor | None, dropout: 
     return dz, dgate
 
 
-@dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedTuple):
     """What the kernels read.
 
     Args:
@@ -138,6 +139,7 @@ class Ranks:
         seed, dropout: of the mask; seed None without one.
         scale: factor of everything that the heads write.
         z_0: a start's ranks, with z's strides; they are written behind the heads', times `start`.
+        at: columns where z, gate and z_0 begin in the tensors given for them: wider ones spare the program the views.
     """
 
     r: int
@@ -149,29 +151,33 @@ class Ranks:
     scale: float = 1.0
     z_0: Tensor | None = None
     start: float = 0.0
+    at: tuple[int, int, int] = (0, 0, 0)
 
 
 def spread(ranks: Ranks, h: Tensor) -> None:
     """Writes h, `(tokens, N r)` and the start's r columns, any strides."""
-    z_0 = ranks.z if ranks.z_0 is None else ranks.z_0
-    pointers = (ranks.z, z_0, *_gate_and_seed(ranks), h)
-    _launch(_forward, ranks, pointers, (*ranks.z.stride(), *_gate_strides(ranks.gate), *h.stride()))
+    z, gate, z_0, seed = _pointers(ranks)
+    strides = (*z.stride(), *_gate_strides(ranks.gate), *h.stride())
+    _launch(_forward, ranks, (z, gate, z_0, seed, h), strides)
 
 
 def gather(
     ranks: Ranks, dh: Tensor, dz: Tensor, dgate: Tensor, dz_0: Tensor | None = None, h: Tensor | None = None
 ) -> None:
     """Writes what comes back from dh: dz `(tokens, r)`, dgate `(tokens, N)` if there are logits, dz_0 `(tokens, r)` if
-    there is a start, in dz's strides; and, if h is given, the heads' part of h once more, in dh's strides."""
-    pointers = (dh, ranks.z, *_gate_and_seed(ranks), dz, dz if dz_0 is None else dz_0, dgate, dh if h is None else h)
-    strides = (*dh.stride(), *ranks.z.stride(), *_gate_strides(ranks.gate), *dz.stride())
+    there is a start, in dz's strides, each from the column on where what it belongs to begins (`Ranks.at`); and, if h
+    is given, the heads' part of h once more, in dh's strides."""
+    z, gate, _, seed = _pointers(ranks)
+    pointers = (dh, z, gate, seed, dz, dgate, dz if dz_0 is None else dz_0, dh if h is None else h)
     of_gate = dgate.stride() if dgate.dim() == 2 else (0, 0)
-    _launch(_backward, ranks, pointers, (*strides, *of_gate), AGAIN=h is not None)
+    strides = (*dh.stride(), *z.stride(), *_gate_strides(ranks.gate), *dz.stride(), *of_gate)
+    _launch(_backward, ranks, pointers, strides, AGAIN=h is not None)
 
 
-def _gate_and_seed(ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _pointers(ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is missing is not read, but a pointer must be there."""
-    return ranks.z if ranks.gate is None else ranks.gate, ranks.z if ranks.seed is None else ranks.seed
+    z, gate, z_0, seed = ranks.z, ranks.gate, ranks.z_0, ranks.seed
+    return z, z if gate is None else gate, z if z_0 is None else z_0, z if seed is None else seed
 
 
 def _gate_strides(gate: Tensor | None) -> tuple[int, int]:
@@ -182,14 +188,13 @@ def _gate_strides(gate: Tensor | None) -> tuple[int, int]:
 
 def _launch(kernel: Any, ranks: Ranks, tensors: tuple[Tensor, ...], strides: tuple[int, ...], **constants: Any) -> None:
     tokens = ranks.z.shape[0]
-    require_gpu(ranks.z)
     if tokens == 0:
         return
-    HEADS, RANKS = triton.next_power_of_2(ranks.N), triton.next_power_of_2(ranks.r)
-    TOKENS = max(16, min(128, ELEMENTS // max(HEADS, RANKS)))
-    with torch.cuda.device_of(ranks.z):  # a kernel starts on the current device, which need not be the tensor's
-        kernel[(triton.cdiv(tokens, TOKENS),)](
+    blocks = _blocks(ranks.r, ranks.N)
+    with on_device_of(ranks.z):
+        kernel[(-(-tokens // blocks["TOKENS"]),)](
             *tensors,
+            *ranks.at,
             tokens,
             ranks.r,
             ranks.N,
@@ -200,9 +205,13 @@ def _launch(kernel: Any, ranks: Ranks, tensors: tuple[Tensor, ...], strides: tup
             DROPS=ranks.seed is not None,
             GATE=2 if ranks.gate is None else 2 - ranks.gate.dim(),
             WIDE=wide(ranks.z),
-            HEADS=HEADS,
-            RANKS=RANKS,
-            TOKENS=TOKENS,
             enable_fp_fusion=True,
+            **blocks,
             **constants,
         )
+
+
+@functools.cache
+def _blocks(r: int, N: int) -> dict[str, int]:
+    HEADS, RANKS = triton.next_power_of_2(N), triton.next_power_of_2(r)
+    return {"HEADS": HEADS, "RANKS": RANKS, "TOKENS": max(16, min(128, ELEMENTS // max(HEADS, RANKS)))}
