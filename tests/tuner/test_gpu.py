@@ -84,6 +84,23 @@ def test_it_trains_in_bfloat16(row, tiny_llama, checkpointing):
     assert losses[-1] < losses[0] - 0.1, losses
 
 
+def test_it_trains_in_float16_under_a_gradient_scaler(row, tiny_llama):
+    model = adapt(row, tiny_llama(), stirred=False, target_modules=ALL_LINEAR).to(DEVICE).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
+    x, losses = tokens(rows=3, length=11).to(DEVICE), []
+    for _ in range(30):
+        with torch.autocast(DEVICE, torch.float16):
+            loss = model(input_ids=x, labels=x, use_cache=False, **on(DEVICE, task_kwargs(row, 3))).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1, losses
+    assert scaler.get_scale() == 2.0**10  # never lowered: no gradient overflowed
+
+
 def test_saved_and_loaded_it_is_the_same(row, tiny_llama, tmp_path):
     model = adapt(row, tiny_llama()).to(DEVICE).eval()
     expected = logits(row, model, tokens().to(DEVICE))
