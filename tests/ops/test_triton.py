@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headwater.ops import triton_dropout, triton_heads
 
-wide = ("z", "z_0", "h", "dh", "dz", "dz_0", "x", "dx", "down", "u", "du")
+wide = ("z", "z_0", "h", "dh", "dz", "dz_0", "x", "dx", "down", "u", "du", "clean", "of_clean", "d_clean")
 pointers = {"gate": "*fp32", "dgate": "*fp32", "seed": "*i64", "size": "i64", "out": "*i8"}
 types = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
 heads, reads = [triton_heads._forward, triton_heads._backward], [triton_dropout._read, triton_dropout._add_back]
@@ -49,10 +49,12 @@ for kernel, gate, dtype in cases + [(kernel, gate, dtype) for kernel in reads fo
     constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024, ALIGNED=gate == 0, ADDS=gate == 0, STEPS=4)
     if kernel in reads:
         blocks = (triton_dropout.READ, triton_dropout.BACK)[reads.index(kernel)][dtype == "bf16"]
-        constants |= dict(RANKS=16, TOKENS=blocks["TOKENS"], COLUMNS=blocks["COLUMNS"])
+        constants |= dict(RANKS=16, CLEAN=16 * gate, TOKENS=blocks["TOKENS"], COLUMNS=blocks["COLUMNS"])
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     names = kernel.arg_names
-    pointers |= {name: "*" + dtype for name in wide} | {"found": "*fp64" if dtype == "fp64" else "*fp32"}
+    pointers |= {name: "*" + dtype for name in wide} | dict.fromkeys(
+        ("found", "found_clean"), "*fp64" if dtype == "fp64" else "*fp32"
+    )
     signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)

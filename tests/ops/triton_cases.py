@@ -156,27 +156,34 @@ READS = [(1, 1, 1), (0, 4, 3), (70, 33, 5), (7, 300, 8), (130, 140, 17), (9, 24,
 
 
 @pytest.mark.parametrize("size", READS, ids=str)
-@pytest.mark.parametrize("masks", [1, 3])
+@pytest.mark.parametrize(("masks", "k"), [(1, 0), (3, 0), (1, 5), (3, 19)])
 @pytest.mark.parametrize("programs", [1, 1024])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, HALF], ids=str)
-def test_x_under_its_masks_is_read_and_comes_back(size, masks, programs, dtype, monkeypatch):
+def test_x_under_its_masks_is_read_and_comes_back(size, masks, k, programs, dtype, monkeypatch):
     monkeypatch.setattr(triton_dropout, "PROGRAMS", programs)
     tokens, d_in, r = size
     x, dx = noise(tokens, d_in, seed=0, dtype=dtype), noise(tokens, d_in, seed=1, dtype=dtype)
     down, du = noise(r, d_in, seed=2, dtype=dtype), noise(masks * r, tokens, seed=3, dtype=dtype).T
+    clean, d_clean = noise(k, d_in, seed=4, dtype=dtype), noise(tokens, k, seed=5, dtype=dtype)
+    beside, back = ({"clean": clean}, {"clean": clean, "d_clean": d_clean}) if k else ({}, {})
     kept = keep_mask(key(), masks * tokens, d_in, 0.3).view(masks, tokens, d_in)
-    u = triton_dropout.read(x, down, key(), 0.3, masks)
+    u, of_clean = triton_dropout.read(x, down, key(), 0.3, masks, **beside)
     want_u, want_dx, want_down = torch.zeros_like(u).double(), dx.double(), torch.zeros_like(down).double()
     for n in range(masks):
         seen, columns = kept[n] * x.double(), slice(n * r, (n + 1) * r)
         want_u[:, columns] = seen @ down.double().T
         want_dx += kept[n] * (du[:, columns].double() @ down.double())
         want_down += du[:, columns].double().T @ seen
-    alone = triton_dropout.add_back(None, du, x, down, key(), 0.3, masks)
-    of_down = triton_dropout.add_back(dx, du, x, down, key(), 0.3, masks)
-    assert torch.equal(alone, of_down)
-    assert (u.dtype, of_down.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
-    for got, want in ((u, want_u), (dx, want_dx), (of_down, want_down)):
+    want_dx += d_clean.double() @ clean.double()
+    alone = triton_dropout.add_back(None, du, x, down, key(), 0.3, masks, **back)
+    found = triton_dropout.add_back(dx, du, x, down, key(), 0.3, masks, **back)
+    assert torch.equal(alone[0], found[0])
+    assert (u.dtype, found[0].dtype) == (dtype, torch.promote_types(dtype, torch.float32))
+    pairs = [(u, want_u), (dx, want_dx), (found[0], want_down)]
+    if k:
+        assert torch.equal(alone[1], found[1])
+        pairs += [(of_clean, x.double() @ clean.double().T), (found[1], d_clean.double().T @ x.double())]
+    for got, want in pairs:
         size = want.abs().max().clamp_min(1e-6) if want.numel() else 1.0
         torch.testing.assert_close(got.double() / size, want / size, **CLOSE[dtype])
 
@@ -187,6 +194,7 @@ LAYERS = [
     ("rlora", {"num_heads": 3, "r": 5, "head_dropout": 0.0}),
     ("rlora", {"num_heads": 1, "r": 3, "compensation": "center"}),
     ("hydralora", {"num_heads": 3, "r": 5, "lora_dropout": 0.2}),
+    ("hydralora", {"num_heads": 70, "r": 2, "lora_dropout": 0.2}),  # more router rows than a launch takes
     ("hydralora", {"num_heads": 3, "r": 4, "lora_dropout": 0.2, "input_dropout": "per_head"}),
     ("mlora", {"num_heads": 3, "r": 5, "lora_dropout": 0.2}),
     ("mtl_lora", {"num_heads": 3, "r": 5, "lora_dropout": 0.2, "num_tasks": 2}),
@@ -220,7 +228,7 @@ def assert_alike(found: list[Tensor], expected: list[Tensor], *, autocast: bool)
         torch.testing.assert_close(got / size, want / size, **close)
 
 
-@pytest.mark.parametrize(("name", "fields"), LAYERS[:7], ids=str)
+@pytest.mark.parametrize(("name", "fields"), LAYERS[:8], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore:.*head dropout on heads of this starting size")
 def test_a_whole_model_trains_as_with_the_other_implementation(name, fields, checkpointing, monkeypatch):

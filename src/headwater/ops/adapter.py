@@ -108,7 +108,7 @@ class Adapter:
             from .triton_dropout import read
 
             assert self.seed is not None
-            return read(x, down, self.seed, self.dropout, self.masks), None
+            return read(x, down, self.seed, self.dropout, self.masks)[0], None
         packs = x.device.type == "cpu" and d_in % 8 == 0  # elsewhere they are drawn again
         u: list[list[Tensor]] = [[] for _ in range(self.masks)]
         bits: list[list[Tensor]] = [[] for _ in range(self.masks)]
@@ -126,7 +126,7 @@ class Adapter:
             from .triton_dropout import add_back
 
             assert self.seed is not None
-            return add_back(dx, du, x, down, self.seed, self.dropout, self.masks)
+            return add_back(dx, du, x, down, self.seed, self.dropout, self.masks)[0]
         k, total = down.shape[0], None
         for n, rows, place in self._blocks(x):
             kept = self.draw(place, x.shape[1]).to(x.dtype) if bits is None else unpack(_rows(bits, place), x.dtype)

@@ -16,6 +16,7 @@ from .adapter import Tensors
 from .by_hand import ByHand
 from .lowrank import cast, stack
 from .replayed import Saved
+from .triton_dropout import MOST_RANKS, add_back, read
 from .triton_heads import Ranks, gather, spread
 
 
@@ -23,10 +24,15 @@ class ByKernels(ByHand):
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """As `ByHand.forward`; `kept` is not there, as no mask is ever in memory."""
         down = self.clean_rows(tensors, x)
-        parts = [] if down is None else [x @ down.T]
-        if self.drops:
-            read = [a.read_dropped(x, cast(t.dropped[0], x.dtype)) for a, t in zip(self.adapters, tensors, strict=True)]
-            parts = [*(part for part, _ in read), *parts]
+        parts, of_clean = [], None
+        clean = self._beside(down)
+        for adapter, t in zip(self.adapters, tensors, strict=True) if self.drops else ():
+            assert adapter.seed is not None
+            part, found = read(x, cast(t.dropped[0], x.dtype), adapter.seed, adapter.dropout, clean=clean)
+            parts.append(part)
+            of_clean, clean = found if of_clean is None else of_clean, None
+        if down is not None:
+            parts.append(x @ down.T if of_clean is None else of_clean)
         u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         ups = [stack(t.up, y, fill=True) for t, y in zip(tensors, ys, strict=True)]
         for adapter, t, y, up, ranks in zip(self.adapters, tensors, ys, ups, self._ranks(u), strict=True):
@@ -63,22 +69,31 @@ class ByKernels(ByHand):
         x, r, du = self.x, self.heads.r, self.du
         self.of_down: list[list[Tensor | None]] = [[] for _ in self.adapters]
         sizes = [r, self.heads.num_heads] if self.heads.routed else [r]
+        of_clean = None
         if self.drops:
+            behind, du, sizes = du[:, : self.rows[0]], du[:, self.rows[0] :], sizes[1:]
+            clean = self._beside(self.down)
             for i, (adapter, t) in enumerate(zip(self.adapters, self.tensors, strict=True)):
-                down = cast(t.dropped[0], x.dtype)
-                of_down = adapter.add_dropped(dx, x, du[:, i * r : (i + 1) * r], down, None)
+                assert adapter.seed is not None
+                down, part = cast(t.dropped[0], x.dtype), behind[:, i * r : (i + 1) * r]
+                of_down, found = add_back(dx, part, x, down, adapter.seed, adapter.dropout, clean=clean, d_clean=du)
                 self.of_down[i].append(cast(of_down, t.dropped[0].dtype))
-            du, sizes = du[:, self.rows[0] :], sizes[1:]
+                of_clean, clean = found if of_clean is None else of_clean, None
         if self.down is None:
             return
-        if dx is not None:
+        if of_clean is None and dx is not None:
             dx.addmm_(du, self.down)
         G = len(self.adapters)
         if sizes:  # not the starts', which come last and are frozen
-            found = cast((du.T @ x)[: G * sum(sizes)], self.tensors[0].dropped[0].dtype)
+            of_clean = du.T @ x if of_clean is None else of_clean
+            found = cast(of_clean[: G * sum(sizes)], self.tensors[0].dropped[0].dtype)
             parts = found.split([k for k in sizes for _ in range(G)])
             for i in range(G):
                 self.of_down[i] += parts[i::G]
+
+    def _beside(self, down: Tensor | None) -> Tensor | None:
+        """The rows that read x as it is, if the first layer's kernels for dropout on x can take them along."""
+        return down if self.drops and down is not None and len(down) <= MOST_RANKS else None
 
     def _ranks(self, u: Tensor) -> list[Ranks]:
         """What the kernels read of each layer's, from u as it is: z, then all layers' logits, then their z_0."""

@@ -25,11 +25,11 @@ MOST_RANKS = 64  # of one launch
 PROGRAMS = 1024  # as many of `_add_back` as keep a GPU busy
 # blocks of x, by whether its entries are of 16 bits; of others fewer fit into a program's registers
 READ = {
-    True: {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
+    True: {"TOKENS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
     False: {"TOKENS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
 }
 BACK = {
-    True: {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 2},
+    True: {"TOKENS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1},
     False: {"TOKENS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
 }
 
@@ -67,95 +67,159 @@ def _keep_mask(seed, out, size, first, limit, ALIGNED: tl.constexpr, ENTRIES: tl
 
 @triton.jit
 def _read(
-    seed, x, down, u, tokens, columns, r, stride_ut, stride_um, stride_ur, limit,
-    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    seed, x, down, clean, u, of_clean, tokens, columns, r, k, stride_ut, stride_um, stride_ur, stride_ct, stride_cr,
+    limit, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """u of a block of tokens behind one mask. The masks of a block of tokens come one after the other, so that x is in
-    the cache from the second on."""
+    """u of a block of tokens behind one mask, and, with CLEAN, what `clean` reads. The masks of a block of tokens come
+    one after the other, so that x is in the cache from the second on."""
     mask = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside, rank = token < tokens, tl.arange(0, RANKS)
     first = (mask * tokens + token) * columns
     total = tl.zeros([TOKENS, RANKS], WIDE)
+    if CLEAN:
+        row = tl.arange(0, CLEAN)
+        plain = tl.zeros([TOKENS, CLEAN], WIDE)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        known = inside[:, None] & (column < columns)[None, :]
-        values = tl.load(x + (token * columns)[:, None] + column[None, :], mask=known, other=0.0)
+        there = (column < columns)[:, None]
+        values = tl.load(
+            x + (token * columns)[:, None] + column[None, :],
+            mask=inside[:, None] & (column < columns)[None, :],
+            other=0.0,
+        )
         kept = keeps(seed, first[:, None], column[None, :], limit, ALIGNED)
-        of_rank = (rank < r)[None, :] & (column < columns)[:, None]
-        weight = tl.load(down + rank.to(tl.int64)[None, :] * columns + column[:, None], mask=of_rank, other=0.0)
         seen = tl.where(kept, values, 0.0).to(values.dtype)
+        place = rank.to(tl.int64)[None, :] * columns + column[:, None]
+        weight = tl.load(down + place, mask=(rank < r)[None, :] & there, other=0.0)
         total = tl.dot(seen, weight, total, input_precision="ieee", out_dtype=WIDE)
+        if CLEAN:
+            place = row.to(tl.int64)[None, :] * columns + column[:, None]
+            weight = tl.load(clean + place, mask=(row < k)[None, :] & there, other=0.0)
+            plain = tl.dot(values, weight, plain, input_precision="ieee", out_dtype=WIDE)
     place = mask * stride_um + token[:, None] * stride_ut + rank.to(tl.int64)[None, :] * stride_ur
     tl.store(u + place, total, mask=inside[:, None] & (rank < r)[None, :])
+    if CLEAN:
+        if mask == 0:
+            place = token[:, None] * stride_ct + row.to(tl.int64)[None, :] * stride_cr
+            tl.store(of_clean + place, plain, mask=inside[:, None] & (row < k)[None, :])
 
 
 @triton.jit
 def _add_back(
-    seed, x, down, du, dx, found, tokens, columns, r, first_row, stride_ut, stride_ur, stride_part, limit,
-    ADDS: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    STEPS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    seed, x, down, clean, du, d_clean, dx, found, found_clean, tokens, columns, r, k, first_row,
+    stride_ut, stride_ur, stride_ct, stride_cr, stride_part, stride_clean, limit,
+    ADDS: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Through one mask, for a block of columns and STEPS blocks of tokens: adds to dx, and gives a part of dA's sum."""
+    """Through one mask and, with CLEAN, beside it, a block of columns and STEPS blocks of tokens: adds to dx, and gives
+    parts of the sums that the down-projections' gradients are."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rank = tl.arange(0, RANKS)
-    of_rank = (rank < r)[:, None] & (column < columns)[None, :]
+    rank, there = tl.arange(0, RANKS), (column < columns)[None, :]
+    of_rank = (rank < r)[:, None] & there
     weight = tl.load(down + rank.to(tl.int64)[:, None] * columns + column[None, :], mask=of_rank, other=0.0)
     total = tl.zeros([RANKS, COLUMNS], WIDE)
+    if CLEAN:
+        row = tl.arange(0, CLEAN)
+        of_row = (row < k)[:, None] & there
+        straight = tl.load(clean + row.to(tl.int64)[:, None] * columns + column[None, :], mask=of_row, other=0.0)
+        plain = tl.zeros([CLEAN, COLUMNS], WIDE)
     for step in range(STEPS):
         token = (tl.program_id(1).to(tl.int64) * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
-        inside = token < tokens
-        known = inside[:, None] & (column < columns)[None, :]
+        inside = (token < tokens)[:, None]
         place = (token * columns)[:, None] + column[None, :]
         kept = keeps(seed, ((token + first_row) * columns)[:, None], column[None, :], limit, ALIGNED)
-        values = tl.load(x + place, mask=known, other=0.0)
+        values = tl.load(x + place, mask=inside & there, other=0.0)
         at = token[:, None] * stride_ut + rank.to(tl.int64)[None, :] * stride_ur
-        back = tl.load(du + at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
+        back = tl.load(du + at, mask=inside & (rank < r)[None, :], other=0.0)
         seen = tl.where(kept, values, 0.0).to(values.dtype)
         total = tl.dot(tl.trans(back), seen, total, input_precision="ieee", out_dtype=WIDE)
         if ADDS:
-            before = tl.load(dx + place, mask=known, other=0.0).to(WIDE)
             added = tl.dot(back, weight, input_precision="ieee", out_dtype=WIDE)
-            tl.store(dx + place, before + tl.where(kept, added, 0.0), mask=known)
-    of_part = tl.program_id(1).to(tl.int64) * stride_part + rank[:, None] * columns + column[None, :]
-    tl.store(found + of_part, total, mask=of_rank)
+            added = tl.where(kept, added, 0.0)
+        if CLEAN:
+            at = token[:, None] * stride_ct + row.to(tl.int64)[None, :] * stride_cr
+            back = tl.load(d_clean + at, mask=inside & (row < k)[None, :], other=0.0)
+            plain = tl.dot(tl.trans(back), values, plain, input_precision="ieee", out_dtype=WIDE)
+            if ADDS:
+                added = tl.dot(back, straight, added, input_precision="ieee", out_dtype=WIDE)
+        if ADDS:
+            before = tl.load(dx + place, mask=inside & there, other=0.0).to(WIDE)
+            tl.store(dx + place, before + added, mask=inside & there)
+    part = tl.program_id(1).to(tl.int64)
+    tl.store(found + part * stride_part + rank[:, None] * columns + column[None, :], total, mask=of_rank)
+    if CLEAN:
+        place = part * stride_clean + row[:, None] * columns + column[None, :]
+        tl.store(found_clean + place, plain, mask=of_row)
 
 
-def read(x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1) -> Tensor:
-    """`(mask * x) down^T` for each of `masks` masks, side by side: `(tokens, masks r)` in x's dtype.
+def read(
+    x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1, clean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`(mask * x) down^T` for each of `masks` masks, side by side: `(tokens, masks r)` in x's dtype; and from the same
+    pass `x clean^T`, `(tokens, k)`, if `clean` `(k, d_in)` is given, k at most `MOST_RANKS`.
 
     x is `(tokens, d_in)` and `down` `(r, d_in)`, of the same dtype; the n-th mask begins at row `n * tokens` of
     `dropout.keep_mask`. What is kept is not scaled.
     """
     (tokens, columns), r, blocks = x.shape, down.shape[0], READ[x.element_size() == 2]
     u = x.new_empty(tokens, masks, r)
-    x = x.contiguous()
+    of_clean = None if clean is None else x.new_empty(tokens, clean.shape[0])
+    x, grid = x.contiguous(), (masks, triton.cdiv(tokens, blocks["TOKENS"]))
     for ranks in _few(r):
-        part = u[:, :, ranks]
-        numbers = (tokens, columns, part.shape[2], *part.stride())
-        grid = (masks, triton.cdiv(tokens, blocks["TOKENS"]))
-        _launch(_read, grid, x, (seed, x, down[ranks].contiguous(), part), numbers, p, **_sizes(x, part), **blocks)
-    return u.flatten(1)
+        part, weight = u[:, :, ranks], down[ranks].contiguous()
+        beside = clean if ranks.start == 0 else None
+        tensors = (seed, x, weight, weight if beside is None else beside.contiguous(), part, _or(of_clean, part))
+        numbers = (tokens, columns, len(weight), _rows(beside), *part.stride(), *_strides(of_clean))
+        _launch(_read, grid, x, tensors, numbers, p, **_sizes(x, weight, beside), **blocks)
+    return u.flatten(1), of_clean
 
 
-def add_back(dx: Tensor | None, du: Tensor, x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1) -> Tensor:
-    """Adds what comes back through `read` to dx, in place, if there is one; returns the gradient of `down`, at least
-    float32. `du` is `(tokens, masks r)` of x's dtype, any strides; dx `(tokens, d_in)` is contiguous."""
+def add_back(
+    dx: Tensor | None, du: Tensor, x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1,
+    clean: Tensor | None = None, d_clean: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Adds what comes back through `read` to dx, in place, if there is one; returns the gradients of `down` and of
+    `clean`, at least float32. `du` is `(tokens, masks r)` and `d_clean` `(tokens, k)`, of x's dtype, any strides; dx
+    `(tokens, d_in)` is contiguous."""
     (tokens, columns), r, blocks = x.shape, down.shape[0], BACK[x.element_size() == 2]
+    d_clean = None if clean is None else d_clean
     of_columns, of_tokens = triton.cdiv(columns, blocks["COLUMNS"]), triton.cdiv(tokens, blocks["TOKENS"])
     steps = triton.next_power_of_2(max(1, of_columns * of_tokens // PROGRAMS))  # a power: few kernels are compiled
-    parts = triton.cdiv(of_tokens, steps)
-    found = x.new_empty(masks, parts, r, columns, dtype=torch.promote_types(x.dtype, torch.float32))
+    parts, wider = triton.cdiv(of_tokens, steps), torch.promote_types(x.dtype, torch.float32)
+    found = x.new_empty(masks, parts, r, columns, dtype=wider)
+    of_clean = None if clean is None else x.new_empty(parts, len(clean), columns, dtype=wider)
     x, du = x.contiguous(), du.unflatten(1, (masks, r))
     how = {"ADDS": dx is not None, "STEPS": steps, **blocks}
     for n in range(masks):
         for ranks in _few(r):
-            back, part = du[:, n, ranks], found[n, :, ranks]
-            tensors = (seed, x, down[ranks].contiguous(), back, x if dx is None else dx, part)
-            numbers = (tokens, columns, back.shape[1], n * tokens, *back.stride(), part.stride(0))
-            _launch(_add_back, (of_columns, parts), x, tensors, numbers, p, **_sizes(x, back), **how)
-    return found.sum((0, 1))
+            back, part, weight = du[:, n, ranks], found[n, :, ranks], down[ranks].contiguous()
+            beside = clean if n == ranks.start == 0 else None
+            wide_ones = (seed, x, weight, weight if beside is None else beside.contiguous(), back, _or(d_clean, back))
+            tensors = (*wide_ones, _or(dx, x), part, _or(of_clean, part))
+            strides = (
+                *back.stride(),
+                *_strides(d_clean),
+                part.stride(0),
+                0 if of_clean is None else of_clean.stride(0),
+            )
+            numbers = (tokens, columns, len(weight), _rows(beside), n * tokens, *strides)
+            _launch(_add_back, (of_columns, parts), x, tensors, numbers, p, **_sizes(x, weight, beside), **how)
+    return found.sum((0, 1)), None if of_clean is None else of_clean.sum(0)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """What is missing is not touched, but a pointer must be there."""
+    return other if tensor is None else tensor
+
+
+def _rows(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else len(tensor)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()
 
 
 def _few(r: int) -> list[slice]:
@@ -163,10 +227,13 @@ def _few(r: int) -> list[slice]:
     return [slice(first, min(first + MOST_RANKS, r)) for first in range(0, r, MOST_RANKS)]
 
 
-def _sizes(x: Tensor, ranks: Tensor) -> dict[str, Any]:
-    at_least = 16  # a product of blocks takes no fewer
-    known = max(at_least, triton.next_power_of_2(ranks.shape[-1]))
-    return {"ALIGNED": x.shape[1] % 4 == 0, "WIDE": wide(x), "RANKS": known}
+def _sizes(x: Tensor, down: Tensor, clean: Tensor | None) -> dict[str, Any]:
+    ranks, beside = (
+        max(16, triton.next_power_of_2(rows)) for rows in (len(down), _rows(clean))
+    )  # 16: a product's least
+    return {
+        "ALIGNED": x.shape[1] % 4 == 0, "WIDE": wide(x), "RANKS": ranks, "CLEAN": 0 if clean is None else beside
+    }  # fmt: skip
 
 
 def _launch(
