@@ -54,6 +54,14 @@ def test_results_and_report(finished):
     assert storage["all_checkpoints"] == 6 * storage["adapter"]
 
 
+def test_headwater_report_writes_the_same_page_anew(finished):
+    before = (finished / "report.html").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(finished)])
+    assert not caught.value.code
+    assert (finished / "report.html").read_bytes() == before
+
+
 def test_the_nearest_checkpoint_is_a_trained_one_and_none_is_nearer(finished):
     """Distance in weights that are divided by the spread of their tensor over the task's checkpoints."""
     collected = {

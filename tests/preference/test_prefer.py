@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def test_the_folder_holds_what_it_should(done):
     assert "linucb, seed 0  step 2/6" in printed
     assert "left" in printed
     assert "late picks of the good source" in printed
+
+
+def test_headwater_report_writes_the_same_page_anew(done, tmp_path, capsys):
+    folder = shutil.copytree(done[0], tmp_path / "out")
+    for results in (folder / "results.json", None):
+        with pytest.raises(SystemExit) as caught:
+            main(["report", str(folder)])
+        assert bool(caught.value.code) == (results is None)
+        assert (folder / "report.html").read_bytes() == (done[0] / "report.html").read_bytes()
+        if results:
+            results.unlink()
+    assert "`headwater prefer` is not finished" in " ".join(capsys.readouterr().err.split())
 
 
 def test_seeds_differ_and_strategies_see_the_same_first_batch(done):

@@ -102,7 +102,7 @@ def test_bytes_that_are_no_text_become_a_note(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(HeadwaterError, match="no such run folder"):
+    with pytest.raises(HeadwaterError, match="there is no such folder"):
         read_run(tmp_path / "absent")
     with pytest.raises(HeadwaterError, match="this folder is not a run"):
         read_run(tmp_path)

@@ -191,8 +191,8 @@ class Run:
                     n=result.n,
                     before=before,
                     after=after,
-                    before_interval=_finite_pair(known.before) or score_interval(result.metric, before, result.n),
-                    after_interval=_finite_pair(known.after) or score_interval(result.metric, after, result.n),
+                    before_interval=finite_pair(known.before) or score_interval(result.metric, before, result.n),
+                    after_interval=finite_pair(known.after) or score_interval(result.metric, after, result.n),
                     majority=finite(extra.majority.get(task)),
                 )
             )
@@ -204,7 +204,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _finite_pair(pair: Interval | None) -> Interval | None:
+def finite_pair(pair: Interval | None) -> Interval | None:
     return pair if pair is not None and all(map(math.isfinite, pair)) else None
 
 
@@ -279,9 +279,9 @@ def read_run(folder: Path) -> Run:
         HeadwaterError: `folder` is no folder, or holds none of the four files.
     """
     if not folder.is_dir():
-        raise HeadwaterError(Problem("no such run folder", str(folder), "Give the output_dir of a training run."))
+        raise HeadwaterError(Problem("there is no such folder", str(folder), "give the output_dir of a run"))
     if not any((folder / name).is_file() for name in FILES):
-        fix = f"Give the output_dir of a training run; it holds {', '.join(FILES)}."
+        fix = f"give the output_dir of a run, which holds {', '.join(FILES)}"
         raise HeadwaterError(Problem("this folder is not a run", str(folder), fix))
     notes: dict[str, str] = {}
     results = read_json(folder / "results.json", Results, notes)
