@@ -248,3 +248,19 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(HeadwaterError, match="this folder is not a run"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_scores_and_one_whose_tasks_stay_say_so_plainly(tmp_path):
+    folder = write_run(tmp_path / "run", steps=2, layers=1)
+    results = json.loads((folder / "results.json").read_text())
+    for task in results["tasks"].values():
+        task["after"] = task["before"]
+    (folder / "results.json").write_text(json.dumps(results))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("strategy: temperature", "strategy: proportional"))
+    html = write_report(folder).read_text()
+    assert "0 of 6 tasks improved so clearly that the 95 % intervals before and after do not overlap." in html
+    assert "Asked for: strategy proportional, batching mixed." in html
+    results.update(tasks={}, mean={"before": None, "after": None})
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "No task has test rows, so nothing was scored." in write_report(folder).read_text()

@@ -125,6 +125,14 @@ def test_the_table_says_what_is_measured_and_a_sinking_loss_is_a_gain():
     assert "10 steps in 61 s of training" in lines[-1]
 
 
+def test_a_run_without_test_rows_says_so():
+    console = Console(file=StringIO(), width=160, record=True)
+    ProgressDisplay(console).scored({}, 0)
+    show_scores({"steps": 3, "train_seconds": 0.4, "tasks": {}, "mean": {"after": None}, "extra": {}}, console)
+    said = "no task has test rows, so nothing was scored\n3 steps in 0 s of training\n"
+    assert console.export_text() == said
+
+
 def test_argument_defaults(tmp_path):
     args = HeadwaterArguments(output_dir=str(tmp_path), use_cpu=True)
     assert (args.learning_rate, args.lr_scheduler_type, args.loss_normalization) == (2e-4, "cosine", "example")

@@ -80,7 +80,7 @@ def _lead(run: Run) -> str:
     worse = [s.task for s in scores if s.clear and (s.change or 0) < 0]
     if len(scores) > 1:
         how_many = "Every task" if len(better) == len(scores) else f"{len(better)} of {len(scores)} tasks"
-        parts.append(f"{how_many} improved clearly: the 95 % intervals before and after do not overlap.")
+        parts.append(f"{how_many} improved so clearly that the 95 % intervals before and after do not overlap.")
     if worse:
         parts.append(f"Clearly worse: {names_text(worse)}.")
     flat = [s.task for s in scores if _not_above_majority(s)]
@@ -136,8 +136,10 @@ def _what_was_run(run: Run) -> Section:
 def _scores(run: Run) -> Section:
     anchor, title = "scores", "Before and after"
     scores = run.scores
-    if run.results is None or not scores:
+    if run.results is None:
         return Section(anchor, title, [Note(missing_text(run, "results.json", "any task"))])
+    if not scores:
+        return Section(anchor, title, [Note("No task has test rows, so nothing was scored.")])
     names = task_colour_names(run.tasks)
     rows = [_score_row(s, names[s.task]) for s in scores]
     before, after = finite(run.results.mean.before), finite(run.results.mean.after)
@@ -306,7 +308,9 @@ def _mixture(run: Run) -> Section:
         sentences.append(f"{percent_text(padding)} of the positions in the batches were padding.")
     mixture = run.config.get("mixture")
     if isinstance(mixture, dict):
-        named = [f"{key} {value_text(value)}" for key, value in mixture.items() if value is not None]
+        tempered = mixture.get("strategy") == "temperature"  # no other strategy has a use for it
+        asked = {key: v for key, v in mixture.items() if v is not None and (tempered or key != "temperature")}
+        named = [f"{key} {value_text(value)}" for key, value in asked.items()]
         sentences.append(f"Asked for: {', '.join(named)}.")
     blocks: list[Block] = [Text(" ".join(sentences))] if sentences else []
     if extra.realised_shares:

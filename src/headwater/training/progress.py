@@ -68,7 +68,8 @@ class ProgressDisplay(TrainerCallback):
             self._bars.remove_task(self._scoring)
             self._scoring = None
         values = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
-        self.console.print(f"step {step}  scores  {values}", highlight=False, soft_wrap=True)
+        if values:
+            self.console.print(f"step {step}  scores  {values}", highlight=False, soft_wrap=True)
         self._draw()
 
     def close(self) -> None:
