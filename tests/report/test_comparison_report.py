@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -10,15 +11,16 @@ from pathlib import Path
 
 import pytest
 from comparison_runs import METHODS, write_comparison
-from report_runs import TASKS
+from report_runs import LONG, TASKS
 from test_report_in_browser import BROWSER, look
 
 from headwater.errors import HeadwaterError
 from headwater.report import comparison_figures as figures
-from headwater.report import write_comparison_report
+from headwater.report import theme, write_comparison_report
 from headwater.report.comparison import read_comparison
 from headwater.report.comparison_sections import build_comparison_page
 from headwater.report.html import FigureBlock, Table
+from headwater.report.text import memory_text
 
 FIGURES = {
     "comparison", "parameters_score", "task_differences", "task_scores", "training_loss", "evaluation",
@@ -113,6 +115,35 @@ def test_a_folder_that_holds_no_comparison_is_an_error(tmp_path, text):
         write_comparison_report(tmp_path)
 
 
+def test_a_long_label_leaves_room_for_the_bars_and_a_score_that_is_no_number_counts_as_missing(tmp_path):
+    methods = {"lora": METHODS["lora"], (LONG + "label").replace(" ", "-"): METHODS["rlora"]}
+    folder = write_comparison(tmp_path / "comparison", methods=methods, seeds=(0, 1), steps=3)
+    content = json.loads((folder / "comparison.json").read_text())
+    entry = content["summary"][1]
+    for numbers in (entry, *entry["extra"]["tasks"].values()):
+        numbers.update(mean=math.nan, ci95=[math.nan] * 2, paired_difference=math.nan, paired_ci95=[math.nan] * 2)
+    (folder / "comparison.json").write_text(json.dumps(content))
+    html = write_comparison_report(folder).read_text()
+    assert "a_very_long_task_name" in html
+    assert not re.search(r">[^<]*\bnan\b", html.partition("</style>")[2])
+
+
+def test_points_are_rings_where_the_key_has_rings():
+    fills = theme.task_fills([f"m{i}" for i in range(10)])
+    drawn = [
+        figures.parameters_against_score([figures.Size(m, fill, 100, 0.5) for m, fill in fills.items()], 780),
+        figures.scatter({m: [(0.1, 0.5)] for m in fills}, fills, 780, ("a", "b")),
+    ]
+    for figure in drawn:
+        inner = [line.get_markerfacecolor() for line in figure.axes[0].lines]
+        assert inner == [*list(fills.values())[: theme.TASK_COLOURS], *[theme.colour("paper")] * 2]
+
+
+def test_small_sizes_in_memory_are_not_rounded_to_nothing():
+    said = [memory_text(n * 2**20) for n in (0.031, 3.14, 9.96, 1234.5)]
+    assert said == ["0.031 MiB", "3.1 MiB", "10 MiB", "1,234 MiB"]
+
+
 def test_short_names_are_written_out():
     block = figures.SpreadBlock("Mean", [figures.Spread(name, "#1f45b2", [0.5], 0.5) for name in ("lora", "rlora")])
     for width in (350, 780):
@@ -160,3 +191,19 @@ def test_a_click_on_a_column_sorts_the_table(folder, page, tmp_path):
     apart = sorted(summary[1:], key=lambda e: -e["paired_difference"])
     by_difference = [*(e["method"] for e in apart), summary[0]["method"]]  # the first has no difference: at the end
     assert seen["order"] == [rising[::-1], rising, by_difference, sorted(METHODS)]
+
+
+BUTTON = """<script>
+const button = document.querySelector("table[data-sortable] thead button"), box = button.getBoundingClientRect();
+const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);  // null where it is out of view
+addEventListener("load", () => parent.postMessage({hit: hit === button}, "*"));
+</script></body>"""
+
+
+@in_browser
+def test_the_columns_to_sort_by_can_be_touched_on_a_phone(page, tmp_path):
+    copy = tmp_path / "phone.html"
+    html = page.read_text(encoding="utf-8").replace("<header>", "<header hidden>")
+    copy.write_text(html.replace("</body>", BUTTON), encoding="utf-8")
+    seen, messages = look(copy, tmp_path, 390)
+    assert (seen, messages) == ({"hit": True}, [])

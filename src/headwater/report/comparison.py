@@ -5,40 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from headwater.errors import HeadwaterError, Problem
-from headwater.report.run import Interval, Results, Run, read_json, read_run
+from headwater.report.run import Interval, Results, Run, finite, finite_pair, read_json, read_run
+
+# What is not finite is shown as missing, as in a run's report.
+_Number = Annotated[float | None, AfterValidator(finite)]
+_Ends = Annotated[Interval | None, AfterValidator(finite_pair)]
 
 
 class TaskSummary(BaseModel):
     metric: str = ""
-    before: float | None = None
-    mean: float | None = None
-    ci95: Interval | None = None
-    paired_difference: float | None = None
-    paired_ci95: Interval | None = None
+    before: _Number = None
+    mean: _Number = None
+    ci95: _Ends = None
+    paired_difference: _Number = None
+    paired_ci95: _Ends = None
 
 
 class SummaryExtra(BaseModel):
     tasks: dict[str, TaskSummary] = {}
-    before: float | None = None
-    train_seconds: float | None = None
-    seconds_per_step: float | None = None
-    peak_memory_bytes: float | None = None
-    activation_bytes: float | None = None
+    before: _Number = None
+    train_seconds: _Number = None
+    seconds_per_step: _Number = None
+    peak_memory_bytes: _Number = None
+    activation_bytes: _Number = None
 
 
 class Summary(BaseModel):
     method: str
     n: int
     trainable_parameters: int
-    mean: float | None = None
-    ci95: Interval | None = None
-    paired_difference: float | None = None
-    paired_ci95: Interval | None = None
+    mean: _Number = None
+    ci95: _Ends = None
+    paired_difference: _Number = None
+    paired_ci95: _Ends = None
     extra: SummaryExtra = SummaryExtra()
 
 
@@ -46,15 +50,15 @@ class MethodAbout(BaseModel):
     label: str
     method: dict[str, Any] = {}
     solved: str | None = None
-    deviation: float | None = None
-    learning_rate: float | None = None
+    deviation: _Number = None
+    learning_rate: _Number = None
     align: dict[str, Any] | None = None
 
 
 class Choice(BaseModel):
     seed: int | None = None
-    scores: dict[str, float | None] = {}
-    chosen: float | None = None
+    scores: dict[str, _Number] = {}
+    chosen: _Number = None
 
 
 class ComparisonExtra(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -136,6 +137,12 @@ class Size:
     interval: Interval | None = None
 
 
+def _point(place: int, fill: str) -> dict[str, Any]:
+    """A point's colours: as in the key, a ring where the colours have started over."""
+    ring = place >= TASK_COLOURS
+    return {"mew": 1.4, "mec": fill if ring else colour("paper"), "mfc": colour("paper") if ring else fill}
+
+
 def parameters_against_score(sizes: Sequence[Size], width: float) -> Figure:
     """Trainable parameters across, score up, a point with its interval for each method; the key above names them."""
     key = key_rows([size.label for size in sizes], width)
@@ -153,12 +160,12 @@ def parameters_against_score(sizes: Sequence[Size], width: float) -> Figure:
     axes.xaxis.set_major_formatter(lambda x, _: short_count_text(round(x)))
     spread = SpreadBlock("", [Spread(s.label, s.fill, [s.mean], s.mean, s.interval) for s in sizes])
     axes.set_ylim(*_limits(spread))
-    for size in sizes:
+    for i, size in enumerate(sizes):
         if size.interval is not None:
             bottom, ceiling = axes.get_ylim()
             ends = [min(max(end, bottom), ceiling) for end in size.interval]
             axes.plot([size.parameters] * 2, ends, color=size.fill, lw=1.4, alpha=0.75, zorder=3)
-        axes.plot([size.parameters], [size.mean], "o", ms=8, mew=1.4, mec=colour("paper"), color=size.fill, zorder=4)
+        axes.plot([size.parameters], [size.mean], "o", ms=8, **_point(i, size.fill), zorder=4)
     canvas.sheet().text(width - 8, top + height + 26, "trainable parameters", 10, align="right", ink="muted")
     return canvas.figure
 
@@ -275,8 +282,8 @@ def scatter(
     axes.margins(0.06)
     axes.locator_params(axis="x", nbins=6 if width >= 600 else 4)
     axes.locator_params(axis="y", nbins=5)
-    for label, pairs in points.items():
-        axes.plot(*zip(*pairs, strict=True), "o", ms=7, mew=1.2, mec=colour("paper"), color=fills[label], zorder=3)
+    for i, (label, pairs) in enumerate(points.items()):
+        axes.plot(*zip(*pairs, strict=True), "o", ms=7, **_point(i, fills[label]), zorder=3)
     sheet = canvas.sheet()
     sheet.text(width - 8, top + height + 26, names[0], 10, align="right", ink="muted")
     sheet.text(0, top - 12, names[1], 10, ink="muted")

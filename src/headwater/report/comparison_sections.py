@@ -18,6 +18,7 @@ from headwater.report.text import (
     count_text,
     duration_text,
     interval_text,
+    memory_text,
     names_text,
     plural,
     score_text,
@@ -106,7 +107,7 @@ def _scores(comparison: Comparison) -> Section:
         if any(sizes):
             columns.append(name)
             for row, size in zip(rows, sizes, strict=True):
-                row.append(Cell("" if size is None else f"{size / 2**20:,.0f} MiB", sort=size))
+                row.append(Cell("" if size is None else memory_text(size), sort=size))
     caption = (
         f"Mean over tasks of the scores on test rows, and over {plural(n, 'seed', 'seeds')}. Under each number its "
         "95 % interval, by Student's t over seeds; of a difference, by t over the differences seed by seed. The test "

@@ -86,7 +86,8 @@ class Curve:
 def grouped_bars(groups: Sequence[BarGroup], width: float, *, limit: float = 1.0, percent: bool = False) -> Figure:
     """Horizontal bars from 0 to `limit`, a block per group, with whiskers for intervals and the value at the right."""
     head, bar, gap, foot, top = 25, 17, 16, 24, 2
-    labels = max((text_width(b.label, 11) for group in groups for b in group.bars), default=0) + 8
+    longest = max((text_width(b.label, 11) for group in groups for b in group.bars), default=0)
+    labels = min(longest, 0.58 * width) + 8
     values = 58 if percent else 48
     height = top + sum(head + bar * len(group.bars) + gap for group in groups) + foot
     canvas = Canvas(width, height)
@@ -127,7 +128,7 @@ def _group_title(sheet: Sheet, group: BarGroup, y: float, width: float) -> None:
 
 def _bar(axes: Axes, sheet: Sheet, item: Bar, y: float, bar: float, labels: float, width: float, percent: bool) -> None:
     middle = y + bar / 2
-    sheet.text(labels - 8, middle, item.label, 11, align="right", ink="muted")
+    sheet.text(labels - 8, middle, fit(item.label, labels - 7, 11), 11, align="right", ink="muted")
     if item.value is None:
         sheet.text(width, middle, "no value", 11, align="right", ink="muted")
         return

@@ -39,6 +39,12 @@ def short_count_text(value: int) -> str:
     return str(value)
 
 
+def memory_text(size: float) -> str:
+    """Bytes in MiB; below ten of them with two digits, so that what is small is not 0."""
+    mib = size / 2**20
+    return f"{mib:,.0f} MiB" if mib >= 9.95 else f"{mib:.2g} MiB"
+
+
 def duration_text(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
