@@ -1,5 +1,6 @@
 """The documents say what the program has: every command, option and key, and examples that are accepted."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import typer
 import yaml
 
+import headwater
 from headwater.cli import app
 from headwater.config import ModelSpec, RunConfig, TasksFile, load_config
 from headwater.marked_yaml import apply_overrides, parse_document
@@ -43,6 +45,33 @@ def test_the_documented_commands_exist():
 def test_every_key_is_documented():
     for key in (*RunConfig.model_fields, *ModelSpec.model_fields):
         assert f"`{key}`" in CONFIG, key
+
+
+def test_every_public_name_is_documented():
+    pages = "".join(
+        page.read_text() for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    )
+    assert [name for name in headwater.__all__ if not re.search(rf"[`.(]{name}\b|import {name}\b", pages)] == []
+
+
+def test_the_links_between_pages_lead_somewhere():
+    pages = {
+        page: page.read_text() for folder in (".", "docs/**", "examples/**") for page in ROOT.glob(f"{folder}/*.md")
+    }
+    anchors = {
+        page: {
+            re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        }
+        for page, text in pages.items()
+    }
+    lost = []
+    for page, text in pages.items():
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+            there = Path(os.path.normpath(page.parent / path)) if path else page
+            if not there.exists() or (anchor and anchor not in anchors[there]):
+                lost.append(f"{page.name}: {path}#{anchor}")
+    assert len(pages) > 30
+    assert lost == []
 
 
 def test_the_example_files_are_accepted(tmp_path):

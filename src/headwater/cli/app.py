@@ -165,7 +165,10 @@ def generate(
     prompt: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            "--prompt", "-p", help="A prompt; may be repeated. Without it, each line of standard input is one."
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="A prompt; may be repeated. Without it, each line of standard input is one.",
         ),
     ] = None,
     task: Annotated[

@@ -109,7 +109,12 @@ def retrieve(
     pool: Pool,
     prompt: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--prompt", "-p", help="A prompt; repeatable. Without it, each line of standard input is one."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="A prompt; repeatable. Without it, each line of standard input is one.",
+        ),
     ] = None,
     tasks: Annotated[
         Optional[str],  # noqa: UP045
