@@ -10,16 +10,34 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from headwater.config_keys import TOP_LEVEL_TRAINING_KEYS, method_configs, method_keys, method_name, training_keys
+from headwater.config_keys import (
+    DEFAULT_METHOD,
+    TOP_LEVEL_TRAINING_KEYS,
+    method_configs,
+    method_keys,
+    method_name,
+    training_keys,
+)
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import Document, KeyPath, field_name
+
+_NAME = "should begin with a letter or a digit and hold only letters, digits, `.`, `_`"
+_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": f"{_NAME} and `-`",
+    r"^([A-Za-z0-9][A-Za-z0-9._+-]*)?$": f"{_NAME}, `+` and `-`",
+    r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "should be `module:function`",
+}
 
 
 def explain(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
     """Pydantic's errors as problems with file, line and field, one per field, in the order of the file."""
     texts: dict[KeyPath, list[str]] = {}
     problems: list[Problem] = []
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    of_method = [item for item in items if item["loc"][:1] == ("method",)]
+    if of_method and all(item["type"] == "extra_forbidden" for item in of_method):
+        problems += _ranges_of_method(document, {str(item["loc"][-1]) for item in of_method})
+    for item in items:
         path = _path_in(document.data, item["loc"], missing=item["type"] == "missing")
         where = document.where(path)
         cause = item.get("ctx", {}).get("error")
@@ -38,14 +56,29 @@ def explain(error: ValidationError, document: Document, model: type[BaseModel]) 
                 inner = (*path, *name.split(".")) if name else path
                 problems.append(dataclasses.replace(problem, where=document.where(inner)))
         else:
-            texts.setdefault(path, []).append(_plain_text(item["msg"]))
+            pattern = str(item.get("ctx", {}).get("pattern"))
+            texts.setdefault(path, []).append(_PATTERNS.get(pattern) or _plain_text(item["msg"]))
     for path, found in texts.items():
         value = _at(document.data, path)
         given = f", not {value!r}" if not isinstance(value, dict | list) else ""
-        problems.append(
-            Problem(" or ".join(dict.fromkeys(found)).replace(" or should be ", " or ") + given, document.where(path))
-        )
+        what = " or ".join(dict.fromkeys(found)).replace(" or should be ", " or ") + given
+        braces = isinstance(value, dict | list) and found == ["should be a valid string"]
+        fix = "a text that begins with { or [ needs quotes" if braces else ""
+        problems.append(Problem(what, document.where(path), fix))
     return sorted(problems, key=lambda problem: document.line(problem.where))
+
+
+def _ranges_of_method(document: Document, unknown: set[str]) -> list[Problem]:
+    """What else is wrong with a `method:` whose unknown keys kept its fields from being looked at together."""
+    from headwater.methods.registry import make_config
+
+    fields = {key: value for key, value in document.data["method"].items() if key not in unknown}
+    try:
+        make_config(fields.pop("name", DEFAULT_METHOD), **fields)
+    except HeadwaterError as error:
+        named = [problem for problem in error.problems if problem.where in fields]
+        return [dataclasses.replace(p, where=document.where(("method", p.where))) for p in named]
+    return []
 
 
 def _plain_text(message: str) -> str:

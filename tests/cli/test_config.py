@@ -53,6 +53,20 @@ def problems_of(path, overrides=(), **options):
     return {problem.where.removeprefix(str(path)): problem for problem in caught.value.problems}
 
 
+def test_an_unknown_key_of_a_method_hides_nothing_else_and_names_and_texts_are_explained(tmp_path):
+    path = write(tmp_path, GOOD)
+    overrides = ["method.rnk=3", "method.r=0", "method.num_heads=0", "tasks.0.name=a b", "tasks.1.prompt={text}"]
+    found = problems_of(path, [*overrides, "compare.methods=[{label: a/b, method: lora}]"])
+    assert set(found) == {f"--set {o.partition('=')[0]}" for o in overrides} | {
+        "--set compare.methods: compare.methods[0].label"
+    }
+    assert "at least 1" in found["--set method.r"].what
+    name = "should begin with a letter or a digit and hold only letters, digits, `.`, `_`"
+    assert found["--set tasks.0.name"].what == f"{name} and `-`, not 'a b'"
+    assert found["--set compare.methods: compare.methods[0].label"].what == f"{name}, `+` and `-`, not 'a/b'"
+    assert found["--set tasks.1.prompt"].fix == "a text that begins with { or [ needs quotes"
+
+
 def test_a_good_file(tmp_path):
     path = write(tmp_path, GOOD)
     config = load_config(path, ["training.max_steps=3", "tasks.0.weight=.5", "seed=7"])

@@ -221,12 +221,12 @@ def calibrate(branches: Mapping[str, Branch], sparsity: float = 0.9) -> dict[str
         What a mask file holds: per layer `<name>.mask` (packed bits), `<name>.shape` (r, d_out) and `<name>.A`.
 
     Raises:
-        HeadwaterError: if the adapter is not an LoRI-D one, or was not trained.
+        HeadwaterError: if the adapter is not a LoRI-D one, or was not trained.
     """
     if not 0 < sparsity < 1:
         raise HeadwaterError(Problem(f"sparsity must be between 0 and 1, not {sparsity}", "sparsity"))
     if not branches or not all(isinstance(b, LoriBranch) and hasattr(b, "B") for b in branches.values()):
-        raise HeadwaterError("a mask is calibrated on an LoRI-D adapter (method lori without a mask)")
+        raise HeadwaterError("a mask is calibrated on a LoRI-D adapter (method lori without a mask)")
     sizes = torch.cat([branch.writes().detach().abs().flatten() for branch in branches.values()])
     if not bool(sizes.any()):
         raise HeadwaterError("this LoRI-D adapter's B is all zero: train it before calibrating a mask on it")
