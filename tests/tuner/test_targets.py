@@ -118,16 +118,48 @@ def test_a_rank_that_fits_nowhere_is_refused_though_all_linear_layers_are_meant(
 
 
 @every_row
-def test_layers_that_mambas_kernels_go_around_are_not_adapted(row):
-    """As for PEFT's LoRA: on a GPU these layers' weights are read, and their forward never runs."""
+def test_layers_that_mambas_code_goes_around_are_not_adapted(row):
+    """Their weights are read, `dt_proj`'s everywhere and the others' on a GPU, and their forward never runs."""
     base = tiny_mamba()
-    for name in ("out_proj", "conv1d"):
-        with pytest.raises(headwater.HeadwaterError, match=rf"mixer\.{name}.* go around it") as refused:
+    for name in ("x_proj", "dt_proj", "out_proj", "conv1d"):
+        with pytest.raises(headwater.HeadwaterError, match=rf"mixer\.{name}.* goes around it") as refused:
             adapt(row, base, target_modules=["in_proj", name], r=2)
         assert [p.where for p in refused.value.problems] == ["target_modules"]
     assert adapted(base) == set()
     with pytest.warns(UserWarning, match=r"leaves out .*layers\.0\.mixer\.out_proj .*and 1 more of this name"):
         model = adapt(row, base, target_modules="all-linear", r=2)
-    assert adapted(model) == {"in_proj", "x_proj", "dt_proj"}
+    assert adapted(model) == {"in_proj"}
     model(input_ids=tokens(), **task_kwargs(row))
     assert adapted(adapt(ROW, tiny_qwen2_moe(), target_modules=["o_proj"])) == {"o_proj"}
+
+
+class Blocks(torch.nn.Module):
+    """PyTorch's own encoder blocks and a layer of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2
+        )
+        self.last = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.last(self.blocks(x))
+
+
+def test_layers_that_pytorchs_own_blocks_go_around_are_not_adapted():
+    """`nn.MultiheadAttention` reads its output projection's weight, a whole block in eval mode all weights."""
+    fields = {"task_type": None, "target_modules": "all-linear", **ROW.no_dropout}
+    with pytest.warns(UserWarning, match=r"leaves out .*self_attn\.out_proj .*linear1"):
+        assert adapted(adapt(ROW, Blocks(), **fields)) == {"last"}
+    with pytest.raises(headwater.HeadwaterError, match=r"exclude_modules: \[linear1\], or call .*fastpath_enabled"):
+        adapt(ROW, Blocks(), task_type=None, target_modules=["linear1"])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = adapt(ROW, Blocks(), task_type=None, target_modules=["linear1", "linear2"], **ROW.no_dropout).eval()
+        x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+        changed = model(x)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), changed, atol=0.01)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

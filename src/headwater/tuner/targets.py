@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
@@ -14,9 +15,15 @@ from ..errors import HeadwaterError, Problem
 from ..methods.base import MethodConfig
 from .layer import MethodLayer, linear_sizes
 
-# As in PEFT, for its LoRA: on a GPU these models' kernels take the layers' weights, and the layers' forward never runs.
-_BYPASSED = {"out_proj", "conv1d"}
-_BYPASSING = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+# By model type, the layers whose weights the model's code takes, everywhere or in its kernels on a GPU, so that their
+# forward never runs. PEFT refuses some of them for its LoRA.
+_MAMBA, _MAMBA2 = {"x_proj", "dt_proj", "out_proj", "conv1d"}, {"out_proj", "conv1d"}
+_BYPASSED = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), _MAMBA),
+    **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), _MAMBA2),
+    "jamba": {"dt_proj"},
+    "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
+}
 
 
 def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> None:
@@ -29,7 +36,10 @@ def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> 
     everything = isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if everything:
         _maybe_include_all_linear_layers(config, model)
-        config.target_modules = {*(config.target_modules or ()), *_adapted_layers(model)}
+        # PEFT takes what only ends on such a name, as "pre_classifier" does, for trained in whole as well
+        whole = tuple(config.modules_to_save or ())
+        meant = {*(config.target_modules or ()), *_adapted_layers(model)}
+        config.target_modules = {name for name in meant if not name.endswith(whole)}
     unfit = _unfit(tuner, config, model)
     if not unfit:
         return
@@ -54,16 +64,30 @@ def _adapted_layers(model: Any) -> list[str]:
 
 
 def _unfit(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Layers that are meant and cannot carry the adapter, and why: their rank and sizes, or nothing where they are gone
+    """Layers that are meant and cannot carry the adapter, and why: their rank and sizes, or a hint where they are gone
     around."""
-    bypassing = getattr(getattr(model, "config", None), "model_type", None) in _BYPASSING
+    bypassed, hints = _BYPASSED.get(getattr(getattr(model, "config", None), "model_type", ""), set()), _hints(model)
     unfit: dict[str, tuple[Any, ...]] = {}
     for name, module in model.named_modules():
-        if bypassing and name.rpartition(".")[2] in _BYPASSED:
-            unfit[name] = ()
+        if name.rpartition(".")[2] in bypassed or id(module) in hints:
+            unfit[name] = (hints.get(id(module), ""),)
         elif (sizes := _sizes(module)) is not None and rank_of(config, name) > min(sizes):
             unfit[name] = (rank_of(config, name), *sizes)
     return {name: why for name, why in unfit.items() if tuner._check_target_module_exists(config, name)}
+
+
+def _hints(model: nn.Module) -> dict[int, str]:
+    """The layers that PyTorch's own blocks go around, by id, and what else there is to do about it."""
+    hints: dict[int, str] = {}
+    fast = torch.backends.mha.get_fastpath_enabled()  # a block's feed-forward layers then run in training alone
+    for module in model.modules():
+        forward = getattr(type(module), "forward", None)
+        if forward is nn.MultiheadAttention.forward:
+            hints[id(module.out_proj)] = ""
+        elif forward is nn.TransformerEncoderLayer.forward and fast:
+            switch = ", or call torch.backends.mha.set_fastpath_enabled(False) here and wherever the model runs"
+            hints |= {id(module.linear1): switch, id(module.linear2): switch}
+    return hints
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -88,9 +112,9 @@ def _problems(config: MethodConfig, unfit: dict[str, tuple[Any, ...]], model: nn
     problems = []
     for (_, *sizes), names in alike.items():
         more = f", and {len(names) - 1} more of this name" if len(names) > 1 else ""
-        if not sizes:
-            what = f"layer {names[0]} cannot be adapted: the model's kernels read its weight and go around it{more}"
-            problems.append(Problem(what, "target_modules", f"leave it out, exclude_modules: [{leave_out}]"))
+        if len(sizes) == 1:
+            what = f"layer {names[0]} cannot be adapted: the model reads its weight and goes around it{more}"
+            problems.append(Problem(what, "target_modules", f"leave it out, exclude_modules: [{leave_out}]{sizes[0]}"))
             continue
         r, d_in, d_out = sizes
         these = "these layers" if more else "this layer"
