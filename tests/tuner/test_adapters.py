@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import headwater
 from headwater.tuner import MethodLayer, is_adapted
 
 from .helpers import adapt, assert_same, base_weights, config, layer_output, logits, stir, task_kwargs, tokens
+from .rows import BY_ID
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -131,8 +139,6 @@ def test_an_unloaded_base_can_be_adapted_again(row, tiny_llama):
 
 
 def test_modules_to_save_are_trained_saved_and_loaded(row, tiny_llama, tmp_path):
-    from peft import PeftModel
-
     model = adapt(row, tiny_llama(), modules_to_save=["lm_head"])
     head = model.get_submodule("base_model.model.lm_head")
     assert head.modules_to_save["default"].weight.requires_grad
@@ -145,6 +151,51 @@ def test_modules_to_save_are_trained_saved_and_loaded(row, tiny_llama, tmp_path)
     base = tiny_llama()
     with loaded.disable_adapter():
         assert torch.equal(logits(row, loaded), base(tokens()).logits)
+
+
+def classifier(kind, config_class, **sizes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config_class(vocab_size=300, **sizes)).eval()
+
+
+def tiny_roberta():
+    """Its classifier is a block of two layers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return classifier(RobertaForSequenceClassification, RobertaConfig, **sizes)
+
+
+def test_a_head_of_several_layers_that_is_trained_in_whole_is_unloaded(tmp_path):
+    row = BY_ID["mlora"]
+    base = tiny_roberta()
+    before = logits(row, base)
+    model = adapt(row, base, target_modules=["query", "dense"], task_type="SEQ_CLS")
+    names = {m.name for m in model.modules() if isinstance(m, MethodLayer)}
+    assert names
+    assert not any("classifier" in name for name in names)
+    with torch.no_grad():
+        for parameter in model.base_model.model.classifier.modules_to_save["default"].parameters():
+            parameter.add_(0.1)
+    adapted = logits(row, model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_roberta(), tmp_path)
+    assert torch.equal(logits(row, loaded), adapted)
+    torch.testing.assert_close(logits(row, loaded.merge_and_unload()), adapted, atol=1e-5, rtol=1e-5)
+    base = model.unload()
+    assert not is_adapted(base)
+    base.classifier.load_state_dict(tiny_roberta().classifier.state_dict())  # PEFT leaves the trained one
+    assert torch.equal(logits(row, base), before)
+
+
+def test_all_linear_leaves_out_what_peft_trains_in_whole():
+    """PEFT goes by how a name ends, so DistilBERT's `pre_classifier` is trained in whole with its `classifier`."""
+    base = classifier(
+        DistilBertForSequenceClassification, DistilBertConfig, dim=32, hidden_dim=48, n_layers=2, n_heads=4
+    )
+    model = adapt(BY_ID["mlora"], base, target_modules="all-linear", task_type="SEQ_CLS")
+    names = {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer)}
+    assert names == {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
+    assert model.base_model.model.pre_classifier.modules_to_save["default"].weight.requires_grad
 
 
 @pytest.mark.parametrize(

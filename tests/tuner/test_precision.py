@@ -23,6 +23,7 @@ from .helpers import (
     tokens,
     train_loss,
 )
+from .rows import BY_ID
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -170,11 +171,38 @@ def test_bitsandbytes_base(row, quantised):
     assert_same({name: t for name, t in base_weights(model).items() if "up_proj" in name}, untouched)
 
 
+def test_an_adapter_is_loaded_from_a_meta_device_onto_a_quantised_base(quantised, tmp_path):
+    row = BY_ID["rlora"]
+    model = adapt(row, quantised())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantised(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(row, loaded), logits(row, model))
+
+
+@pytest.mark.parametrize("row_id", ["rlora", "mlora"])
+def test_an_offloaded_base_has_its_adapter_where_it_runs(saved_base, tmp_path, row_id):
+    from transformers import AutoModelForCausalLM
+
+    row, parts = BY_ID[row_id], ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    base = AutoModelForCausalLM.from_pretrained(
+        saved_base, device_map={**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}, offload_folder=tmp_path / "o"
+    )
+    assert base.model.layers[1].mlp.up_proj.weight.is_meta
+    before = logits(row, base)
+    model = adapt(row, base, stirred=False)
+    torch.testing.assert_close(logits(row, model), before, atol=1e-5, rtol=1e-5)
+    stir(model)
+    adapted = logits(row, model)
+    model.save_pretrained(tmp_path / "adapter")
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved_base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(row, whole), adapted, atol=1e-5, rtol=1e-5)
+    if row.mergeable:
+        torch.testing.assert_close(logits(row, model.merge_and_unload()), adapted, atol=1e-4, rtol=1e-4)
+
+
 def test_a_partly_quantised_base_is_left_whole_by_a_refused_merge(saved_base):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from .rows import BY_ID
 
     settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["gate_proj", "lm_head"])
     base = AutoModelForCausalLM.from_pretrained(

@@ -113,6 +113,11 @@ class MethodModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also copies the child's weight, which a module that was trained in whole need not have, and moves the
+        # adapter to the weight's device: `add_branch` has done that, and one on the meta device cannot be moved.
+        setattr(parent, child_name, new_module)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_shared"] = {}  # what this adapter's layers have in common while they are being made
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -180,14 +185,25 @@ def add_branch(
     else:  # the layer's name, not its turn, decides: the same layer starts the same whatever else is targeted
         generator.manual_seed(zlib.crc32(f"{config.init_seed} {layer.name}".encode()))
     branch = method.branch(config, shape, generator)
-    any_weight = getattr(base, "weight", None)
-    if isinstance(any_weight, Tensor) and not any(p.device.type == "meta" for p in branch.parameters()):
-        branch.to(any_weight.device)
+    device = _device_of(base)
+    if device is not None and not any(p.device.type == "meta" for p in branch.parameters()):
+        branch.to(device)
     branch.train(layer.training)
     layer.branches[adapter_name] = branch
     layer.context.branches_need_state |= branch.needs_state
     layer.context.branches_need_batch |= branch.has_losses
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+
+def _device_of(base: nn.Module) -> torch.device | None:
+    """Where a layer runs: its weight's device, whatever its quantisation calls that; an offloaded weight comes there
+    only for as long as the layer runs."""
+    named = (getattr(base, name, None) for name in ("weight", "qweight", "W_q"))
+    weight = next((w for w in (*named, *base.parameters(), *base.buffers()) if isinstance(w, Tensor)), None)
+    if weight is None or weight.device.type != "meta":
+        return None if weight is None else weight.device
+    runs_on = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    return weight.device if runs_on is None else torch.device(runs_on)
 
 
 def install_context(model: nn.Module) -> Context:
