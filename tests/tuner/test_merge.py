@@ -231,6 +231,26 @@ def test_layers_that_are_not_linear_are_refused(tiny_llama):
         adapt(row, base, target_modules=["0"], task_type=None)
 
 
+@pytest.mark.parametrize(
+    ("row_id", "merge"),
+    [
+        ("mlora", lambda model: model.merge_adapter()),
+        ("mlora", lambda model: model.merge_and_unload()),
+        ("mtl_lora", lambda model: headwater.merge_task(model, 1)),
+        ("rlora", lambda model: headwater.merge_with_gates(model, "uniform")),
+    ],
+    ids=["merge_adapter", "merge_and_unload", "merge_task", "merge_with_gates"],
+)
+def test_a_weight_that_another_layer_has_too_is_not_merged_into(tiny_llama, row_id, merge):
+    model = adapt(BY_ID[row_id], tiny_llama(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    before = base_weights(model)
+    with pytest.raises(headwater.HeadwaterError, match=r"merge into lm_head: model\.embed_tokens and lm_head have one"):
+        merge(model)
+    assert_same(base_weights(model), before)
+    untied = adapt(BY_ID[row_id], tiny_llama(), target_modules=["q_proj", "lm_head"])
+    merge(untied)
+
+
 def test_gates_are_uniform_or_one_for_each_layer(tiny_llama):
     model = adapt(BY_ID["hydralora"], tiny_llama())
     before = logits(BY_ID["hydralora"], model)

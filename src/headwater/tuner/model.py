@@ -142,12 +142,15 @@ class MethodModel(BaseTuner):
 
     def _rehearse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises what merging would raise, before the first layer is touched: a refusal leaves the model whole."""
+        merging = []
         for module in self.model.modules():
             if isinstance(module, MethodLayer):
                 chosen = module.active_adapters if adapter_names is None else adapter_names
                 names = [n for n in chosen if n in module.branches and n not in module.merged_adapters]
                 if names:
                     module.merged_weight(names, safe_merge=safe_merge)
+                    merging.append(module)
+        _refuse_shared(self.model, merging)
 
     def _unload_and_optionally_merge(
         self,
@@ -360,9 +363,31 @@ def _uniform_gate(layer: MethodLayer) -> Tensor:
     return torch.full((N,), 1 / N)
 
 
+def _refuse_shared(model: nn.Module, layers: list[MethodLayer]) -> None:
+    """Raises if merging into a layer would also change another module, as an output layer tied to the embeddings."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for tensor in module._parameters.values():
+            holders.setdefault(id(tensor), []).append(name.removeprefix("base_model.model."))
+    own = {id(layer.get_base_layer()._parameters.get("weight")): layer.name for layer in layers}
+    shared = [(name, holders[key]) for key, name in own.items() if len(holders.get(key, ())) > 1]
+    if shared:
+        raise HeadwaterError(
+            *(
+                Problem(
+                    f"cannot merge into {name}: {' and '.join(n.removesuffix('.base_layer') for n in names)} have one "
+                    "weight, so all of them would change",
+                    fix="keep the adapter unmerged, or give each a weight of its own before adapting the model",
+                )
+                for name, names in shared
+            )
+        )
+
+
 def _merge_and_unload(model: nn.Module, how: list[tuple[MethodLayer, dict[str, Any]]]) -> nn.Module:
     for layer, fixed in how:  # a rehearsal: what would be refused is refused before the first layer is touched
         layer.merged_weight([name for name in layer.active_adapters if name in layer.branches], **fixed)
+    _refuse_shared(model, [layer for layer, _ in how])
     for layer, fixed in how:
         layer.merge_with(**fixed)
     tuner: Any = getattr(model, "base_model", model)
