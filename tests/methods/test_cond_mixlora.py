@@ -7,7 +7,7 @@ import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from peft import PeftModel, get_peft_model
 from stock_trainer import train
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForTokenClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from headwater import HeadwaterError, NotMergeable, make_config, merge_with_gates, observe
 
@@ -322,3 +322,20 @@ def test_a_bad_value_is_one_problem_that_names_its_field(fields, where):
     with pytest.raises(HeadwaterError) as refused:
         make_config("cond_mixlora", **fields)
     assert [problem.where for problem in refused.value.problems] == [where]
+
+
+def test_activations_that_show_no_rows_are_refused_not_cut_into_rows():
+    """DeBERTa projects a table of relative positions, one for all rows, with the layers that read the rows."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base = DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            **sizes, num_attention_heads=2, relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"],
+            position_buckets=4, max_relative_positions=8,
+        )
+    )  # fmt: skip
+    config = make_config("cond_mixlora", r=2, num_factors=4, target_modules=["query_proj"], task_type="SEQ_CLS")
+    model = get_peft_model(base, config).eval()
+    ids = torch.arange(3, 17).view(2, 7)
+    with pytest.raises(HeadwaterError, match=r"query_proj, \(1, 8\), do not show which of 2 rows"):
+        model(input_ids=ids)
+    model(input_ids=ids[:1])  # one row is all there is

@@ -150,14 +150,7 @@ class Call:
                 )
             )
         rows = state.task_ids.shape[0]
-        if not self.shows_rows(rows):
-            raise HeadwaterError(
-                Problem(
-                    f"the activations at {self.name}, {tuple(self.shape)}, do not show which of {rows} rows a token "
-                    "belongs to",
-                    fix="do not target layers behind a token dispatch (mixture-of-experts blocks) with this method",
-                )
-            )
+        self.check_rows(rows)
         if num_tasks is not None and not torch.compiler.is_compiling():
             low, high = state.range_of_tasks(state.task_ids)
             if low < 0 or high >= num_tasks:
@@ -184,6 +177,20 @@ class Call:
         if state.packed is not None:
             return self.tokens == sum(state.packed.lengths)
         return self.shape[0] == rows or self.tokens == rows * max(state.length, 1)
+
+    def check_rows(self, rows: int | None = None) -> None:
+        """Raises HeadwaterError unless x shows which row a token belongs to."""
+        if self.shows_rows(rows):
+            return
+        count = rows or (0 if self.state is None else self.state.batch) or "the"
+        raise HeadwaterError(
+            Problem(
+                f"the activations at {self.name}, {tuple(self.shape)}, do not show which of {count} rows a token "
+                "belongs to",
+                fix="do not target layers behind a token dispatch (mixture-of-experts blocks), those of all images "
+                "together, or tables of positions with this method",
+            )
+        )
 
     def highest_task(self) -> int:
         """The highest task id of the batch."""

@@ -89,6 +89,7 @@ class CondMixLoraBranch(Branch):
         return (self.A,), (self.router_A,) if self.config.router == "tied" else (self.router_A, self.router_B)
 
     def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
+        call.check_rows()
         state = call.state
         memory = {} if state is None or (self.training and torch.is_grad_enabled()) else state.memory
         key = (call.name, id(self))
