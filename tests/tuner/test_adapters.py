@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     RobertaConfig,
@@ -196,6 +199,24 @@ def test_all_linear_leaves_out_what_peft_trains_in_whole():
     names = {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer)}
     assert names == {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
     assert model.base_model.model.pre_classifier.modules_to_save["default"].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "task_type", "head"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (BertForTokenClassification, TaskType.TOKEN_CLS, "classifier"),
+        (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_all_linear_leaves_out_the_head_of_the_task(kind, task_type, head):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = classifier(kind, BertConfig, **sizes)
+    model = adapt(BY_ID["mlora"], base, target_modules="all-linear", task_type=task_type, r=2)
+    assert {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer)} == {
+        "query", "key", "value", "dense"
+    }  # fmt: skip
+    assert getattr(model.base_model.model, head).modules_to_save["default"].weight.requires_grad
 
 
 @pytest.mark.parametrize(

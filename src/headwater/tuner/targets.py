@@ -24,6 +24,8 @@ _BYPASSED = {
     "jamba": {"dt_proj"},
     "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
 }
+# What PEFT trains in whole for a task, and writes into `modules_to_save` only after the layers are adapted.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> None:
@@ -37,7 +39,7 @@ def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> 
     if everything:
         _maybe_include_all_linear_layers(config, model)
         # PEFT takes what only ends on such a name, as "pre_classifier" does, for trained in whole as well
-        whole = tuple(config.modules_to_save or ())
+        whole = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
         meant = {*(config.target_modules or ()), *_adapted_layers(model)}
         config.target_modules = {name for name in meant if not name.endswith(whole)}
     unfit = _unfit(tuner, config, model)
