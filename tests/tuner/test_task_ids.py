@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from transformers import CLIPConfig, CLIPModel
 
 import headwater
 from headwater.tuner import context_of, needs_task_ids
@@ -224,3 +225,30 @@ def test_ids_are_welcome_where_nobody_needs_them(row, tiny_llama):
 def test_a_model_without_an_adapter_is_told_so(tiny_llama):
     with pytest.raises(headwater.HeadwaterError, match="no headwater adapter"), headwater.task_ids(tiny_llama(), [0]):
         pass
+
+
+def test_a_part_of_the_model_that_runs_by_itself_goes_by_the_ids_around_it():
+    """CLIP's features of images, whose forward is not the model's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=16,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = CLIPModel(config).eval()
+    model = adapt(BY_ID["mtl_lora"], base, target_modules=["fc1", "fc2"], task_type=None)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def features(images, ids):
+        with headwater.task_ids(model, ids):
+            return model.get_image_features(pixel_values=images).pooler_output
+
+    both = features(images, [0, 2])
+    assert not torch.allclose(both, features(images, 1), atol=1e-3)
+    for row, task in enumerate((0, 2)):
+        torch.testing.assert_close(features(images[row : row + 1], task)[0], both[row], atol=1e-5, rtol=1e-5)
+    with pytest.raises(headwater.HeadwaterError, match="3 task ids do not fit a batch of 2"):
+        features(images, [0, 1, 2])
+    with pytest.raises(headwater.HeadwaterError, match="none was given"):
+        model.get_image_features(pixel_values=images)
