@@ -7,7 +7,16 @@ import torch
 from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from peft import PeftModel, get_peft_model
 from stock_trainer import train
-from transformers import BertConfig, BertForTokenClassification, DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+)
 
 from headwater import HeadwaterError, NotMergeable, make_config, merge_with_gates, observe
 
@@ -339,3 +348,26 @@ def test_activations_that_show_no_rows_are_refused_not_cut_into_rows():
     with pytest.raises(HeadwaterError, match=r"query_proj, \(1, 8\), do not show which of 2 rows"):
         model(input_ids=ids)
     model(input_ids=ids[:1])  # one row is all there is
+
+
+def recurrent_model(kind):
+    """Mamba's cache has another keyword and counts no positions; that of MiniMax's first layer counts none."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    if kind == "mamba":
+        return MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 2}
+    return MiniMaxForCausalLM(MiniMaxConfig(**sizes, **heads, layer_types=["linear_attention", "full_attention"]))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "minimax"])
+def test_choices_outlive_caches_of_running_states(kind):
+    fields = {"num_factors": 6, "r": 2, "task_type": "CAUSAL_LM", "target_modules": ["in_proj", "q_proj", "qkv_proj"]}
+    model = move(get_peft_model(recurrent_model(kind), make_config("cond_mixlora", **fields)), 1).eval()
+    generate = {
+        "input_ids": torch.arange(3, 17).view(2, 7), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False,
+        "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    cached, whole = (model.generate(**generate, use_cache=use).logits for use in (True, False))
+    for found, expected in zip(cached, whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

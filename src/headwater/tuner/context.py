@@ -28,6 +28,7 @@ _CROSS = re.compile(
     r"(.*\.)?(k|v|key|value|k_proj|v_proj|key_proj|value_proj)$",
     re.IGNORECASE,
 )
+_CACHES = ("past_key_values", "cache_params")  # of attention, of Mamba's kin
 _OTHER_INPUTS = ("input_features", "input_values", "pixel_values")
 
 
@@ -123,11 +124,11 @@ class Context:
         if packed is not None:
             batch, length = len(packed.lengths), max(packed.lengths)
         valid = _valid(mask, length)
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = next((c for name in _CACHES if (c := kwargs.get(name)) is not None), None)
         repeat = generating is not None or cache is not None or (around and not learning)
         fitted = _fit_ids(ids, batch, repeat=repeat)
         state = State(batch, length, fitted, valid, packed=packed, loss_scale=self.loss_scale)
-        state.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        state.past = _positions_in(cache)
         if self.needs_state and not (module.training and learning):
             state.memory = self._memory(cache, state.past)
         if isinstance(labels, Tensor) and labels.shape == shape:
@@ -278,6 +279,20 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
             return given.shape[0], given.shape[1]
     rows = (t.shape[0] for name in _OTHER_INPUTS if isinstance(t := kwargs.get(name), Tensor) and t.dim() > 1)
     return next(rows, 0), 0
+
+
+def _positions_in(cache: Any) -> int:
+    """Positions that lie in a cache; 1 for any number where its layers count none."""
+    if not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        past = cache.get_seq_length()
+    except ValueError:  # no layer has attention
+        return int(cache.has_previous_state())
+    if isinstance(past, int) and past == 0 and not torch.compiler.is_compiling():  # the first layer may count none
+        counted = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+        past = max((layer.get_seq_length() for layer in counted), default=0)
+    return past
 
 
 def _state_beside(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
