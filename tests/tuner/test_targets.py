@@ -102,6 +102,25 @@ def test_named_layers_are_refused_all_at_once_with_what_leaves_them_out():
     assert adapted(adapt(ROW, base, **fields, exclude_modules=ready)) == {"q_proj"}
 
 
+def test_what_is_no_linear_layer_is_refused_before_anything_is_changed(tiny_llama):
+    base = tiny_qwen2_moe()
+    with pytest.raises(headwater.HeadwaterError) as refused:
+        adapt(ROW, base, target_modules=["q_proj", "embed_tokens", "experts"])
+    assert [(p.where, p.what) for p in refused.value.problems] == [
+        ("target_modules", "model.embed_tokens is no linear layer but a Embedding, which cannot be adapted"),
+        (
+            "target_modules",
+            "model.layers.0.mlp.experts is no linear layer but a Qwen2MoeExperts, which cannot be adapted, and 1 more "
+            "of this name",
+        ),
+    ]
+    assert adapted(base) == set()
+    with pytest.raises(headwater.HeadwaterError, match="0 is no linear layer but a Conv1d"):
+        adapt(ROW, torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1)), target_modules=["0"], task_type=None)
+    everything = adapt(ROW, tiny_llama(), target_modules=r".*(q_proj|mlp\.\w+_proj)")
+    assert adapted(everything) == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_where_a_name_also_fits_elsewhere_full_names_are_given():
     pattern = {r"layers.1.mlp.shared_expert.down_proj": 20}
     with pytest.raises(headwater.HeadwaterError) as refused:

@@ -66,14 +66,16 @@ def _adapted_layers(model: Any) -> list[str]:
 
 
 def _unfit(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Layers that are meant and cannot carry the adapter, and why: their rank and sizes, or a hint where they are gone
-    around."""
+    """Layers that are meant and cannot carry the adapter, and why: their rank and sizes, a hint where they are gone
+    around, or what they are where that is no linear layer."""
     bypassed, hints = _BYPASSED.get(getattr(getattr(model, "config", None), "model_type", ""), set()), _hints(model)
     unfit: dict[str, tuple[Any, ...]] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in bypassed or id(module) in hints:
             unfit[name] = (hints.get(id(module), ""),)
-        elif (sizes := _sizes(module)) is not None and rank_of(config, name) > min(sizes):
+        elif (sizes := _sizes(module)) is None:
+            unfit[name] = ("", type(module).__name__)
+        elif rank_of(config, name) > min(sizes):
             unfit[name] = (rank_of(config, name), *sizes)
     return {name: why for name, why in unfit.items() if tuner._check_target_module_exists(config, name)}
 
@@ -117,6 +119,10 @@ def _problems(config: MethodConfig, unfit: dict[str, tuple[Any, ...]], model: nn
         if len(sizes) == 1:
             what = f"layer {names[0]} cannot be adapted: the model reads its weight and goes around it{more}"
             problems.append(Problem(what, "target_modules", f"leave it out, exclude_modules: [{leave_out}]{sizes[0]}"))
+            continue
+        if len(sizes) == 2:
+            what = f"{names[0]} is no linear layer but a {sizes[1]}, which cannot be adapted{more}"
+            problems.append(Problem(what, "target_modules", "name linear layers only; quantised ones are among them"))
             continue
         r, d_in, d_out = sizes
         these = "these layers" if more else "this layer"
