@@ -92,3 +92,36 @@ def test_what_does_not_fit_is_named():
         extract([{"q_proj": noise(6, 6)}], SubspaceSpec(r=7))
     with pytest.raises(HeadwaterError, match="scope is one of"):
         SubspaceSpec(scope="everything")  # type: ignore[arg-type]
+
+
+def test_targets_are_ends_of_names_and_each_has_to_be_there():
+    model = make_tiny_llama()
+    assert set(target_weights(model, ("mlp.up_proj",))) == {f"model.layers.{n}.mlp.up_proj" for n in range(2)}
+    for targets, message in (
+        (("q_proj", "k_porj", "roj"), "no linear layer named k_porj, roj"),
+        (("q_proj", "input_layernorm"), "input_layernorm is no linear layer, but a LlamaRMSNorm"),
+        (("embed_tokens",), "embed_tokens is no linear layer, but a Embedding"),
+        (("mlp",), "no linear layer named mlp"),
+    ):
+        with pytest.raises(HeadwaterError, match=message):
+            target_weights(model, targets)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    with pytest.raises(HeadwaterError, match=r"layers\.1\.self_attn\.k_proj holds numbers that are not finite"):
+        target_weights(model, ("q_proj", "k_proj"))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_basis_holds_no_directions_that_the_weights_do_not_have(normalize):
+    spec = {"scope": "layer_projection", "normalize": normalize}
+    thin = {"a.q_proj": noise(8, 3)}
+    assert extract([thin], SubspaceSpec(r=3, **spec))["a.q_proj"].shape == (8, 3)
+    assert extract([thin, {"a.q_proj": noise(8, 3, seed=1)}], SubspaceSpec(r=6, **spec))["a.q_proj"].shape == (8, 6)
+    with pytest.raises(HeadwaterError, match=r"a\.q_proj with 8 outputs span 3 directions, fewer than r = 4"):
+        extract([thin], SubspaceSpec(r=4, **spec))
+    with pytest.raises(HeadwaterError, match=r"span 0 directions, fewer than r = 1\n.*all zero"):
+        extract(differences([thin], thin), SubspaceSpec(r=1, **spec))

@@ -62,21 +62,31 @@ def target_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, Tensor
     """The weights `(d_out, d_in)` of the linear layers whose names end on one of `targets`.
 
     Raises:
-        HeadwaterError: if there are none, or one is quantised.
+        HeadwaterError: if a target names none, or something else than a linear layer, or one is quantised or holds
+            numbers that are not finite.
     """
     found: dict[str, Tensor] = {}
+    missing = set(targets)
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in targets or not hasattr(module, "weight"):
+        meant = {target for target in targets if f".{name}".endswith(f".{target}")}
+        if not meant or not hasattr(module, "weight"):
             continue
-        weight = floating_weight(module)
+        missing -= meant
+        try:
+            weight = floating_weight(module)
+        except TypeError:
+            what = f"{name} is no linear layer, but a {type(module).__name__}"
+            raise HeadwaterError(Problem(what, "targets", "name linear layers")) from None
         if weight is None:
             raise HeadwaterError(Problem(f"the weight of {name} is quantised", fix="load the model unquantised"))
+        if not weight.isfinite().all():
+            raise HeadwaterError(Problem(f"the weight of {name} holds numbers that are not finite"))
         d_in, d_out = linear_sizes(module)
         found[name] = weight.detach() if tuple(weight.shape) == (d_out, d_in) else weight.detach().T
-    if not found:
+    if missing:
         raise HeadwaterError(
             Problem(
-                f"the model has no linear layer named {', '.join(targets)}",
+                f"the model has no linear layer named {', '.join(t for t in targets if t in missing)}",
                 "targets",
                 "models with fused query, key and value need targets of their own",
             )
@@ -95,7 +105,8 @@ def extract(sources: Iterable[Mapping[str, Tensor]], spec: SubspaceSpec) -> dict
         Layer name -> float32 `(d_out, r)`. The sign of a column is such that its largest entry is positive.
 
     Raises:
-        HeadwaterError: if the models' layers differ, r is larger than a layer, or a layer is not square where it must.
+        HeadwaterError: if the models' layers differ, r is larger than a layer or than what the weights span, or a layer
+            is not square where it must.
     """
     grams: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -109,7 +120,7 @@ def extract(sources: Iterable[Mapping[str, Tensor]], spec: SubspaceSpec) -> dict
         shapes = here
         for name, weight in weights.items():
             _add_gram(grams, name, weight, spec)
-    bases = {key: _basis(gram, spec) for key, gram in grams.items()}
+    bases = {key: _basis(key, gram, spec) for key, gram in grams.items()}
     return {name: bases[_group(name, shape, spec)] for name, shape in shapes.items()}
 
 
@@ -131,7 +142,7 @@ def _add_gram(grams: dict[str, Tensor], name: str, weight: Tensor, spec: Subspac
         raise HeadwaterError(Problem(f"layer {name} has {d_out} outputs, fewer than r = {spec.r}", "r", "lower r"))
     W = weight.double() if spec.orientation == "output" else weight.double().T
     if spec.normalize:
-        W = W / W.norm()
+        W = W / W.norm().clamp_min(torch.finfo(W.dtype).tiny)
     key = _group(name, tuple(weight.shape), spec)
     grams[key] = grams.get(key, 0) + W @ W.T
 
@@ -141,8 +152,14 @@ def _group(name: str, shape: tuple[int, ...], spec: SubspaceSpec) -> str:
     return f"{block}:{shape[0]}"
 
 
-def _basis(gram: Tensor, spec: SubspaceSpec) -> Tensor:
+def _basis(key: str, gram: Tensor, spec: SubspaceSpec) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)  # rising
+    # what lies beyond is rounding, and its directions are any
+    rank = int((values > values[-1] * len(values) * torch.finfo(values.dtype).eps).sum()) if values[-1] > 0 else 0
+    if rank < spec.r:
+        block, _, d_out = key.rpartition(":")
+        what = f"the weights of {block} with {d_out} outputs span {rank} directions, fewer than r = {spec.r}"
+        raise HeadwaterError(Problem(what, "r", "lower r" if rank else "they are all zero: give other models"))
     U = vectors.flip(1)[:, : spec.r]
     U = U * torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
     s = values.flip(0)[: spec.r].clamp_min(0).sqrt()
