@@ -8,7 +8,10 @@ import json
 import pytest
 import torch
 from cli_support import run_main, write_run
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from headwater.methods import files
 
 LORI = "{name: lori, r: 4, lora_alpha: 8, target_modules: [up_proj, down_proj]}"
 
@@ -65,6 +68,9 @@ def test_subspace_then_cora(headwater, tmp_path):
         (("--r", "40"), "fewer than r = 40"),
         (("--r", "4", "--target", "c_attn"), "no linear layer named c_attn"),
         (("--r", "4", "--scope", "all"), "scope is one of"),
+        (("--r", "4", "--target", "q_proj", "--target", "k_porj"), "model: the model has no linear layer named k_porj"),
+        (("--r", "4", "--target", "norm"), "norm is no linear layer"),
+        (("--r", "40", "--target", "up_proj"), "span 32 directions, fewer than r = 40"),
     ],
 )
 def test_subspace_says_what_is_wrong(headwater, tmp_path, options, said):
@@ -73,3 +79,44 @@ def test_subspace_says_what_is_wrong(headwater, tmp_path, options, said):
     assert done.code == 2
     assert said in " ".join(done.err.split())
     assert not (tmp_path / "basis.safetensors").exists()
+
+
+def test_a_model_less_itself_has_no_subspace(headwater, tmp_path):
+    write_run(tmp_path)
+    same = ("--model", tmp_path / "model", "--base", tmp_path / "model", "--normalize", "--r", "2")
+    done = headwater("subspace", *same, "--output", tmp_path / "basis.safetensors")
+    assert done.code == 2
+    assert "they are all zero" in done.err
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("run.yaml/b.safetensors", "{0}/run.yaml is a file, not a folder"),
+        ("d.safetensors", "--output: {0}/d.safetensors is a folder"),
+        ("b.bin", "'{0}/b.bin' should end on .safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", [("subspace", "--model"), ("calibrate",)])
+def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_read(headwater, tmp_path, command, output, said):
+    (tmp_path / "run.yaml").write_text("x")
+    (tmp_path / "d.safetensors").mkdir()
+    done = headwater(*command, tmp_path / "nowhere", "--output", tmp_path / output)
+    assert done.code == 2
+    assert said.format(tmp_path) in done.err
+    assert "nowhere" not in done.err
+
+
+def test_a_full_disk_leaves_no_half_of_a_basis(headwater, tmp_path, monkeypatch):
+    def full(_tensors, file, **_options):
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_run(tmp_path)
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr(files, "save_file", full)
+    basis = tmp_path / "basis.safetensors"
+    done = headwater("subspace", "--model", tmp_path / "model", "--r", "4", "--output", basis)
+    assert done.code == 2
+    assert f"{basis}: this cannot be written: Error while serializing" in done.err
+    assert set(tmp_path.iterdir()) == before

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from headwater.cli.adapters import attach_to_shape, locate
-from headwater.cli.console import err_console, out_console
+from headwater.cli.console import err_console, out_console, quiet_libraries
 from headwater.errors import HeadwaterError, Problem
 
 
@@ -16,6 +17,7 @@ def calibrate(source: str, sparsity: float, output: str) -> None:
     Raises:
         HeadwaterError: there is no adapter, it is of another method or untrained, or the sparsity is out of range.
     """
+    _check_output(output)
     model = attach_to_shape(locate(source))
 
     from headwater.methods.files import write_tensors
@@ -24,7 +26,6 @@ def calibrate(source: str, sparsity: float, output: str) -> None:
 
     branches = {m.name: m.branch("default") for m in model.modules() if isinstance(m, MethodLayer)}
     tensors = mask_of(branches, sparsity)
-    _check_suffix(output)
     write_tensors(tensors, output, {"sparsity": str(sparsity), "source": str(source)})
     entries = sum(branch.writes().numel() for branch in branches.values())
     out_console().print(
@@ -51,7 +52,8 @@ def subspace(
     Raises:
         HeadwaterError: a model cannot be loaded, the models differ, or an option is out of range.
     """
-    _check_suffix(output)
+    _check_output(output)
+    quiet_libraries()
 
     from headwater.methods.files import write_tensors
     from headwater.subspace import QKV, SubspaceSpec, differences, extract
@@ -77,9 +79,20 @@ def _weights(models: Sequence[str], targets: tuple[str, ...]) -> Iterator[dict]:
     for name in models:
         with err_console().status(f"reading {name}"):
             model, _ = load_base_model(name)
-            yield target_weights(model, targets)
+            try:
+                weights = target_weights(model, targets)
+            except HeadwaterError as error:  # it does not know the model's name
+                raise HeadwaterError(*(replace(problem, where=name) for problem in error.problems)) from None
+            yield weights
 
 
-def _check_suffix(output: str) -> None:
-    if Path(output).suffix != ".safetensors":
-        raise HeadwaterError(Problem(f"{output} should end on .safetensors", "--output"))
+def _check_output(output: str) -> None:
+    """Before anything is read, which may take long."""
+    file = Path(output)
+    if file.suffix != ".safetensors":
+        raise HeadwaterError(Problem(f"{output!r} should end on .safetensors", "--output"))
+    if file.is_dir():
+        raise HeadwaterError(Problem(f"{output} is a folder", "--output", "give the file's name"))
+    from headwater.training.folder import check_writable
+
+    check_writable(file.parent, f"--output {output}", "choose another place")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -34,15 +35,38 @@ def read_tensors(path: str | os.PathLike[str], field: str) -> tuple[dict[str, Te
     return tensors, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@contextlib.contextmanager
+def saying_why(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While `path` is written.
+
+    Raises:
+        HeadwaterError: in the place of what Python and safetensors raise when it cannot be.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        fix = "make room, or choose another place"
+        raise HeadwaterError(Problem(f"this cannot be written: {reason}", str(path), fix)) from error
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file under a temporary name and renames it."""
+    """Writes a safetensors file under a temporary name and renames it.
+
+    Raises:
+        HeadwaterError: if it cannot be written.
+    """
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.partial")
     # cloned, because safetensors refuses tensors that share memory, as layers with one basis do
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    save_file(own, temporary, metadata=dict(metadata))
-    os.replace(temporary, file)
+    with saying_why(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(own, temporary, metadata=dict(metadata))
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

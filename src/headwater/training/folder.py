@@ -97,8 +97,11 @@ def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
     )
 
 
-def check_writable(output: Path) -> None:
+def check_writable(output: Path, where: str = "output_dir", fix: str = ELSEWHERE) -> None:
     """Finds out whether a folder can be written to, or made in the nearest one above it that is there.
+
+    Args:
+        where, fix: of the error.
 
     Raises:
         HeadwaterError: if it cannot.
@@ -108,13 +111,13 @@ def check_writable(output: Path) -> None:
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
         what = "" if there == output else f"the folder {output} cannot be made: "
-        raise HeadwaterError(Problem(f"{what}{there} is a file, not a folder", "output_dir", ELSEWHERE))
+        raise HeadwaterError(Problem(f"{what}{there} is a file, not a folder", where, fix))
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         what = f"the folder {output} cannot be {'written to' if there == output else 'made'}: {error.strerror}"
-        raise HeadwaterError(Problem(what, "output_dir", ELSEWHERE)) from None
+        raise HeadwaterError(Problem(what, where, fix)) from None
 
 
 def make_folder(output: Path) -> None:
