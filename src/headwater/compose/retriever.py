@@ -90,10 +90,18 @@ class Retriever:
         return found
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """`(texts, d)` float32, of norm 1."""
+        """`(texts, d)` float32, of norm 1.
+
+        Raises:
+            HeadwaterError: the encoder gives numbers that are not finite.
+        """
         prompt = self.encoder.prompts.get(PROMPT) or None
         found: Any = self.encoder.encode(list(texts), prompt=prompt, convert_to_tensor=True, show_progress_bar=False)
-        return F.normalize(found.float().cpu(), dim=-1)
+        vectors = found.float().cpu()
+        if not vectors.isfinite().all():
+            what = "the encoder gives numbers that are not finite, by which nothing can be ranked"
+            raise HeadwaterError(Problem(what, fix="take another encoder, or fine-tune it with a lower learning rate"))
+        return F.normalize(vectors, dim=-1)
 
     def scores(self, texts: Sequence[str]) -> Tensor:
         """Cosines `(texts, adapters)`, in the order of `names`."""
