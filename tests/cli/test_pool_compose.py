@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from cli_support import run_main
@@ -182,3 +186,107 @@ def test_what_is_refused(made, tmp_path, capsys):
         assert message in refused.err, refused.err
         assert "Traceback" not in refused.err
     assert not (tmp_path / "x").exists()
+
+
+def test_tuning_leaves_the_texts_out_of_what_it_writes_and_says_nothing_but_the_result(made, tmp_path, capfd):
+    encoder = ["--encoder", made / "text" / "encoder"]
+    done = run(capfd, made, "tune-encoder", "-o", tmp_path / "tuned", "--epochs", 1, *encoder)
+    assert done.out.count("\n") == 1, done.out
+    assert "widget" not in done.err
+    texts = [text for entry in AdapterPool(made / "pool").entries.values() for text in entry.samples]
+    readme = (tmp_path / "tuned" / "README.md").read_text()
+    assert not [text for text in texts if text in readme]
+
+
+def test_tuning_counts_the_texts_that_it_learns_from(made, tmp_path, capsys):
+    shutil.copytree(made / "pool", tmp_path / "pool")
+    file = tmp_path / "pool" / "pool.json"
+    index = json.loads(file.read_text())
+    index["adapters"]["film"]["samples"] = ["film1"]
+    index["adapters"]["news"]["samples"] += ["news0 news1"]  # one that is there already
+    file.write_text(json.dumps(index))
+    done = run(capsys, tmp_path, "tune-encoder", "-o", tmp_path / "t", "--encoder", made / "text" / "encoder")
+    assert "16 texts of 2 adapters" in done.out
+    assert "not learnt from: film" in done.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temperature", 0, "temperature: it is 0.0, and should be a finite number above 0"),
+        ("--temperature", "nan", "temperature: it is nan"),
+        ("--learning-rate", -1, "learning_rate: it is -1.0, and should be a finite number, at least 0"),
+        ("--seed", -1, "seed: it is -1"),
+        ("--learning-rate", 1e30, "learning_rate: training ran away"),
+    ],
+)
+def test_settings_that_cannot_tune_are_refused(made, tmp_path, capsys, option, value, message):
+    encoder = ["--encoder", made / "text" / "encoder"]
+    refused = run(capsys, made, "tune-encoder", "-o", tmp_path / "t", *encoder, option, value, code=2)
+    assert message in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(made, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    output = tmp_path / "file" / "x"
+    news = ["--tasks", made / "one.yaml"]
+    for command, options in (
+        ("tune-encoder", ["--encoder", tmp_path / "is not read"]),
+        ("arrow", news),
+        ("merge", ["--adapter", "news=1"]),
+    ):
+        refused = run(capsys, made, command, "-o", output, *options, code=2)
+        assert f"--output {output}: the folder {output} cannot be made: {tmp_path / 'file'} is a file" in refused.err
+
+
+def test_an_encoder_that_does_not_fit_on_the_disk_leaves_nothing(made, tmp_path, capsys, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+
+    def full(_encoder, folder, **_options):
+        (Path(folder) / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SentenceTransformer, "save_pretrained", full)
+    encoder = ["--encoder", made / "text" / "encoder", "--epochs", 1]
+    refused = run(capsys, made, "tune-encoder", "-o", tmp_path / "t", *encoder, code=2)
+    assert f"{tmp_path / 't'}: this cannot be written: No space left on device" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_counting_says_what_it_leaves_out_and_has_no_empty_column(made, tmp_path, capsys):
+    encoder = ["--encoder", made / "text" / "encoder"]
+    row = (made / "tasks.yaml").read_text().splitlines()[1]
+    other = row.replace("{name: news, train: news-train.jsonl, test: ", f"{{name: law, test: {made}/")
+    (tmp_path / "more.yaml").write_text((made / "tasks.yaml").read_text() + other)
+    for file in made.glob("*.jsonl"):
+        shutil.copy(file, tmp_path)
+    shown = run(capsys, made, "retrieve", "--tasks", tmp_path / "more.yaml", "--top", 1, *encoder)
+    assert "an adapter of that name: law" in shown.err
+    assert "found first" in shown.out
+    assert "among the first" not in shown.out
+    asked = ["retrieve", "--tasks", made / "tasks.yaml", "--split", "validation", *encoder]
+    assert "no task has validation rows" in run(capsys, made, *asked, code=2).err
+
+
+def test_what_retrieval_cannot_use_is_refused(made, capsys, monkeypatch):
+    encoder = ["--encoder", made / "text" / "encoder"]
+    tasks = ["--tasks", made / "tasks.yaml"]
+    for options, message in (
+        ([*tasks, "-p", "news1"], "--prompt: the option does not apply here"),
+        (["-p", "news1", "--max-rows", 2], "--max-rows: the option does not apply here"),
+        (["-p", "news1", "--split", "test"], "--split: the option does not apply here"),
+        (["-p", "news1", "-p", " "], "--prompt: the prompt is blank"),
+        (["-p", "caf\udce9"], "--prompt: this is not UTF-8"),
+    ):
+        assert message in run(capsys, made, "retrieve", *encoder, *options, code=2).err
+    for errors in ("strict", "surrogateescape"):
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert "standard input: this is not UTF-8" in run(capsys, made, "retrieve", *encoder, code=2).err
+
+
+def test_lines_may_end_as_on_windows(made, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"news1\r\nfilm3\r\n"), newline="\n"))
+    found = run(capsys, made, "retrieve", "--encoder", made / "text" / "encoder", "--json")
+    assert [json.loads(line)["prompt"] for line in found.out.splitlines()] == ["news1", "film3"]

@@ -29,7 +29,7 @@ def run(
     """
     found = locate(source)
     index = None if task is None else found.task_index(task)
-    texts = list(prompts) if prompts else prompt_lines()
+    texts = prompt_texts(prompts)
     model, tokenizer = load(found)
 
     from headwater.data.rows import Row
@@ -53,13 +53,28 @@ def run(
         print(json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False) if as_json else answer)
 
 
-def prompt_lines() -> list[str]:
+def prompt_texts(given: Sequence[str] | None) -> list[str]:
+    """The prompts that were given; without any, the lines of standard input.
+
+    Raises:
+        HeadwaterError: as `_lines`; or a prompt is no UTF-8.
+    """
+    try:
+        texts = list(given) if given else _lines()
+        "".join(texts).encode()  # Python lets other bytes through as surrogates, which no tokenizer takes
+    except UnicodeError:
+        where, fix = ("--prompt" if given else "standard input"), "convert it, for instance with iconv"
+        raise HeadwaterError(Problem("this is not UTF-8", where, fix)) from None
+    return texts
+
+
+def _lines() -> list[str]:
     """The lines of standard input, each of them a prompt.
 
     Raises:
         HeadwaterError: there are none, or some are blank: skipping them would shift the answers against the lines.
     """
-    lines = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin]
+    lines = [] if sys.stdin.isatty() else [line.rstrip("\r\n") for line in sys.stdin]
     if not lines:
         raise HeadwaterError(
             Problem("there is no prompt", "", "give --prompt TEXT, or one prompt per line on standard input")

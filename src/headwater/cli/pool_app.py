@@ -122,15 +122,23 @@ def retrieve(
     ] = None,
     top: Top = 3,
     encoder: Encoder = "",
-    split: Split = "test",
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For --tasks: which rows, test (default), validation or train."),
+    ] = None,
     max_rows: MaxRows = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the adapters whose sample texts are most like a prompt."""
+    from headwater.cli.evaluate import refuse
     from headwater.cli.pool_compose import Scoring
     from headwater.cli.pool_compose import retrieve as run
 
-    scoring = None if tasks is None else Scoring(tasks, split, max_rows)
+    if tasks is None:
+        refuse({"--split": split, "--max-rows": max_rows}, "it is about --tasks: leave it out, or give that")
+    else:
+        refuse({"--prompt": prompt or None}, "--tasks brings its own prompts: leave one of the two out")
+    scoring = None if tasks is None else Scoring(tasks, split or "test", max_rows)
     run(pool, prompt, scoring, top=top, encoder=encoder, as_json=as_json)
 
 

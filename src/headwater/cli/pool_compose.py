@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
-from headwater.cli.generate import prompt_lines
+from headwater.cli.generate import prompt_texts
 from headwater.cli.pool import new_folder
 from headwater.errors import HeadwaterError, Problem
 
@@ -61,7 +61,7 @@ def retrieve(
     """Show which adapters are found for prompts, or how often each task's rows find the adapter of its name.
 
     Raises:
-        HeadwaterError: no pool, no prompts, or an encoder that cannot be had.
+        HeadwaterError: no pool, no prompts, blank ones, or an encoder that cannot be had.
     """
     from headwater.compose import AdapterPool
     from headwater.compose.scoring import ranks_of_own
@@ -71,24 +71,32 @@ def retrieve(
     pool = AdapterPool(folder)
     if scoring is not None:
         _, tasks = scoring.read()
+        if not any(getattr(task, scoring.split) for task in tasks):
+            raise HeadwaterError(Problem(f"no task has {scoring.split} rows", scoring.tasks, "give --split"))
         ranks = ranks_of_own(_retriever(pool, encoder), tasks, scoring.split, scoring.max_rows)
         if not ranks:
             fix = "name tasks and adapters alike"
-            raise HeadwaterError(Problem("no task has the name of an adapter with sample texts", scoring.tasks, fix))
+            what = f"no task with {scoring.split} rows has the name of an adapter with sample texts"
+            raise HeadwaterError(Problem(what, scoring.tasks, fix))
+        left = [task.name for task in tasks if task.name not in ranks]
+        if left:
+            _note(f"not counted, without {scoring.split} rows or an adapter of that name: {', '.join(left)}")
         rows: list[list[object]] = []
         record: dict[str, dict[str, Any]] = {}
         for name, places in [*ranks.items(), ("all", [place for part in ranks.values() for place in part])]:
-            hits = {k: [float(place <= k) for place in places] for k in (1, top)}
+            hits = {k: [float(place <= k) for place in places] for k in sorted({1, top})}
             record[name] = {"n": len(places), **{f"top-{k}": sum(v) / len(v) for k, v in hits.items()}}
             record[name]["intervals"] = {f"top-{k}": interval(v) for k, v in hits.items()}
             rows.append([name, len(places), *(_share(values, interval(values)) for values in hits.values())])
-        columns = ["task", "rows", "found first", f"among the first {top}"]
+        columns = ["task", "rows", "found first", *([f"among the first {top}"] if top > 1 else [])]
         if as_json:
             print(json.dumps(record))
         else:
             out_console().print(table(columns, rows))
         return
-    texts = list(prompts) if prompts else prompt_lines()
+    texts = prompt_texts(prompts)
+    if not all(text.strip() for text in texts):
+        raise HeadwaterError(Problem("the prompt is blank", "--prompt", "give a text"))
     for text, found in zip(texts, _retriever(pool, encoder).retrieve(texts, top), strict=True):
         if as_json:
             print(json.dumps({"prompt": text, "adapters": dict(found)}, ensure_ascii=False))
@@ -110,24 +118,30 @@ def tune_encoder(
     """Fine-tune the sentence encoder on the pool's sample texts and write it.
 
     Raises:
-        HeadwaterError: too few adapters with texts, or an encoder that cannot be had.
+        HeadwaterError: too few adapters with texts, settings out of range, or an encoder that cannot be had or written.
     """
     from headwater.compose import AdapterPool
-    from headwater.compose.contrastive import ContrastiveSpec, fine_tune
+    from headwater.compose.contrastive import ContrastiveSpec, fine_tune, usable_texts
     from headwater.compose.encoder import load_encoder
+    from headwater.export import new_folder as whole_folder
+    from headwater.methods.files import saying_why
 
     quiet_libraries()
+    spec = ContrastiveSpec(epochs=epochs, learning_rate=learning_rate, temperature=temperature, seed=seed)
     pool = AdapterPool(folder)
     target = new_folder(output)
     pool.require(*names)
     chosen = {name: pool[name].samples for name in (names or pool.names)}
-    spec = ContrastiveSpec(epochs=epochs, learning_rate=learning_rate, temperature=temperature, seed=seed)
+    used = usable_texts(chosen)
     model = load_encoder(encoder, progress=_note)
     with err_console().status("fine-tuning the encoder"):
         loss = fine_tune(model, chosen, spec)
-    model.save_pretrained(str(target))
-    texts = sum(map(len, chosen.values()))
-    _say(f"{output}: fine-tuned on {texts} texts of {len(chosen)} adapters, mean loss {loss:.3f}")
+    with saying_why(target), whole_folder(target) as work:
+        model.save_pretrained(str(work))
+    if left := [name for name in chosen if name not in used]:
+        _note(f"without two different sample texts, and so not learnt from: {', '.join(left)}")
+    texts = sum(map(len, used.values()))
+    _say(f"{output}: fine-tuned on {texts} texts of {len(used)} adapters, mean loss {loss:.3f}")
 
 
 def flow(
