@@ -100,7 +100,7 @@ def _read(
             plain = tl.dot(values, weight, plain, input_precision="ieee", out_dtype=WIDE)
     place = mask * stride_um + token[:, None] * stride_ut + rank.to(tl.int64)[None, :] * stride_ur
     tl.store(u + place, total, mask=inside[:, None] & (rank < r)[None, :])
-    if CLEAN:
+    if CLEAN:  # noqa: SIM102, `mask` is a tensor, which Triton takes no `and` of
         if mask == 0:
             place = token[:, None] * stride_ct + row.to(tl.int64)[None, :] * stride_cr
             tl.store(of_clean + place, plain, mask=inside[:, None] & (row < k)[None, :])
