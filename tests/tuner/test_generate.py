@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 import headwater
 
 from .helpers import adapt, logits, task_kwargs, tokens
+from .rows import BY_ID
 
 LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 258}
 
@@ -46,6 +48,22 @@ def test_static_cache(row, model):
     x = tokens(rows=3)
     expected = generate(row, model, x, do_sample=False)
     assert torch.equal(generate(row, model, x, do_sample=False, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("name", ["rlora", "mtl_lora", "moe_lora", "smora", "cond_mixlora"])
+def test_static_cache_compiled_as_on_an_accelerator(name, tiny_llama):
+    """One graph without a break, and the second prompt, in the same cache, begins anew."""
+    row, compiled = BY_ID[name], CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = adapt(row, tiny_llama(), lora_alpha=64, **row.no_dropout)
+    for seed in (0, 1):
+        x = tokens(rows=3, seed=seed)
+        expected = generate(row, model, x, do_sample=False)
+        found = generate(row, model, x, do_sample=False, cache_implementation="static", compile_config=compiled)
+        assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_sampling_several_sequences_sees_the_right_logits(row, model):

@@ -129,6 +129,18 @@ def test_it_merges(row, tiny_llama):
 
 
 @pytest.mark.slow
+def test_a_static_cache_is_compiled_by_default(row, tiny_llama):
+    if row.label or row.name not in ("rlora", "cond_mixlora"):
+        pytest.skip("minutes of compiling; one of each kind will do")
+    model = adapt(row, tiny_llama(), lora_alpha=64, **row.no_dropout).eval().to(DEVICE)
+    asked = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 258, "do_sample": False}
+    for seed in (0, 1):  # the second prompt in the first one's cache
+        x = tokens(rows=3, seed=seed).to(DEVICE)
+        found = model.generate(input_ids=x, cache_implementation="static", **asked)
+        assert torch.equal(found, model.generate(input_ids=x, **asked))
+
+
+@pytest.mark.slow
 def test_it_compiles(row, tiny_llama):
     if row.label or row.name not in ("rlora", "mlora", "moe_lora"):
         pytest.skip("minutes of compiling; one of each kind will do")

@@ -49,7 +49,7 @@ class State:
         valid: bool `(batch, length)`, False on padding, or None when no 2-D mask was given.
         prompt: bool of the input's shape, True on tokens that are neither padding nor learned; None without labels.
         packed: set where the input's rows are packed into one.
-        past: positions already in the key-value cache; above 0 in cached decoding.
+        begins: no key-value cache lies behind this forward; False in cached decoding.
         memory: what branches remember for as long as a key-value cache lives; fresh in each forward that starts one.
         loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
         gradient: what the training loss gets as its own gradient, known in backward: the factor of a gradient scaler,
@@ -67,7 +67,7 @@ class State:
     valid: Tensor | None = None
     prompt: Tensor | None = None
     packed: Packed | None = None
-    past: int = 0
+    begins: bool = True
     memory: dict[Any, Any] = field(default_factory=dict)
     loss_scale: float | Tensor = 1.0
     gradient: float | Tensor = 1.0

@@ -94,7 +94,7 @@ class CondMixLoraBranch(Branch):
         memory = {} if state is None or (self.training and torch.is_grad_enabled()) else state.memory
         key = (call.name, id(self))
         rows = call.by_row(z)  # (rows, length, E)
-        if state is not None and state.past > 0 and key in memory:
+        if state is not None and not state.begins and key in memory:
             chosen = tuple(t.repeat_interleave(rows.shape[0] // t.shape[0], dim=0) for t in memory[key])
         else:
             chosen = self.choose([self.pooled(part, call) for part in logits])

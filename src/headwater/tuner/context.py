@@ -74,7 +74,7 @@ class Context:
     def begins(self) -> bool:
         """Whether the running forward starts a sequence: no key-value cache lies behind it."""
         state = self.state
-        return state is not None and state.past == 0
+        return state is not None and state.begins
 
     @contextlib.contextmanager
     def use(self, state: State | None) -> Iterator[None]:
@@ -128,9 +128,10 @@ class Context:
         repeat = generating is not None or cache is not None or (around and not learning)
         fitted = _fit_ids(ids, batch, repeat=repeat)
         state = State(batch, length, fitted, valid, packed=packed, loss_scale=self.loss_scale)
-        state.past = _positions_in(cache)
-        if self.needs_state and not (module.training and learning):
-            state.memory = self._memory(cache, state.past)
+        remembers = self.needs_state and not (module.training and learning)
+        state.begins = _begins(cache, length, matters=remembers or generating is not None)
+        if remembers:
+            state.memory = self._memory(cache, state.begins)
         if isinstance(labels, Tensor) and labels.shape == shape:
             learned = labels != -100
             if decoder:
@@ -143,7 +144,7 @@ class Context:
                 # so the trainer multiplies its loss by their number.
                 state.loss_scale = (learned if decoder else learned[:, 1:]).sum() / total
                 state.gradient = float(_ranks())
-        elif generating and length and state.past == 0 and not decoder:
+        elif generating and length and state.begins and not decoder:
             device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
             prompt = torch.arange(length, device=device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(device)
@@ -180,16 +181,16 @@ class Context:
             if state.outer is None:
                 self._note_losses(state)
 
-    def _memory(self, cache: Any, past: int) -> dict[Any, Any]:
+    def _memory(self, cache: Any, begins: bool) -> dict[Any, Any]:
         # The first forward of a generation may make its cache itself, out of our sight; the next one then adopts what
         # the last forward of this thread remembered.
-        if past == 0:
+        if begins:
             self._local.memory = {}
         elif not hasattr(cache, "headwater_memory"):
             cache.headwater_memory = getattr(self._local, "memory", {})
         else:
             self._local.memory = cache.headwater_memory
-        if cache is not None and past == 0:
+        if cache is not None and begins:
             cache.headwater_memory = self._local.memory
         return getattr(self._local, "memory", {}) if cache is None else cache.headwater_memory
 
@@ -281,7 +282,7 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     return next(rows, 0), 0
 
 
-def _positions_in(cache: Any) -> int:
+def _positions_in(cache: Any) -> int | Tensor:
     """Positions that lie in a cache; 1 for any number where its layers count none."""
     if not hasattr(cache, "get_seq_length"):
         return 0
@@ -320,6 +321,19 @@ def _valid(mask: Any, length: int) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2 and length and mask.shape[1] >= length:
         return mask[:, -length:].bool()  # with a cache the mask also covers the past
     return None
+
+
+def _begins(cache: Any, length: int, *, matters: bool) -> bool:
+    """Whether nothing lies in the key-value cache yet. A static cache counts in a tensor, which moves on while the
+    forward runs: it is read here, once, and not in every layer.
+
+    Args:
+        matters: somebody asks while a graph is being compiled, which a reading would break; elsewhere all may.
+    """
+    past = _positions_in(cache)
+    if isinstance(past, Tensor) and torch.compiler.is_compiling() and (length == 1 or not matters):
+        return False  # one token is taken for one behind a prompt, so that decoding stays one graph
+    return bool(past == 0)
 
 
 def _fit_ids(ids: Tensor | None, batch: int, *, repeat: bool) -> Tensor | None:
