@@ -32,10 +32,12 @@ class Packed:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """LongTensors `(tokens,)`: the row of each token, and its place in rows padded to the longest, flattened."""
         if device not in self._on:
-            lengths = torch.tensor(self.lengths)
-            row = torch.arange(len(lengths)).repeat_interleave(lengths)
-            shift = torch.arange(len(lengths)) * lengths.max() - (lengths.cumsum(0) - lengths)
-            self._on[device] = row.to(device), (torch.arange(len(row)) + shift[row]).to(device)
+            # Few numbers are copied, and all sizes are known here, so that no accelerator has to be waited for.
+            lengths, tokens = torch.tensor(self.lengths).to(device, non_blocking=True), sum(self.lengths)
+            rows = torch.arange(len(self.lengths), device=device)
+            row = rows.repeat_interleave(lengths, output_size=tokens)
+            shift = rows * max(self.lengths) - (lengths.cumsum(0) - lengths)
+            self._on[device] = row, torch.arange(tokens, device=device) + shift.index_select(0, row)
         return self._on[device]
 
 

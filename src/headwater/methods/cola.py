@@ -130,6 +130,7 @@ class ColaBranch(Branch):
         self.register_buffer("A_tied", torch.zeros(tied, d_in))
         self.register_buffer("B_tied", torch.zeros(tied, d_out))
         self.register_buffer("link", torch.zeros((), dtype=torch.int64))
+        self._tied: int | None = 0
         self.start_link(0)
         self.learning_rate_factor = config.learning_rate_factor if config.lr_policy == "restart" else None
         self.folds = config.mode == "fold" and not config.inference_mode and not shape.on_meta
@@ -156,6 +157,13 @@ class ColaBranch(Branch):
         random.data[:rank] = drawn.to(random)
         zero.data.zero_()
 
+    @property
+    def tied(self) -> int:
+        """How many links are tied: `link` as a number, read from the device only once after it was loaded."""
+        if self._tied is None:
+            self._tied = int(self.link)
+        return self._tied
+
     def relative_scaling(self, link: int) -> float:
         """A link's scaling divided by the first one's."""
         if self.config.alpha_mode == "fixed_scaling":
@@ -165,11 +173,12 @@ class ColaBranch(Branch):
     @torch.no_grad()
     def tie(self) -> None:
         """Ties the knot: the current link joins the frozen ones and a fresh one begins. The output does not change."""
-        link = int(self.link)
+        link = self.tied
         start, rank = sum(self.ranks[:link]), self.ranks[link]
         self.A_tied[start : start + rank] = self.A[:rank]
         self.B_tied[start : start + rank] = self.B[:rank] * self.relative_scaling(link)
         self.link += 1
+        self._tied = link + 1
         self.start_link(link + 1)
         self._folded = None
 
@@ -180,7 +189,7 @@ class ColaBranch(Branch):
             True if a knot was tied, so the optimiser must forget what it knows.
         """
         due = sum(step >= knot for knot in self.config.knots_of(total_steps))
-        if int(self.link) >= min(due, len(self.ranks) - 1):
+        if self.tied >= min(due, len(self.ranks) - 1):
             return False
         self.tie()
         return True
@@ -189,7 +198,7 @@ class ColaBranch(Branch):
         if not self.folds:
             return None
         now = weight.data_ptr(), None if weight.is_inference() else weight._version
-        if (self._folded is None or self._folded_from != now) and int(self.link):
+        if (self._folded is None or self._folded_from != now) and self.tied:
             with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be trained under
                 tied = self.scaling * (self.B_tied.T @ self.A_tied)
                 self._folded = weight.detach() + (tied.T if transposed else tied).to(weight)
@@ -198,7 +207,7 @@ class ColaBranch(Branch):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._folded = None
+        self._folded = self._tied = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._folded = None
@@ -213,7 +222,7 @@ class ColaBranch(Branch):
 
     def mix(self, z: Tensor, *tied: Tensor, call: Call) -> Tensor:
         if self.config.alpha_mode == "fixed_alpha":
-            z = z * self.relative_scaling(int(self.link))
+            z = z * self.relative_scaling(self.tied)
         return super().mix(z, *tied)
 
     def writes(self) -> Tensor:
@@ -224,7 +233,7 @@ class ColaBranch(Branch):
 
     def chain(self) -> tuple[Tensor, Tensor]:
         """A and B of all links, `(r_1 + ... + r_M, d_in)` and `(r_1 + ... + r_M, d_out)`."""
-        A = torch.cat([self.relative_scaling(int(self.link)) * self.A, self.A_tied])
+        A = torch.cat([self.relative_scaling(self.tied) * self.A, self.A_tied])
         return A, torch.cat([self.B, self.B_tied])
 
     def factors(self, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import Problem
@@ -57,7 +56,7 @@ def balance_loss(gate: Tensor, call: Call) -> Tensor:
     Args:
         gate: `(tokens, N)`.
     """
-    chosen = F.one_hot(gate.argmax(-1), gate.shape[-1]).to(gate)
+    chosen = torch.zeros_like(gate).scatter(-1, gate.argmax(-1, keepdim=True), 1.0)
     valid, shown = call.valid_tokens(), call.shows_rows()
     counted = gate.new_ones(gate.shape[0], 1) if valid is None else valid.to(gate).unsqueeze(-1)
     tokens, of_gate, of_chosen = (

@@ -12,6 +12,7 @@ All experts' ranks are one matmul, gated as blocks: no expert is visited by itse
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +203,12 @@ def localized_loss(gate: Tensor, types: Tensor, delta: float) -> Tensor:
     return weighted.var() / (weighted.mean() ** 2 + 1e-10)
 
 
+@functools.cache
+def _on_device(types: tuple[int, ...], device: torch.device) -> Tensor:
+    """The types of the tasks, `(tasks,)`: copied once, because an accelerator is waited for."""
+    return torch.tensor(types, device=device)
+
+
 class ExpertsBranch(Branch):
     """The routing of top-k experts and its losses; a subclass has the experts."""
 
@@ -233,7 +240,7 @@ class ExpertsBranch(Branch):
         return gate
 
     def localized(self, gate: Tensor, call: Call) -> Tensor:
-        types = torch.tensor(self.task_types, device=gate.device)
+        types = _on_device(tuple(self.task_types or ()), gate.device)
         tasks = call.task_of_row(len(types)).to(gate.device)
         valid = call.valid_tokens()
         counted = gate if valid is None else gate * valid.to(gate).unsqueeze(-1)

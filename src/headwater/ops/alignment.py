@@ -76,18 +76,23 @@ def thin(member: Tensor, most: int) -> Tensor:
     return member * kept
 
 
-def mmd_alignment(z: Tensor, member: Tensor, *, most: int = 256) -> Tensor:
+def sample(member: Tensor, most: int = 256) -> tuple[Tensor, Tensor]:
+    """At most `most` tokens of each task of `member`, as `mmd_alignment` takes them."""
+    member = thin(member, most)
+    used = member.sum(0).nonzero().squeeze(1)
+    return member[:, used], used
+
+
+def mmd_alignment(z: Tensor, member: Tensor, used: Tensor) -> Tensor:
     """Squared maximum mean discrepancy, biased estimate, under a sum of Gaussian kernels exp(-|a - b|^2 / (2 sigma)).
 
     Args:
-        z: `(tokens, r)`. member: `(T, tokens)`. most: tokens of a task that take part.
+        z: `(tokens, r)`. used: LongTensor `(k,)`, the tokens that take part. member: `(T, k)`, of these.
 
     Returns:
         `(T, T)`.
     """
-    member = thin(member, most)
-    used = member.sum(0).nonzero().squeeze(1)
-    z, member = z[used], member[:, used]
+    z = z[used]
     # By differences: |a|^2 + |b|^2 - 2 a b leaves rounding where tokens are alike, as those of equal prompts are, and
     # the narrowest kernel magnifies it.
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()

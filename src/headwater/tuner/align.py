@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
 from ..ops import attach_loss
-from ..ops.alignment import kl_alignment, kl_alignment_per_position, membership, mmd_alignment, over_pairs
+from ..ops.alignment import kl_alignment, kl_alignment_per_position, membership, mmd_alignment, over_pairs, sample
 from .context import Context
 from .layer import MethodLayer
 from .model import context_of, install_context
@@ -80,19 +80,30 @@ class AlignLoss:
 
     def loss(self, call: Call, z: Tensor) -> Tensor:
         """The unweighted loss of one layer; 0 where fewer than two tasks have two rows and 4 r tokens each."""
-        task_of_row = call.task_of_row().to(z.device)
         num_tasks = call.highest_task() + 1
+        task_of_row = call.task_of_row(num_tasks).to(z.device)
         z = z.float() if z.dtype != torch.float64 else z
         member = membership(call.task_of_token().to(z.device), self.counted(call), num_tasks).to(z.dtype)
-        rows = torch.bincount(task_of_row, minlength=num_tasks)
-        usable = rows >= 2
+        usable = membership(task_of_row, None, num_tasks).sum(1) >= 2
         if self.spec.token_mode == "per_position":
             distances = kl_alignment_per_position(call.by_row(z), task_of_row, num_tasks)
         else:
             usable = usable & (member.sum(1) >= 4 * z.shape[1])
             member = member * usable.unsqueeze(1)  # the others have no part in the floor under variances either
-            distances = kl_alignment(z, member) if self.spec.kind == "kl" else mmd_alignment(z, member)
+            if self.spec.kind == "kl":
+                distances = kl_alignment(z, member)
+            else:
+                distances = mmd_alignment(z, *self.sampled(call, member, z.shape[1]))
         return over_pairs(distances, usable, reduction=self.spec.reduction)
+
+    def sampled(self, call: Call, member: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """What `sample` makes of `member`. Layers of rank r have the same tokens, so the first one's are theirs, too:
+        how many those are is read from the device."""
+        assert call.state is not None
+        key = "align", r, *member.shape, member.dtype, member.device
+        if key not in call.state.memory:
+            call.state.memory[key] = sample(member)
+        return call.state.memory[key]
 
     def counted(self, call: Call) -> Tensor | None:
         """bool `(tokens,)`, True on those that take part; None for all."""

@@ -128,6 +128,8 @@ class Context:
         repeat = generating is not None or cache is not None or (around and not learning)
         fitted = _fit_ids(ids, batch, repeat=repeat)
         state = State(batch, length, fitted, valid, packed=packed, loss_scale=self.loss_scale)
+        if fitted is not None and fitted.device.type == "cpu":
+            _move_ids(state, fitted, (*args, *kwargs.values()))
         remembers = self.needs_state and not (module.training and learning)
         state.begins = _begins(cache, length, matters=remembers or generating is not None)
         if remembers:
@@ -321,6 +323,15 @@ def _valid(mask: Any, length: int) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2 and length and mask.shape[1] >= length:
         return mask[:, -length:].bool()  # with a cache the mask also covers the past
     return None
+
+
+def _move_ids(state: State, ids: Tensor, inputs: tuple[Any, ...]) -> None:
+    """Ids on the CPU go to where the model's inputs are, once and not in every layer; their range is read before."""
+    device = next((t.device for t in inputs if isinstance(t, Tensor)), ids.device)
+    if device != ids.device:
+        if not torch.compiler.is_compiling():
+            state.range_of_tasks(ids)
+        state.task_ids = ids.to(device, non_blocking=True)
 
 
 def _begins(cache: Any, length: int, *, matters: bool) -> bool:
