@@ -34,6 +34,19 @@ def test_draws_follow_temperature_and_top_p():
     assert pick(logits, Sampling(temperature=1, top_p=1e-9), sampling.generator()) == 0
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_seeds_draw_what_multinomial_draws(top_p):
+    logits, sampling = 3 * torch.randn(400), Sampling(temperature=1.3, top_p=top_p, seed=3)
+    p, order = torch.softmax(logits.double() / 1.3, -1).sort(descending=True)
+    if top_p < 1:
+        p[p.cumsum(0) - p >= top_p] = 0
+    else:
+        p, order = p[order.argsort()], torch.arange(400)
+    ours, theirs = sampling.generator(), sampling.generator()
+    for _ in range(100):
+        assert pick(logits, sampling, ours) == order[torch.multinomial(p, 1, generator=theirs)]
+
+
 def feed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[str, list[str], bool]:
     text, pieces = Text(TOKENIZER, stop), []
     for token in tokens:

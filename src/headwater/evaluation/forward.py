@@ -129,7 +129,8 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> tuple[Tenso
         positions: int64 `[batch, m]`, indices into the sequence axis of this forward's `input_ids`.
         inputs: keywords of the model's forward.
     """
-    with _only_at(model, positions) as finish:
+    # before the forward: a copy in the middle of it would wait for all that comes before the head
+    with _only_at(model, positions.to(input_device(model), non_blocking=True)) as finish:
         output = model(**inputs)
     return finish(output.logits).float(), output
 

@@ -35,9 +35,10 @@ class Output:
     def see(self, name: str, gate: Tensor) -> None:
         if gate.dim() != 3 or gate.shape[0] != self._rows:
             return  # behind a token dispatch
-        last = gate[:, -1].cpu()
+        last = gate[:, -1]
         if self._layers == 0 or last.shape == self._sum.shape:
-            self._sum = last + (self._sum if self._layers else 0)
+            # stays on the first layer's device until somebody asks, or every layer would be waited for
+            self._sum = last.to(self._sum.device) + self._sum if self._layers else last
             self._layers += 1
 
     @property
@@ -148,7 +149,7 @@ class Batch:
         with torch.no_grad(), self.routes.apply(routes) as keywords, watching:
             logits, _ = logits_at(
                 self.model,
-                torch.full((len(routes), 1), ids.shape[1] - 1),
+                torch.full((len(routes), 1), ids.shape[1] - 1, device=ids.device),
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import max_positions, pad_id
 from ..evaluation.generate import end_ids
@@ -317,18 +319,27 @@ class Engine:
     def _take(self, rows: Sequence[_Row], output: Any) -> None:
         self._on_step(len(rows))
         logits, gates = output.logits, output.gates
-        likeliest = logits.argmax(-1).tolist()
-        usable = logits.amax(-1).isfinite().tolist()  # -inf only rules a token out
+        finite = logits.amax(-1).isfinite()  # -inf only rules a token out
+        chosen, failed = logits.argmax(-1), {}
+        for i, row in enumerate(rows):
+            if row.ticket.sampling.temperature > 0:
+                try:
+                    chosen[i] = pick(logits[i], row.ticket.sampling, row.generator)
+                except Exception as error:  # the others' answers go on
+                    failed[i] = error
+        tokens, usable = torch.stack([chosen, finite.long()]).tolist()  # at once, as this waits for the device
         for i, row in enumerate(rows):
             if not usable[i]:
                 row.end(Piece("", finish="error", error="the model's outputs are not finite numbers (NaN or infinity)"))
                 continue
-            ticket, sampling = row.ticket, row.ticket.sampling
+            if i in failed:
+                row.end(_failed(failed[i]))
+                continue
+            ticket, token = row.ticket, tokens[i]
             try:
-                token = pick(logits[i], sampling, row.generator) if sampling.temperature > 0 else likeliest[i]
                 logprob = float(logits[i].double().log_softmax(-1)[token]) if ticket.logprobs else None
                 row.take(token, self._ends, gates[i] if gates and ticket.gates else None, logprob)
-            except Exception as error:  # the others' answers go on
+            except Exception as error:
                 row.end(_failed(error))
 
     def _let_go(self) -> None:

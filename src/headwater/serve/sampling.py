@@ -38,17 +38,23 @@ class Sampling:
         return torch.Generator().manual_seed(seed)
 
 
-def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draws a token from logits `(vocabulary,)`, in float64 on the CPU; the largest has to be finite."""
+def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draws a token from logits `(vocabulary,)`, the largest of which has to be finite.
+
+    Only the noise comes from the CPU, where `generator` is; the rest, in float64, stays on the logits' device, and so
+    does the result, int64 `()`: nothing is waited for.
+    """
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    z = logits.double().cpu()
+        return logits.argmax()
+    z = logits.double()
     p = torch.softmax((z - z.max()) / sampling.temperature, dim=-1)  # below 0 first: tiny temperatures give no infinity
+    # The largest of p_i / noise_i is i with probability p_i. So does `torch.multinomial` on a CPU, draw for draw.
+    noise = torch.empty(p.shape, dtype=p.dtype).exponential_(generator=generator).to(p.device, non_blocking=True)
     if sampling.top_p < 1:
         ranked, order = p.sort(descending=True, stable=True)
-        ranked[ranked.cumsum(0) - ranked >= sampling.top_p] = 0  # those that the ones before already make up for
-        return int(order[torch.multinomial(ranked, 1, generator=generator)])
-    return int(torch.multinomial(p, 1, generator=generator))
+        made_up_for = ranked.cumsum(0) - ranked >= sampling.top_p  # by those before
+        return order.take(torch.div(ranked.masked_fill(made_up_for, 0), noise, out=noise).argmax())
+    return torch.div(p, noise, out=noise).argmax()
 
 
 class Text:
