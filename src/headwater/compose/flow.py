@@ -87,6 +87,7 @@ class FlowGate(nn.Module):
                 uniform = torch.softmax(torch.zeros(k), -1)  # what the softmax gives at W = 0, to the last bit
                 self.bias.add_(torch.eye(k)[list(names).index(start)] - uniform)
         self._now: dict[str, Tensor] = {}
+        self.to(next(pooled.model.parameters()).device)  # or every decoder layer would wait for its gate
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:

@@ -62,7 +62,8 @@ class Stack:
         wide = torch.promote_types(down.dtype, torch.float32)
         scale = torch.tensor([part.scaling for part in factors], dtype=wide).repeat_interleave(ranks)
         key = tuple((position, part.rank, part.scaling) for position, part in parts)
-        return cls(down, up, owner.to(down.device), scale.to(down.device), key)
+        owner, scale = (t.to(down.device, non_blocking=True) for t in (owner, scale))
+        return cls(down, up, owner, scale, key)
 
     @property
     def ranks(self) -> int:
@@ -103,7 +104,7 @@ class RowGate:
         key = (stack.key, batch, u.device)
         if key not in self._by_rank:
             weights = self.weights.repeat_interleave(batch // rows, 0)  # beams and returned sequences
-            self._by_rank[key] = stack.spread(weights.to(stack.scale)).unsqueeze(1)
+            self._by_rank[key] = stack.spread(weights.to(stack.scale, non_blocking=True)).unsqueeze(1)
         return (u.unflatten(0, (batch, -1)) * self._by_rank[key]).flatten(0, 1)
 
 
