@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,10 @@ class MethodCallback(GateCallback):
     Gates are watched, see `GateCallback`.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: list[MethodLayer] = []
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -36,7 +40,9 @@ class MethodCallback(GateCallback):
         **kwargs: Any,
     ) -> None:
         super().on_train_begin(args, state, control, model)
-        factors = (getattr(branch, "learning_rate_factor", None) for branch in active_branches(model))
+        # Found once: to walk over all modules takes a millisecond, and layers that come later are not trained.
+        self._layers = method_layers(model)
+        factors = (getattr(branch, "learning_rate_factor", None) for branch in active_branches(self._layers))
         factor = next((f for f in factors if f is not None), None)
         if factor is None:
             return
@@ -60,7 +66,7 @@ class MethodCallback(GateCallback):
     ) -> None:
         super().on_step_end(args, state, control)
         changed = False
-        for branch in active_branches(model):
+        for branch in active_branches(self._layers):
             after_step = getattr(branch, "after_step", None)
             if after_step is not None:
                 changed = after_step(state.global_step, state.max_steps) or changed
@@ -68,9 +74,14 @@ class MethodCallback(GateCallback):
             optimizer.state.clear()
 
 
-def active_branches(model: nn.Module | None) -> Iterator[Branch]:
+def method_layers(model: nn.Module | None) -> list[MethodLayer]:
+    """The adapted layers of a model."""
+    return [] if model is None else [m for m in model.modules() if isinstance(m, MethodLayer)]
+
+
+def active_branches(layers: Iterable[MethodLayer]) -> Iterator[Branch]:
     """The active adapters' branches, layer by layer."""
-    for layer in (m for m in (model or nn.Module()).modules() if isinstance(m, MethodLayer)):
+    for layer in layers:
         for name in layer.active_adapters:
             if name in layer.branches:
                 yield layer.branch(name)
