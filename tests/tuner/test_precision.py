@@ -99,6 +99,24 @@ def test_autocast_runs_a_float32_model_in_bfloat16(row, tiny_llama):
         assert (found[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], TARGETS], ids=["single layers", "whole blocks"])
+def test_backward_inside_autocast_is_backward_outside(row, tiny_llama, targets):
+    """What is read of x is mixed in float32, in forward and when backward does it again."""
+    model = adapt(row, tiny_llama(), target_modules=targets, **row.no_dropout, **row.smooth).train()
+    found = []
+    for inside in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = train_loss(row, model)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
 def test_inference_mode_computes_the_same(row, tiny_llama):
     model = adapt(row, tiny_llama())
     expected = logits(row, model)

@@ -68,11 +68,12 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         of_y, of_x, *wanted = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[6:]
         (back,) = rank_spaces([ctx.adapter], x.device)
-        back.backward([dy], tuple(saved), x, [wanted])
-        dx = None
-        if of_x:
-            dx = x.new_zeros(x.shape) if weight is None else dy @ weight
-        back.add_to_dx(dx)
+        with without_autocast(x.device):
+            back.backward([dy], tuple(saved), x, [wanted])
+            dx = None
+            if of_x:
+                dx = x.new_zeros(x.shape) if weight is None else dy @ weight
+            back.add_to_dx(dx)
         return None, None, dy if of_y else None, dx, None, None, *back.gradients()[0]
 
 
@@ -91,8 +92,13 @@ def adapted_linear(adapter: Adapter, base: Tensor | nn.Linear, x: Tensor) -> Ten
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         arguments = (None, x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
     tensors = adapter.tensors()
-    with torch.autocast(device, enabled=False):  # off in backward, too; ranks keep their float32
+    with without_autocast(x.device):
         return _AdaptedLinear.apply(adapter, tensors, *arguments, *tensors.flat())
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Ranks keep their float32. Backward needs it as well as forward: it finds the autocast of whoever called it."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from .adapter import Adapter, Tensors
 from .by_hand import ByHand, can_share, draw_masks
 from .dispatch import implementation
-from .fused import rank_spaces
+from .fused import rank_spaces, without_autocast
 from .replayed import Replayed, Saved
 
 Adapters = tuple[Adapter | None, Adapter | None, Adapter | None]
@@ -56,6 +56,11 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device):
+            return _GatedMLP._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, W_gate, W_up, W_down, *rest = ctx.saved_tensors
         wanted, saved = _split(ctx.needs_input_grad[10:], ctx.sizes), _split(rest, ctx.counts)
         with torch.enable_grad():
@@ -91,7 +96,7 @@ def gated_mlp(adapters: Adapters, layers: Sequence[nn.Linear], act: Callable[[Te
     biases = [None if layer.bias is None else layer.bias.to(x.dtype) for layer in layers]
     theirs = [None if adapter is None else adapter.tensors() for adapter in adapters]
     inputs = [tensor for tensors in theirs if tensors is not None for tensor in tensors.flat()]
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x.device):
         return _GatedMLP.apply(adapters, theirs, act, x, *weights, *biases, *inputs)
 
 
