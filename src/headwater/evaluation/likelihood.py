@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,10 @@ def copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache that holds rows `rows` (int64 `[b]`, repeats allowed) of `cache`, which stays as it is."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
-    other.batch_select_indices(rows)
+    layer: Any
+    for layer in other.layers:
+        if layer.get_seq_length() > 0:
+            layer.batch_select_indices(rows.to(layer.keys.device))  # a model may be spread over devices
     return other
 
 

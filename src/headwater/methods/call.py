@@ -224,7 +224,7 @@ class Call:
         return values.index_select(0, self._packed.on(values.device)[0])
 
     def valid_tokens(self) -> Tensor | None:
-        """bool `(tokens,)`, False on padding; None when every token counts."""
+        """bool `(tokens,)`, False on padding, on the device of the model's inputs; None when every token counts."""
         state = self.state
         if state is None or state.valid is None or state.valid.numel() != self.tokens:
             return None
@@ -262,15 +262,18 @@ class Call:
         state = self.state
         if state is None:
             return loss * weight
+        scale = state.loss_scale  # on the device of the model's inputs, which need not be the layer's
+        scale = scale.to(loss.device) if isinstance(scale, Tensor) else scale
         if torch.compiler.is_compiling():  # nothing of a compiled forward can be told in its backward
-            return loss * weight * state.loss_scale * state.gradient
-        return following(loss * weight * state.loss_scale, lambda: (state.outer or state).gradient)
+            return loss * weight * scale * state.gradient
+        return following(loss * weight * scale, lambda: (state.outer or state).gradient)
 
     def log_loss(self, name: str, loss: Tensor) -> None:
         """Logs `loss`, averaged over layers, under `name`."""
         if self.state is not None and self.first_time:
             entry = self.state.losses.setdefault(name, [0.0, 0])
-            entry[0] = entry[0] + loss.detach()
+            loss, total = loss.detach(), entry[0]
+            entry[0] = total + (loss.to(total.device) if isinstance(total, Tensor) else loss)
             entry[1] += 1
 
     def attach(self, y: Tensor) -> Tensor:

@@ -114,12 +114,11 @@ class CondMixLoraBranch(Branch):
 
     def pooled(self, logits: Tensor, call: Call) -> Tensor:
         """The router's output on the row's mean input, `(rows, E)`: a linear map of a mean is the mean of the maps."""
-        counted = call.valid_tokens()
-        if counted is None:
-            counted = torch.ones(call.tokens, dtype=torch.bool, device=logits.device)
+        valid, device = call.valid_tokens(), logits.device
+        counted = torch.ones(call.tokens, dtype=torch.bool, device=device) if valid is None else valid.to(device)
         prompt = None if call.state is None else call.state.prompt
         if self.config.pool == "prompt" and prompt is not None and prompt.numel() == call.tokens:
-            prompt = prompt.reshape(-1)
+            prompt = prompt.reshape(-1).to(device)
             has_prompt = call.by_row(prompt).any(1)  # plain text has none
             counted = torch.where(call.to_tokens(has_prompt), prompt, counted)
         weight = counted.to(logits).unsqueeze(-1)

@@ -145,7 +145,7 @@ class SMoraBranch(Branch):
         to all others before each forward.
         """
         valid = call.valid_tokens()
-        weight = torch.ones(chosen.shape[0], device=chosen.device) if valid is None else valid.float()
+        weight = torch.ones(chosen.shape[0], device=chosen.device) if valid is None else valid.to(chosen.device).float()
         new = torch.zeros_like(self.counts, dtype=torch.float32)
         new.index_add_(0, chosen.flatten(), weight.repeat_interleave(self.k))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -54,7 +54,8 @@ class Accounts(TrainerCallback):
     def add_auxiliary(self, losses: Mapping[str, Tensor], share: Tensor | float) -> None:
         """Adds a batch's auxiliary losses by name; `share` is the batch's part of its optimiser step."""
         for name, loss in losses.items():
-            self._auxiliary[name] = self._auxiliary.get(name, 0) + loss.detach() * share
+            of_batch = share.to(loss.device) if isinstance(share, Tensor) else share
+            self._auxiliary[name] = self._auxiliary.get(name, 0) + loss.detach() * of_batch
 
     @property
     def seconds(self) -> float:

@@ -83,7 +83,9 @@ class AlignLoss:
         num_tasks = call.highest_task() + 1
         task_of_row = call.task_of_row(num_tasks).to(z.device)
         z = z.float() if z.dtype != torch.float64 else z
-        member = membership(call.task_of_token().to(z.device), self.counted(call), num_tasks).to(z.dtype)
+        counted = self.counted(call)
+        counted = None if counted is None else counted.to(z.device)
+        member = membership(call.task_of_token().to(z.device), counted, num_tasks).to(z.dtype)
         usable = membership(task_of_row, None, num_tasks).sum(1) >= 2
         if self.spec.token_mode == "per_position":
             distances = kl_alignment_per_position(call.by_row(z), task_of_row, num_tasks)
