@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import HeadwaterError, Problem
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -84,6 +85,31 @@ def load_base_model(
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
     return model, tokenizer
+
+
+def load_to_run(
+    name_or_path: str, device: torch.device, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_base_model` for whoever runs the model and does not only look at its weights: it goes to `device`.
+
+    Without a `device_map` in `options`, that is; and a quantised model may be on its GPU already.
+    """
+    model, tokenizer = load_base_model(name_or_path, **options)
+    if options.get("device_map") is None and model.device.type == "cpu":
+        model.to(device)  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def own_device(*, use_cpu: bool = False) -> torch.device:
+    """This process's GPU, as Trainer takes it, else the CPU.
+
+    Apple's GPUs are left alone: they have no float64, in which losses are summed up and tokens drawn.
+    """
+    import torch
+
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _contiguous(_head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

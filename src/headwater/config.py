@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from headwater import base_model
 from headwater.compare.spec import CompareSpec
 from headwater.config_errors import explain
 from headwater.config_keys import DEFAULT_METHOD, NOT_METHOD_KEYS, MethodSchema, TrainingSchema, method_configs
@@ -31,6 +32,9 @@ from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.spec import EvaluationSpec
 from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, read_document
 from headwater.tuner.align import AlignSpec
+
+if TYPE_CHECKING:
+    import torch
 
 # What a file gets that has no `method:`. Where it comes from, and how sure that is: docs/recommended.md.
 RECOMMENDED = {"name": DEFAULT_METHOD, "r": 8, "num_heads": 3, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -137,6 +141,11 @@ class RunConfig(BaseModel):
     def base_dir(self) -> Path:
         """The folder that the tasks' relative paths start from: the file's, else the current one."""
         return self._base_dir
+
+    @property
+    def device(self) -> torch.device:
+        """Where commands that do not train run the model, unless `model.device_map` says more."""
+        return base_model.own_device(use_cpu=bool(self.training.get("use_cpu")))
 
     def where(self, *path: str | int) -> str:
         """``file:line: field`` of a value, e.g. ``where("tasks", 0, "train")``."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from headwater.config import ModelSpec, RunConfig
+    from headwater.config import RunConfig
 
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -91,16 +91,24 @@ def adapter_fields(adapter: Path) -> dict[str, Any]:
     return read_config(adapter)
 
 
-def load(source: Source, spec: ModelSpec | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load(
+    source: Source, config: RunConfig | None = None, *, on_cpu: bool = False
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model with the adapter on it, in eval mode, and the tokenizer.
+
+    Args:
+        config: how the base model is loaded, and where it runs; the run's own by default.
+        on_cpu: leave it on the CPU, unless the config has a `device_map`.
 
     Raises:
         HeadwaterError: the base model or the adapter cannot be loaded.
     """
-    from headwater.base_model import load_base_model
+    from headwater.base_model import load_to_run, own_device
 
-    spec = spec or (source.config.model if source.config else None)
-    base, tokenizer = load_base_model(_named_base(source), **(spec.model_dump() if spec else {}))
+    config = config or source.config
+    device = own_device(use_cpu=on_cpu) if on_cpu or config is None else config.device
+    options = config.model.model_dump() if config else {}
+    base, tokenizer = load_to_run(_named_base(source), device, **options)
     return attach(base, source.adapter), tokenizer
 
 

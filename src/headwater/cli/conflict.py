@@ -24,7 +24,7 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
         raise HeadwaterError(Problem("an adapter alone does not say what its tasks are", source, fix))
 
     from headwater.analysis.conflict import gradient_conflict
-    from headwater.base_model import load_base_model
+    from headwater.base_model import load_to_run
     from headwater.data.encode import encode_rows
     from headwater.data.tasks import load_tasks
     from headwater.evaluation.forward import pad_id
@@ -33,7 +33,7 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
 
     config = found.config
     tasks = [task for task in load_tasks(config.tasks, config.base_dir) if task.train]
-    base, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
+    base, tokenizer = load_to_run(config.model_name_or_path, config.device, **config.model.model_dump())
     model = attach(base, found.adapter, is_trainable=True)
     encoded = {t.name: encode_rows(sample(t.train, rows), tokenizer, config.data, t.index)[0] for t in tasks}
     parts = gradient_conflict(model, encoded, fill=pad_id(tokenizer))

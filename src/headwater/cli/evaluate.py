@@ -57,7 +57,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
         raise config.placed(error) from error
     if not any(getattr(task, split) for task in tasks):
         raise HeadwaterError(Problem(f"no task has {split} rows", config.where("tasks"), "give --split or --tasks"))
-    model, tokenizer = load(found, config.model)
+    model, tokenizer = load(found, config)
     _refuse_unknown_tasks(model, tasks, found)
     with err_console().status("scoring") as status:
         scores = score_tasks(
@@ -96,7 +96,7 @@ def _what_to_score(found: Source, tasks_file: str | None, overrides: Sequence[st
         return load_config(found.run_file, overrides)
     config = load_config(tasks_file, overrides, model=TasksFile)
     if found.config is not None:
-        for section in {"model", "data", "evaluation"} - config.model_fields_set:
+        for section in {"model", "data", "evaluation", "training"} - config.model_fields_set:
             setattr(config, section, getattr(found.config, section))
     return config
 

@@ -58,7 +58,7 @@ def _merged(found: Source, method: str, work: Path) -> dict[str, Any]:
     from headwater.export import write_merged
     from headwater.methods import NotMergeable
 
-    model, tokenizer = load(found)
+    model, tokenizer = load(found, on_cpu=True)  # it is only rewritten, and a GPU may lack the room
     with err_console().status("merging"):
         try:
             write_merged(model, tokenizer, work)

@@ -33,7 +33,7 @@ def run(
         raise HeadwaterError(Problem("names no task", "--lm-eval", "e.g. --lm-eval bbh,mmlu"))
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise HeadwaterError(Problem("the folder of this file does not exist", f"--output {output}"))
-    from headwater.config import ModelSpec, load_config
+    from headwater.config import load_config
     from headwater.evaluation.lm_eval import lm_eval_scores
 
     found = locate(source)
@@ -41,7 +41,7 @@ def run(
     if overrides and found.run_file is not None:
         config = load_config(found.run_file, overrides)
     index = None if task is None else found.task_index(task)
-    model, tokenizer = load(found, config.model if config else ModelSpec())
+    model, tokenizer = load(found, config)
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     scores = lm_eval_scores(

@@ -74,7 +74,7 @@ def generate(
 
 def _vector_of(generator: AdapterGenerator, folder: Path, examples: str, overrides: Sequence[str]) -> Tensor:
     """The vector of a new task, under the settings that the known tasks' were made with."""
-    from headwater.base_model import load_base_model
+    from headwater.base_model import load_to_run
     from headwater.config import load_config
     from headwater.data.tasks import TaskSpec, load_tasks
     from headwater.generate.spec import MetaConfig
@@ -87,7 +87,7 @@ def _vector_of(generator: AdapterGenerator, folder: Path, examples: str, overrid
         raise HeadwaterError(Problem("the generator alone does not say how examples are encoded", str(folder), fix))
     config = load_config(file, overrides, model=MetaConfig)
     (new,) = load_tasks([TaskSpec(name="new", test=examples)], Path.cwd())
-    model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
+    model, tokenizer = load_to_run(config.model_name_or_path, config.device, **config.model.model_dump())
     return task_vector(model, tokenizer, new.test, config.data, **generator.vector_settings)
 
 

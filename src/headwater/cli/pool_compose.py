@@ -253,14 +253,14 @@ def evaluate(folder: str, scoring: Scoring, ways: Sequence[str], *, top: int, en
 
 
 def _compose(folder: str, scoring: Scoring) -> tuple[RunConfig, list[Task], Composition]:
-    from headwater.base_model import load_base_model
+    from headwater.base_model import load_to_run
     from headwater.compose import AdapterPool, PooledModel
     from headwater.compose.scoring import Composition
 
     quiet_libraries()
     pool = AdapterPool(folder)
     config, tasks = scoring.read()
-    model, tokenizer = load_base_model(pool.base_model, **config.model.model_dump())
+    model, tokenizer = load_to_run(pool.base_model, config.device, **config.model.model_dump())
     pool.fingerprint.require(model, pool.base_model)
     return config, tasks, Composition(pool, PooledModel(model, pool.load), tokenizer)
 

@@ -110,13 +110,13 @@ def _routes(
 def _pool_routes(
     source: str, max_batch: int, encoder: str, top: int, way: str | None, held: contextlib.ExitStack
 ) -> tuple[Routes, Any, DataSpec]:
-    from headwater.base_model import load_base_model
+    from headwater.base_model import load_to_run, own_device
     from headwater.compose import AdapterPool, PooledModel
     from headwater.data.encode import DataSpec
     from headwater.serve import PoolRoutes, RunRoutes
 
     pool = AdapterPool(source)
-    model, tokenizer = load_base_model(pool.base_model)
+    model, tokenizer = load_to_run(pool.base_model, own_device())
     pool.fingerprint.require(model)
     pooled = PooledModel(model, pool.load, keep=max(32, top * max_batch))
     if way is not None:
