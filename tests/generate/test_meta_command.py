@@ -9,18 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
+from headwater import base_model
 from headwater.cli import main
+from headwater.cli.meta import _vector_of
 from headwater.config import load_config
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
-from headwater.generate import task_vector
+from headwater.generate import study, task_vector
 from headwater.generate.report import _size
 from headwater.generate.spec import MetaConfig
 
@@ -142,6 +146,24 @@ def test_the_example_is_accepted():
     config = load_config(Path(__file__).parents[2] / "examples" / "meta.yaml", model=MetaConfig)
     assert len(config.tasks) == 4
     assert config.meta.leave_one_out
+
+
+def test_vectors_are_of_one_device_whether_or_not_something_was_left_to_collect(meta_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_model, "own_device", lambda use_cpu: torch.device("meta"))
+    monkeypatch.setattr(study, "collect", lambda *_, **__: None)
+    seen = []
+
+    def vector(model, *_, **__):
+        seen.append({p.device.type for p in model.parameters()})
+        return torch.zeros(1)
+
+    monkeypatch.setattr(study, "task_vector", vector)
+    config = load_config(meta_folder / "meta.yaml", [f"output_dir={tmp_path}"], model=MetaConfig)
+    study.MetaRun(config, Console(quiet=True)).collect()
+    monkeypatch.setattr(sys.modules["headwater.generate.task_vector"], "task_vector", vector)
+    generator = SimpleNamespace(vector_settings={})
+    _vector_of(generator, tmp_path / "generator", str(meta_folder / "animals-test.jsonl"), ())
+    assert seen == [{"meta"}] * 3
 
 
 def test_mistakes_are_said_together_and_before_anything_runs(meta_folder, tmp_path, capsys):

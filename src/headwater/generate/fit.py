@@ -96,7 +96,7 @@ def fit(
         HeadwaterError: the loss is not finite, `state` is another training's, or as `check_batches`.
     """
     check_batches(generator.layout.length, len(generator.tasks), spec, "meta.rows_per_task")
-    cvae = generator.cvae.train()
+    cvae = generator.cvae.train()  # on the CPU, where the same draws give the same generator on every machine
     normalised = {name: generator.normalise(weights[name], name) for name in generator.tasks}
     conditions = torch.stack([generator.condition(v) for v in generator.tasks.values()])
     conditions = conditions.repeat_interleave(spec.rows_per_task, dim=0)

@@ -50,6 +50,9 @@ class MetaRun:
 
         write_text(self.folder / "config.yaml", dump_config(self.config))
         collect(self.config, self.model, self.tokenizer, self.tasks, console=self.console)
+        # Training moves the model, but only where something was left to collect; scores are of one device all the same.
+        if self.config.model.device_map is None and self.model.device != self.config.device:
+            self.model.to(self.config.device)
         vectors = {task.name: self.vector(task) for task in self.tasks}
         temporary = self.folder / ".task_vectors"
         save_file(vectors, temporary)
