@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from io import StringIO
 from pathlib import Path
 
@@ -112,6 +114,28 @@ def test_finished_runs_are_kept_and_the_base_model_is_scored_once(whole, tmp_pat
     scored.clear()
     compared(path)
     assert scored.count(0) == 1
+
+
+def test_the_base_model_is_gone_before_the_first_run(tmp_path, monkeypatch):
+    made, original = [], run_module.load_to_run
+
+    def load_to_run(*given, **options):
+        model, tokenizer = original(*given, **options)
+        model.itself = [model]  # parts of models refer to each other, by hooks say; only the collector frees those
+        made.append(weakref.ref(model))
+        return model, tokenizer
+
+    def first_run(*_):
+        raise HeadwaterError("gone" if made and made[0]() is None else "still there")
+
+    monkeypatch.setattr(run_module, "load_to_run", load_to_run)
+    monkeypatch.setattr(run_module, "_run", first_run)
+    gc.disable()
+    try:
+        with pytest.raises(HeadwaterError, match="gone"):
+            compared(write_file(tmp_path))
+    finally:
+        gc.enable()
 
 
 def test_methods_that_are_not_asked_for_any_more_are_named(whole, tmp_path):

@@ -11,14 +11,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from typer.testing import CliRunner
 
 from headwater.cli import app, main
+from headwater.errors import HeadwaterError
 from headwater.evaluation.intervals import t_interval
+from headwater.preference import run as prefer
 from headwater.preference.results import good_pick_rate, late
 
 RUN = """\
@@ -315,6 +319,20 @@ def test_what_it_refuses(run_file, capsys, overrides, said):
     assert said in err
     assert "Traceback" not in err
     assert not (run_file.parent / "out").exists()
+
+
+def test_sources_and_the_base_model_are_where_training_will_be(run_file, monkeypatch, capsys):
+    monkeypatch.setattr(prefer, "arguments", lambda *_: SimpleNamespace(device=torch.device("meta")))
+    seen = []
+    monkeypatch.setattr(prefer, "make_sources", lambda *given: seen.append(given[-1].type))
+
+    def base_scores(_output, model, *_):
+        seen.append(model.device.type)
+        raise HeadwaterError("far enough")
+
+    monkeypatch.setattr(prefer, "_base_scores", base_scores)
+    assert "far enough" in invoke(capsys, run_file)[2]
+    assert seen == ["meta", "meta"]
 
 
 def test_without_a_preference_section(run_file, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import json
 import time
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from headwater.base_model import load_base_model
+from headwater.base_model import load_to_run
 from headwater.compare.plan import Plan, Planned
 from headwater.compare.selection import best_rate, choosing_tasks, quality
 from headwater.compare.summary import summarise
@@ -28,6 +26,7 @@ from headwater.report import write_comparison_report
 from headwater.training.files import write_json
 from headwater.training.folder import last_checkpoint, make_folder
 from headwater.training.history import History
+from headwater.training.memory import free_memory
 from headwater.training.progress import ProgressDisplay, duration
 from headwater.training.run import require_one_process, train, training_arguments
 from headwater.training.scorer import Scorer
@@ -193,6 +192,7 @@ class _Bench:
         (folder / LOCKS).mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCKS / "before"):  # one process finds them, the others read them
             scores = _base_scores(base, folder, self.console)
+        free_memory()
         waits = False
         while left := [job for job in left if not job.finished]:
             place = f"run {count - len(left) + 1} of {count}"
@@ -240,9 +240,7 @@ def _run(job: Job, base_scores: Mapping[str, TaskScore], console: Console) -> No
     except HeadwaterError as error:
         named = [dataclasses.replace(p, what=f"{job.name}: {p.what}") for p in config.placed(error).problems]
         raise HeadwaterError(*named) from error.__cause__
-    gc.collect()  # a trainer's parts refer to each other; the next one wants its memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str, TaskScore]:
@@ -261,9 +259,8 @@ def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str,
         tasks = load_tasks(config.tasks, config.base_dir)
     except HeadwaterError as error:
         raise config.placed(error) from error
-    model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
-    if config.model.device_map is None:
-        model.to(training_arguments(config).device)  # type: ignore[arg-type]
+    device = training_arguments(config).device
+    model, tokenizer = load_to_run(config.model_name_or_path, device, **config.model.model_dump())
     console.print("scoring the base model, once for all runs", highlight=False)
     display = ProgressDisplay(console)
     try:

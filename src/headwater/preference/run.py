@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from headwater import __version__
-from headwater.base_model import load_base_model
+from headwater.base_model import load_base_model, load_to_run
 from headwater.config import RunConfig, dump_config
 from headwater.data.tasks import Task, load_tasks, overlap
 from headwater.errors import HeadwaterError, Problem
@@ -32,6 +32,7 @@ from headwater.training.arguments import HeadwaterArguments
 from headwater.training.files import replace_folder, write_json, write_text
 from headwater.training.folder import STATE
 from headwater.training.interrupt import SaveOnInterrupt
+from headwater.training.memory import free_memory
 from headwater.training.progress import duration
 from headwater.training.run import add_adapter, require_one_process
 
@@ -89,10 +90,11 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
     output = Path(config.output_dir)
     parts = [_part(output, strategy, seed) for strategy in config.preference.strategies for seed in config.seeds]
     resume = _check_folder(config, output)
-    arguments(config, config.seed, output)
+    device = arguments(config, config.seed, output).device
     tasks = load_tasks(config.tasks, config.base_dir)
     _refuse_contamination(tasks)
-    model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
+    # Sources and the base model's scores take what training will take.
+    model, tokenizer = load_to_run(config.model_name_or_path, device, **config.model.model_dump())
     sources = make_sources(config.preference.sources, config.data, config.base_dir, model.device)
 
     if not resume and (output / FILE).is_file():
@@ -106,6 +108,7 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
         write_text(output / "config.yaml", dump_config(plain))
     base = _base_scores(output, model, tokenizer, tasks, config)
     del model
+    free_memory()
 
     states: dict[tuple[int, int], np.ndarray] = {}
 
@@ -319,6 +322,8 @@ def _run(
             "headwater": __version__,
         },
     )
+    del trainer, model
+    free_memory()
 
 
 def _run_best_single(
