@@ -9,7 +9,15 @@ import os
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+
+import headwater
+from headwater.base_model import load_to_run, own_device
+from headwater.evaluation import generate_text
+from headwater.evaluation.forward import evaluating
+from headwater.evaluation.likelihood import choice_log_probs, completion_losses
+from headwater.methods.lori import calibrate
+from headwater.tuner import MethodLayer
 
 from . import test_packed
 from .helpers import adapt, assert_near, gradients, logits, stir, task_kwargs, tokens
@@ -151,3 +159,33 @@ def test_it_compiles(row, tiny_llama):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     plain = {name.replace("_orig_mod.", ""): grad for name, grad in found_gradients.items()}
     assert_near(plain, expected_gradients, relative=1e-3)
+
+
+def test_a_mask_is_calibrated_where_the_adapter_was_trained(tiny_llama):
+    model = get_peft_model(tiny_llama(), headwater.make_config("lori", target_modules=["up_proj"], init_seed=0))
+    stir(model)
+    expected = calibrate({m.name: m.branch("default") for m in model.modules() if isinstance(m, MethodLayer)}, 0.9)
+    model.to(DEVICE)
+    found = calibrate({m.name: m.branch("default") for m in model.modules() if isinstance(m, MethodLayer)}, 0.9)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_commands_run_their_models_here(tiny_llama, tiny_tokenizer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_to_run(str(tmp_path), own_device(use_cpu=DEVICE == "cpu"))
+    assert {p.device.type for p in model.parameters()} == {torch.device(DEVICE).type}
+    (text,) = generate_text(model, tokenizer, ["one"], max_new_tokens=4, temperature=1.0)
+    assert isinstance(text, str)
+    with evaluating(model):
+        choices = choice_log_probs(model, [[1, 2, 3], [4]], [[[5, 6], [5, 7]], [[8], [9, 10]]], fill=0)
+        losses = completion_losses(model, [[1, 2, 3], [4, 5]], [[-100, 2, 3], [-100, 5]], fill=0)
+        model.cpu()
+        assert_lists(choices, choice_log_probs(model, [[1, 2, 3], [4]], [[[5, 6], [5, 7]], [[8], [9, 10]]], fill=0))
+        assert_lists(losses, completion_losses(model, [[1, 2, 3], [4, 5]], [[-100, 2, 3], [-100, 5]], fill=0))
+
+
+def assert_lists(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)

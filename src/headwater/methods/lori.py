@@ -227,7 +227,7 @@ def calibrate(branches: Mapping[str, Branch], sparsity: float = 0.9) -> dict[str
         raise HeadwaterError(Problem(f"sparsity must be between 0 and 1, not {sparsity}", "sparsity"))
     if not branches or not all(isinstance(b, LoriBranch) and hasattr(b, "B") for b in branches.values()):
         raise HeadwaterError("a mask is calibrated on a LoRI-D adapter (method lori without a mask)")
-    sizes = torch.cat([branch.writes().detach().abs().flatten() for branch in branches.values()])
+    sizes = torch.cat([branch.writes().detach().abs().flatten().cpu() for branch in branches.values()])
     if not bool(sizes.any()):
         raise HeadwaterError("this LoRI-D adapter's B is all zero: train it before calibrating a mask on it")
     kept = torch.zeros(sizes.numel(), dtype=torch.bool)
@@ -238,7 +238,7 @@ def calibrate(branches: Mapping[str, Branch], sparsity: float = 0.9) -> dict[str
         shape = tuple(branch.writes().shape)
         tensors[f"{name}.mask"] = pack_bits(part)
         tensors[f"{name}.shape"] = torch.tensor(shape)
-        tensors[f"{name}.A"] = branch.reads()[0][0].detach().clone()
+        tensors[f"{name}.A"] = branch.reads()[0][0].detach().cpu().clone()
     return tensors
 
 
