@@ -33,8 +33,11 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """
     if x.shape[0] <= FEW:
         return tuple([widened(F.linear(x, cast(w, x.dtype))) for w in weights])
-    u = widened(F.linear(x, stack(weights, x)))
-    return (u,) if len(weights) == 1 else torch.split(u, [w.shape[0] for w in weights], dim=-1)
+    rows = [w.shape[0] for w in weights]
+    fill = implementation(x.device) == "triton" and not torch.compiler.is_compiling()
+    u = widened(F.linear(x, stack(weights, x, fill=fill)))
+    u = u[:, : sum(rows)] if fill else u
+    return (u,) if len(weights) == 1 else torch.split(u, rows, dim=-1)
 
 
 def stack(weights: Sequence[Tensor], like: Tensor, *, fill: bool = False) -> Tensor:
