@@ -121,6 +121,22 @@ def test_what_is_no_linear_layer_is_refused_before_anything_is_changed(tiny_llam
     assert adapted(everything) == {"q_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("named", [r".*self_attn\..*", r"model\.layers\.0\.mlp\.up_proj.*"])
+def test_an_expression_that_also_fits_parts_of_adapted_layers_makes_a_second_adapter(tiny_llama, tmp_path, named):
+    model = adapt(ROW, tiny_llama(), target_modules=named)
+    model.save_pretrained(tmp_path)
+    model.add_adapter("second", model.peft_config["default"])
+    model.load_adapter(tmp_path, "third")
+    layers = [m for m in model.modules() if isinstance(m, MethodLayer)]
+    assert layers
+    assert all(list(layer.branches) == ["default", "second", "third"] for layer in layers)
+
+
+def test_an_expression_that_also_fits_the_model_itself_is_of_its_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    assert adapted(adapt(ROW, model, task_type=None, target_modules=".*")) == {"0", "1"}
+
+
 def test_where_a_name_also_fits_elsewhere_full_names_are_given():
     pattern = {r"layers.1.mlp.shared_expert.down_proj": 20}
     with pytest.raises(headwater.HeadwaterError) as refused:

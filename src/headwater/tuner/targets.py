@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -70,7 +70,12 @@ def _unfit(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> dict[str
     around, or what they are where that is no linear layer."""
     bypassed, hints = _BYPASSED.get(getattr(getattr(model, "config", None), "model_type", ""), set()), _hints(model)
     unfit: dict[str, tuple[Any, ...]] = {}
+    inside: tuple[str, ...] = ()  # the last adapted layer; its parts come right behind it
     for name, module in model.named_modules():
+        if not name or name.startswith(inside):  # as PEFT: the model itself, and what other adapters are made of
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (f"{name}.",)
         if name.rpartition(".")[2] in bypassed or id(module) in hints:
             unfit[name] = (hints.get(id(module), ""),)
         elif (sizes := _sizes(module)) is None:
