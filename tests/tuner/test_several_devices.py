@@ -59,8 +59,7 @@ def test_padding_is_left_out():
 
 
 @pytest.mark.parametrize("tokens", ["all", "prompt"])
-def test_tasks_are_aligned(monkeypatch, tokens):
-    monkeypatch.setattr(torch, "bincount", lambda ids, minlength: ids.new_zeros(minlength))  # fake ones cannot count
+def test_tasks_are_aligned(tokens):
     spec = AlignSpec(tokens=tokens)
     labelled = call(prompt=torch.ones(2, 3, dtype=torch.bool, device=INPUTS))
     assert AlignLoss(spec, 1).loss(labelled, torch.ones(6, 2, device=LAYER)).device == LAYER
