@@ -201,6 +201,17 @@ def test_localized_balance_is_loramoes_formula():
     model.eval()(x)  # needs no tasks once trained
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache")
+def test_localized_balance_compiles_without_a_word():
+    model = move(model_of(top_k=0, balance_loss="localized", task_types=[1, 0, 0]), 6).train()
+    x, found = noise(3, 3, d_in), []
+    for forward in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        model.zero_grad()
+        forward(x, headwater_task_ids=torch.tensor([2, 0, 1])).sum().backward()
+        found.append(parameters(model)["router"].grad.clone())
+    torch.testing.assert_close(*found, **CLOSE)
+
+
 def test_the_balance_weight_means_the_same_at_any_depth(tiny_llama):
     def router_gradient(layers):
         fields = {"target_modules": ["q_proj"], "num_experts": 4, "balance_loss": "mixtral", "balance_loss_weight": 1.0}

@@ -203,10 +203,12 @@ def localized_loss(gate: Tensor, types: Tensor, delta: float) -> Tensor:
     return weighted.var() / (weighted.mean() ** 2 + 1e-10)
 
 
-@functools.cache
 def _on_device(types: tuple[int, ...], device: torch.device) -> Tensor:
-    """The types of the tasks, `(tasks,)`: copied once, because an accelerator is waited for."""
+    """The types of the tasks, `(tasks,)`."""
     return torch.tensor(types, device=device)
+
+
+_copied_once = functools.cache(_on_device)  # because an accelerator is waited for
 
 
 class ExpertsBranch(Branch):
@@ -240,7 +242,8 @@ class ExpertsBranch(Branch):
         return gate
 
     def localized(self, gate: Tensor, call: Call) -> Tensor:
-        types = _on_device(tuple(self.task_types or ()), gate.device)
+        make = _on_device if torch.compiler.is_compiling() else _copied_once  # a compiler takes no cached functions
+        types = make(tuple(self.task_types or ()), gate.device)
         tasks = call.task_of_row(len(types)).to(gate.device)
         valid = call.valid_tokens()
         counted = gate if valid is None else gate * valid.to(gate).unsqueeze(-1)
