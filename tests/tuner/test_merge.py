@@ -241,6 +241,14 @@ def test_a_weight_that_another_layer_has_too_is_not_merged_into(tiny_llama, row_
     merge(untied)
 
 
+def test_a_weight_that_another_layer_has_too_may_carry_an_adapter_that_is_not_merged(tiny_llama):
+    row = BY_ID["mtl_lora"]
+    model = adapt(row, tiny_llama(tie_word_embeddings=True), target_modules=["q_proj"])
+    model.add_adapter("other", config(row, target_modules=["lm_head"]))
+    tied = base_weights(model)["lm_head.weight"]
+    assert torch.equal(headwater.merge_task(model, 1).lm_head.weight, tied)
+
+
 def test_gates_are_uniform_or_one_for_each_layer(tiny_llama):
     model = adapt(BY_ID["hydralora"], tiny_llama())
     before = logits(BY_ID["hydralora"], model)

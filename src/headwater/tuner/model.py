@@ -385,9 +385,13 @@ def _refuse_shared(model: nn.Module, layers: list[MethodLayer]) -> None:
 
 
 def _merge_and_unload(model: nn.Module, how: list[tuple[MethodLayer, dict[str, Any]]]) -> nn.Module:
+    merging = []
     for layer, fixed in how:  # a rehearsal: what would be refused is refused before the first layer is touched
-        layer.merged_weight([name for name in layer.active_adapters if name in layer.branches], **fixed)
-    _refuse_shared(model, [layer for layer, _ in how])
+        names = [name for name in layer.active_adapters if name in layer.branches]
+        layer.merged_weight(names, **fixed)
+        if names:
+            merging.append(layer)
+    _refuse_shared(model, merging)
     for layer, fixed in how:
         layer.merge_with(**fixed)
     tuner: Any = getattr(model, "base_model", model)
