@@ -66,6 +66,20 @@ def test_headwater_report_writes_the_same_page_anew(finished):
     assert (finished / "report.html").read_bytes() == before
 
 
+def test_headwater_report_says_what_keeps_it_from_writing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "generator").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("headwater.generate.report.write_meta_report", full)
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "cannot be made: OSError: [Errno 28] No space left" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_nearest_checkpoint_is_a_trained_one_and_none_is_nearer(finished):
     """Distance in weights that are divided by the spread of their tensor over the task's checkpoints."""
     collected = {

@@ -37,8 +37,9 @@ def _of_whole(folder: Path, command: str, write: Callable[[Path], Path]) -> Path
         what = f"this run of `{command}` is not finished: {error.filename} is not there"
         raise HeadwaterError(Problem(what, str(folder), "go on with it; its end writes the report")) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"the files of this run of `{command}` cannot be read: {type(error).__name__}: {error}"
-        raise HeadwaterError(Problem(what, str(folder), "run it again")) from error
+        what = f"the report of this run of `{command}` cannot be made: {type(error).__name__}: {error}"
+        fix = "make the folder writable; if files in it are damaged, run it again"
+        raise HeadwaterError(Problem(what, str(folder), fix)) from error
 
 
 def _preference_report(folder: Path) -> Path:
