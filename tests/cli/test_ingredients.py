@@ -11,6 +11,7 @@ from cli_support import run_main, write_run
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from headwater.errors import HeadwaterError
 from headwater.methods import files
 
 LORI = "{name: lori, r: 4, lora_alpha: 8, target_modules: [up_proj, down_proj]}"
@@ -120,3 +121,8 @@ def test_a_full_disk_leaves_no_half_of_a_basis(headwater, tmp_path, monkeypatch)
     assert done.code == 2
     assert f"{basis}: this cannot be written: Error while serializing" in done.err
     assert set(tmp_path.iterdir()) == before
+
+
+def test_an_error_without_a_text_is_named_by_its_kind(tmp_path):
+    with pytest.raises(HeadwaterError, match=r"this cannot be written: TimeoutError"), files.saying_why(tmp_path):
+        raise TimeoutError

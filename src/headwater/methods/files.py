@@ -45,7 +45,9 @@ def saying_why(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        reason = (
+            (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0] or type(error).__name__
+        )
         fix = "make room, or choose another place"
         raise HeadwaterError(Problem(f"this cannot be written: {reason}", str(path), fix)) from error
 
