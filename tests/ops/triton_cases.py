@@ -193,6 +193,17 @@ def test_x_under_its_masks_is_read_and_comes_back(size, masks, k, programs, dtyp
         torch.testing.assert_close(got.double() / size, want / size, **CLOSE[dtype])
 
 
+def test_millions_of_tokens_fit_into_a_grid(monkeypatch):
+    """CUDA's and HIP's least room: 2**31 - 1 programs the first way, 2**16 - 1 the others."""
+    grids = []
+    monkeypatch.setattr(triton_dropout, "_launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    x, down, du = (torch.empty(*size, device="meta") for size in ((2**24, 64), (8, 64), (2**24, 24)))
+    triton_dropout.read(x, down, key(), 0.1, 3)
+    triton_dropout.add_back(None, du, x, down, key(), 0.1, 3)
+    assert len(grids) == 4
+    assert all(first < 2**31 and all(way < 2**16 for way in others) for first, *others in grids)
+
+
 LAYERS = [
     ("rlora", {"num_heads": 3, "r": 4}),  # neither ranks nor rows of u are a multiple of 8
     ("rlora", {"num_heads": 2, "r": 8, "lora_dropout": 0.2}),

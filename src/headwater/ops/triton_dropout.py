@@ -67,14 +67,15 @@ def _keep_mask(seed, out, size, first, limit, ALIGNED: tl.constexpr, ENTRIES: tl
 
 @triton.jit
 def _read(
-    seed, x, down, clean, u, of_clean, tokens, columns, r, k, stride_ut, stride_um, stride_ur, stride_ct, stride_cr,
-    limit, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    seed, x, down, clean, u, of_clean, masks, tokens, columns, r, k,
+    stride_ut, stride_um, stride_ur, stride_ct, stride_cr, limit, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """u of a block of tokens behind one mask, and, with CLEAN, what `clean` reads. The masks of a block of tokens come
-    one after the other, so that x is in the cache from the second on."""
-    mask = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    one after the other, so that x is in the cache from the second on; in one row, as a GPU's grid has no room for
+    millions of tokens in its others."""
+    mask = (tl.program_id(0) % masks).to(tl.int64)
+    token = (tl.program_id(0) // masks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside, rank = token < tokens, tl.arange(0, RANKS)
     first = (mask * tokens + token) * columns
     total = tl.zeros([TOKENS, RANKS], WIDE)
@@ -166,12 +167,12 @@ def read(
     (tokens, columns), r, blocks = x.shape, down.shape[0], READ[x.element_size() == 2]
     u = x.new_empty(tokens, masks, r)
     of_clean = None if clean is None else x.new_empty(tokens, clean.shape[0])
-    x, grid = x.contiguous(), (masks, triton.cdiv(tokens, blocks["TOKENS"]))
+    x, grid = x.contiguous(), (masks * triton.cdiv(tokens, blocks["TOKENS"]),)
     for ranks in _few(r):
         part, weight = u[:, :, ranks], down[ranks].contiguous()
         beside = clean if ranks.start == 0 else None
         tensors = (seed, x, weight, weight if beside is None else beside.contiguous(), part, _or(of_clean, part))
-        numbers = (tokens, columns, len(weight), _rows(beside), *part.stride(), *_strides(of_clean))
+        numbers = (masks, tokens, columns, len(weight), _rows(beside), *part.stride(), *_strides(of_clean))
         _launch(_read, grid, x, tensors, numbers, p, **_sizes(x, weight, beside), **blocks)
     return u.flatten(1), of_clean
 
