@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwater import HeadwaterError
 from headwater.ops import gated_heads
-from headwater.ops.dropout import TABLE, draw_seed, drop, keep_mask, keep_masks, masked, pack, unpack
+from headwater.ops.dropout import TABLE, draw_seed, draw_seeds, drop, keep_mask, keep_masks, masked, pack, unpack
 from headwater.ops.heads import backward, forward, implementation, reference
 
 quick = settings(max_examples=25, deadline=None)
@@ -111,6 +111,12 @@ def test_seeds_follow_the_global_generator_and_blocks_make_the_whole():
     assert first[0] != first[1]
     torch.manual_seed(3)
     assert torch.equal(draw_seed(torch.device("cpu"), 2), first)
+    torch.manual_seed(3)
+    pairs = draw_seeds(torch.device("cpu"), 3)
+    torch.manual_seed(3)
+    assert torch.equal(
+        torch.cat([s for pair in pairs for s in pair]), torch.cat([draw_seed(torch.device("cpu"), 2) for _ in "abc"])
+    )
     x = noise(10, 7)
     whole = drop(x, first[0], 0.4)
     assert torch.equal(torch.cat([drop(x[:6], first[0], 0.4), drop(x[6:], first[0], 0.4, first_row=6)]), whole)

@@ -249,26 +249,166 @@ def assert_alike(found: list[Tensor], expected: list[Tensor], *, autocast: bool)
 @pytest.mark.filterwarnings("ignore:.*head dropout on heads of this starting size")
 def test_a_whole_model_trains_as_with_the_other_implementation(name, fields, checkpointing, monkeypatch):
     """Gate and up projection read x together in one function over the block."""
-    from peft import get_peft_model
-    from tiny_models import make_tiny_llama
-
-    import headwater
-
-    targets = ["gate_proj", "up_proj", "down_proj", "q_proj"]
-    config = headwater.make_config(name, target_modules=targets, task_type="CAUSAL_LM", init_seed=0, **fields)
-    model = get_peft_model(make_tiny_llama(), config).to(DEVICE).train()
-    with torch.no_grad():
-        for n, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter += noise(*parameter.shape, seed=n, dtype=torch.float32) * 0.1
+    model = llama(name, **fields)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.arange(3 * 11, device=DEVICE).reshape(3, 11)
     found = []
     for chosen in ("triton", "autograd"):
         monkeypatch.setenv("HEADWATER_OPS", chosen)
-        torch.manual_seed(0)
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        found.append(gradients_of(model, loss_of(model)))
     assert_alike(*found, autocast=False)
+
+
+def llama(name: str, *, twice: bool = False, **fields):
+    """A small model with an adapter that is not as it starts, in training."""
+    from peft import get_peft_model
+    from tiny_models import make_tiny_llama
+
+    base = make_tiny_llama()
+    if twice:
+        base.model.layers[1] = base.model.layers[0]
+    model = get_peft_model(base, settings(name, **fields)).to(DEVICE).train()
+    stir(model, 0)
+    return model
+
+
+def settings(name: str, **fields):
+    import headwater
+
+    targets = ["gate_proj", "up_proj", "down_proj", "q_proj"]
+    return headwater.make_config(name, target_modules=targets, task_type="CAUSAL_LM", init_seed=0, **fields)
+
+
+def stir(model, seed: int) -> None:
+    """Changes what is trained as fused optimisers do: no version tells of it."""
+    for n, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.data.add_(noise(*parameter.shape, seed=100 * seed + n, dtype=torch.float32), alpha=0.1)
+
+
+def loss_of(model) -> Tensor:
+    ids = torch.arange(3 * 11, device=DEVICE).reshape(3, 11)
+    torch.manual_seed(0)
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def gradients_of(model, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def check_stacks(model, monkeypatch, *, autocast: bool = False) -> int:
+    """A step gives what it gives where every layer stacks its own weights; returns how many layers do so in it."""
+    from headwater.ops import by_kernels, stacks
+
+    alone, found = [], []
+    take, stack_now = stacks.Stacks.take, stacks.stack_now
+    for takes in (True, False):
+        with monkeypatch.context() as patch, torch.autocast(DEVICE, HALF, enabled=autocast):
+            patch.setattr(stacks.Stacks, "take", lambda *args, takes=takes: take(*args) if takes else None)
+            patch.setattr(by_kernels, "stack_now", lambda *args, takes=takes: alone.append(takes) or stack_now(*args))
+            found.append(gradients_of(model, loss_of(model)))
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    loss_of(model)  # so that the next forward knows what is wanted
+    return sum(alone)
+
+
+WEIGHTS = [
+    ("rlora", {"num_heads": 3, "r": 4}),
+    ("rlora", {"num_heads": 3, "r": 8, "lora_dropout": 0.2}),
+    ("hydralora", {"num_heads": 3, "r": 5, "lora_dropout": 0.2}),
+    ("mlora", {"num_heads": 3, "r": 8, "compensation": "center"}),  # nothing to stack but for the cast
+]
+quiet = pytest.mark.filterwarnings("ignore:.*head dropout on heads of this starting size")
+STACKS = 3 * 2  # of a forward: q's, those of gate and up together, and down's, in each of two layers
+
+
+@quiet
+@pytest.mark.parametrize(("name", "fields"), WEIGHTS, ids=str)
+def test_weights_stacked_for_all_layers_are_those_of_now(name, fields, monkeypatch):
+    model = llama(name, **fields)
+    assert check_stacks(model, monkeypatch) == STACKS  # the first forward does not know yet what is wanted
+    for seed in (1, 2):
+        stir(model, seed)
+        assert check_stacks(model, monkeypatch) == 0
+    with torch.no_grad():
+        loss_of(model.eval())
+    assert check_stacks(model.train(), monkeypatch, autocast=True) == STACKS  # another dtype
+    with torch.autocast(DEVICE, HALF):
+        loss_of(model)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".A" not in parameter_name)
+    stir(model, 3)
+    assert check_stacks(model, monkeypatch, autocast=True) == 0
+
+
+@quiet
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoints_second_forward_finds_the_stacked_weights(reentrant, monkeypatch):
+    model = llama("rlora", r=8, lora_dropout=0.2)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss_of(model)
+    for seed in (1, 2):
+        stir(model, seed)
+        assert check_stacks(model, monkeypatch) == 0
+
+
+@quiet
+def test_a_layer_that_runs_twice_in_a_forward(monkeypatch):
+    model = llama("rlora", twice=True, r=8)
+    loss_of(model)
+    stir(model, 1)
+    assert check_stacks(model, monkeypatch) == 0
+
+
+@quiet
+def test_adapters_that_take_turns_and_that_are_active_together(monkeypatch):
+    model = llama("rlora", r=8)
+    model.add_adapter("other", settings("rlora", r=4, lora_dropout=0.2))
+    for names in (["default"], ["other"], ["default", "other"], ["other"]):
+        model.base_model.set_adapter(names)
+        stir(model, len(names))
+        assert check_stacks(model, monkeypatch) > 0
+        stir(model, 5)
+        assert check_stacks(model, monkeypatch) == 0
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert check_stacks(model, monkeypatch) == STACKS
+
+
+@quiet
+def test_a_backward_is_of_the_weights_of_its_forward():
+    model = llama("rlora", r=8)
+    loss_of(model)
+    expected = gradients_of(model, loss_of(model))
+    before = loss_of(model)
+    stir(model, 1)
+    loss_of(model)
+    for got, want in zip(gradients_of(model, before), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@quiet
+def test_weights_that_are_not_whole_between_forwards_are_stacked_by_their_layers(monkeypatch):
+    """As sharded and offloaded ones are; hooked ones may be others in the forward."""
+    model = llama("rlora", r=8)
+    loss_of(model)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    branch, hooks = layer.branch("default"), []
+    weight, shard = branch.A, torch.nn.Parameter(torch.empty(0, device=DEVICE))
+    hooks.append(layer.register_forward_pre_hook(lambda *_: branch._parameters.update(A=weight)))
+    hooks.append(layer.register_forward_hook(lambda *_: branch._parameters.update(A=shard)))
+    branch._parameters["A"] = shard
+    loss_of(model)
+    branch._parameters["A"] = shard
+    assert loss_of(model).isfinite()
+    for hook in hooks:
+        hook.remove()
+    branch._parameters["A"] = weight
+    loss_of(model)
+    assert check_stacks(model, monkeypatch) == 0
+    branch.register_forward_pre_hook(lambda *_: None)
+    loss_of(model)
+    assert check_stacks(model, monkeypatch) == 1

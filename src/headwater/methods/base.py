@@ -25,12 +25,14 @@ from ..ops import (
     Tensors,
     adapted_linear,
     add_update,
-    draw_seed,
+    draw_seeds,
     drop,
     implementation,
+    is_watched,
     project,
     read_exactly,
     read_plainly,
+    whole,
 )
 from .call import Call
 from .registry import Method as Method
@@ -221,6 +223,11 @@ class Branch(nn.Module):
     def drops(self) -> bool:
         return self.lora_dropout > 0 or self.head_dropout > 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether a call of `adapter` needs seeds."""
+        return self.training and self.drops
+
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Down-projections `(k, d_in)`: those behind the input dropout, and those that see x as it is."""
         raise NotImplementedError
@@ -275,21 +282,42 @@ class Branch(nn.Module):
             h = self.mix(*self.exact(project(x, dropped + clean), x), call=call)
         return add_update(y, h, self.writes_apart(), scale=self.scaling, in_place=y is not base)
 
-    def adapter(self, x: Tensor, call: Call) -> Adapter:
-        """What `headwater.ops` needs to know of this branch in this call; draws its seeds."""
-        of_input, seed = draw_seed(x.device, 2).split(1) if self.training and self.drops else (None, None)
+    def adapter(self, x: Tensor, call: Call, seeds: tuple[Tensor, Tensor] | None = None) -> Adapter:
+        """What `headwater.ops` needs to know of this branch in this call.
+
+        Args:
+            seeds: of the dropout on x and in rank space; drawn here if there are none and the branch `draws`.
+        """
+        if seeds is None and self.draws:
+            seeds = draw_seeds(x.device, 1)[0]
+        of_input, seed = seeds or (None, None)
         of_input = of_input if self.lora_dropout > 0 else None
         by_hand = not (self.training and call.align is not None)
+        heads = self.gated_heads(call, seed) if by_hand else None
         return Adapter(
-            lambda: Tensors(self.writes_apart(), *self.reads(), self.mixes()),
+            self.tensors if heads is None else self.tensors_by_hand,
             functools.partial(self._mix, call, seed, of_input),
             self.scaling,
             self.lora_dropout,
             of_input,
             self.input_masks,
-            self.gated_heads(call, seed) if by_hand else None,
+            heads,
             self.unmixed and by_hand,
+            self.tensors_at_rest,
+            None if call.state is None else call.state.stacks,
         )
+
+    def tensors(self) -> Tensors:
+        return Tensors(self.writes_apart(), *self.reads(), self.mixes())
+
+    def tensors_by_hand(self) -> Tensors:
+        """Where `mix` does not run, nobody needs what it uses besides."""
+        return Tensors(self.writes_apart(), *self.reads(), ())
+
+    def tensors_at_rest(self) -> Tensors | None:
+        """As `headwater.ops.Adapter.at_rest`."""
+        usual = whole(self._parameters.values()) and not is_watched(self)  # a hook may change them in the forward
+        return self.tensors_by_hand() if usual else None
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
         """What `mix` does, where that is plain gated heads under masks of `seed`; None where it is something else."""

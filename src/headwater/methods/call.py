@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from ..ops import attach_loss, following
+from ..ops import Stacks, attach_loss, following
 
 KEYWORD = "headwater_task_ids"
 LENGTHS = "headwater_row_lengths"
@@ -61,6 +61,7 @@ class State:
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
         outer: of an encoder's state, the whole model's; None where it runs by itself.
         read: of an encoder-decoder's state, that of layers in the decoder which read what the encoder wrote.
+        stacks: all layers' stacked weights, where they are made together.
     """
 
     batch: int = 0
@@ -78,6 +79,7 @@ class State:
     closed: bool = False
     outer: State | None = None
     read: State | None = None
+    stacks: Stacks | None = None
 
     def range_of_tasks(self, ids: Tensor) -> tuple[int, int]:
         if self.task_range is None:  # once per forward, because reading it waits for an accelerator

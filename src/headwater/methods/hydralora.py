@@ -99,7 +99,8 @@ class HydraLoraBranch(Branch):
         if self.training and (per_head or self.balance_loss_weight > 0):
             return None
         show = call.saw_gate if call.observed else None
-        return GatedHeads(self.A.shape[0], self.num_heads, routed=True, start=False, show=show)
+        A = self.A
+        return GatedHeads(A.shape[0], self.num_heads, A.dtype, routed=True, start=False, show=show)
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)

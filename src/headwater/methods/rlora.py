@@ -193,17 +193,17 @@ class MultiHeadBranch(Branch):
 
     def in_closed_form(self, seed: Tensor | None, **gates: Any) -> GatedHeads:
         """What `gated` does; `gates` are the arguments of `GatedHeads` about them."""
-        start, p = self.A0 is not None, self.head_dropout
+        A, start, p = self.A, self.A0 is not None, self.head_dropout
         return GatedHeads(
-            self.A.shape[0], self.num_heads, start=start, dropout=p, seed=seed if p > 0 else None, **gates
+            A.shape[0], self.num_heads, A.dtype, start=start, dropout=p, seed=seed if p > 0 else None, **gates
         )
 
     def writes(self) -> Tensor:
         return torch.cat(self.writes_apart())
 
     def writes_apart(self) -> tuple[Tensor, ...]:
-        stacked = self.B.flatten(0, 1)
-        return (stacked,) if self.B0 is None else (stacked, self.B0)
+        stacked, B0 = self.B.flatten(0, 1), self.B0
+        return (stacked,) if B0 is None else (stacked, B0)
 
     def held(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of `s sum_n gate_n B_n A - s B0 A0` for a gate `(N,)`; the heads share A, so R is r or 2 r."""
@@ -231,7 +231,8 @@ class RLoraBranch(MultiHeadBranch):
         self.router = nn.Parameter(torch.zeros(N, d_in) if zeros else kaiming(N, d_in, generator))
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return (self.A,), (self.router,) if self.A0 is None else (self.router, self.A0)
+        A0 = self.A0
+        return (self.A,), (self.router,) if A0 is None else (self.router, A0)
 
     def mix(self, z: Tensor, logits: Tensor, *start: Tensor, call: Call) -> Tensor:
         if call.observed:

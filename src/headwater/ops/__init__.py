@@ -2,23 +2,26 @@
 
 from .adapter import Adapter, GatedHeads, Tensors, read_exactly, read_plainly
 from .dispatch import implementation
-from .dropout import draw_seed, drop
+from .dropout import draw_seed, draw_seeds, drop
 from .few_tokens import Update, factor_updates, mixed_update, routed_updates
 from .fused import adapted_linear, is_plain, is_watched
 from .heads import gated_heads
 from .losses import attach_loss, following
 from .lowrank import FEW, add_update, project, spread_heads
+from .stacks import Stacks, whole
 
 __all__ = [
     "FEW",
     "Adapter",
     "GatedHeads",
+    "Stacks",
     "Tensors",
     "Update",
     "adapted_linear",
     "add_update",
     "attach_loss",
     "draw_seed",
+    "draw_seeds",
     "drop",
     "factor_updates",
     "following",
@@ -32,4 +35,5 @@ __all__ = [
     "read_plainly",
     "routed_updates",
     "spread_heads",
+    "whole",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor
 from .dispatch import implementation
 from .dropout import drop, keep_mask, masked, pack, unpack
 from .lowrank import project, widened
+
+if TYPE_CHECKING:
+    from .stacks import Stacks
 
 BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
 
@@ -35,7 +38,7 @@ class Tensors(NamedTuple):
         return (*self.up, *self.dropped, *self.clean, *self.others)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take several times as long to make, and each layer makes one in each forward
 class GatedHeads:
     """A rank space that is `heads.gated_heads` and nothing else, so that `by_hand` knows its derivative.
 
@@ -44,6 +47,7 @@ class GatedHeads:
 
     Args:
         r, num_heads: r and N.
+        dtype: that of the branch's tensors, and so of their gradients.
         routed: the gates are a softmax of a router's logits, per token; else all gates are `gate`.
         start: a frozen start, of rank r, is taken out: its ranks are written with a minus.
         gate: every head's gate where they are fixed.
@@ -53,6 +57,7 @@ class GatedHeads:
 
     r: int
     num_heads: int
+    dtype: torch.dtype
     routed: bool
     start: bool
     gate: float = 1.0
@@ -61,7 +66,7 @@ class GatedHeads:
     show: Callable[[Tensor], None] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Adapter:
     """What one branch does to one layer in one call.
 
@@ -75,6 +80,8 @@ class Adapter:
         masks: independent dropout masks on x; above 1 the ranks behind them are one tensor, mask by mask.
         heads: says the same as `mix` where that is plain gated heads; they are then computed by hand.
         unmixed: `mix` gives the ranks as they are, side by side; it is not called then.
+        at_rest: what `tensors` gives, between forwards; None where they are not whole then.
+        stacks: where the forward's stacked weights are, if all layers' were made together.
     """
 
     tensors: Callable[[], Tensors]
@@ -85,6 +92,8 @@ class Adapter:
     masks: int = 1
     heads: GatedHeads | None = None
     unmixed: bool = False
+    at_rest: Callable[[], Tensors | None] = lambda: None
+    stacks: Stacks | None = None
 
     def ranks(self, u: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
         """The parts of u, all ranks side by side, for `mix`, scaled for the input dropout."""

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, Tensors
-from .dispatch import implementation
 from .dropout import keep_masks
 from .lowrank import cast, stack, widened
 from .replayed import Saved, Weights
@@ -129,10 +128,7 @@ class ByHand:
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
         """For each adapter, in the order of `Tensors.flat`."""
         start = (None,) if self.heads.start else ()
-        return [
-            (up, *start, *down, *start, *[None] * len(t.others))
-            for t, up, down in zip(self.tensors, self.of_up, self.of_down, strict=True)
-        ]
+        return [(up, *start, *down, *start) for up, down in zip(self.of_up, self.of_down, strict=True)]
 
     def _weights(self, tensors: Sequence[Tensors], x: Tensor) -> Weights:
         downs = [cast(t.dropped[0], x.dtype) for t in tensors] if self.drops else []
@@ -142,7 +138,7 @@ class ByHand:
         """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
         weights = [t.clean if self.drops else (*t.dropped, *t.clean) for t in tensors]
         kinds = [w for kind in zip(*weights, strict=True) for w in kind]
-        return stack(kinds, x, fill=implementation(x.device) == "triton") if kinds else None
+        return stack(kinds, x) if kinds else None
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""

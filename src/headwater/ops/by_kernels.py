@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Tensors
 from .by_hand import ByHand
-from .lowrank import cast, stack
+from .lowrank import cast
 from .replayed import Saved
+from .stacks import Stacked, Wanted, stack_now
 from .triton_dropout import MOST_RANKS, add_back, read
 from .triton_heads import Ranks, gather, spread
 
@@ -23,7 +25,7 @@ from .triton_heads import Ranks, gather, spread
 class ByKernels(ByHand):
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """As `ByHand.forward`; `kept` is not there, as no mask is ever in memory."""
-        down = self.clean_rows(tensors, x)
+        down, *ups = self._stacked(tensors, x)
         parts, of_clean = [], None
         clean = self._beside(down)
         for adapter, t in zip(self.adapters, tensors, strict=True) if self.drops else ():
@@ -32,18 +34,19 @@ class ByKernels(ByHand):
             parts.append(part)
             of_clean, clean = found if of_clean is None else of_clean, None
         if down is not None:
-            parts.append(x @ down.T if of_clean is None else of_clean)
+            parts.append(F.linear(x, down) if of_clean is None else of_clean)
         u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        ups = [stack(t.up, y, fill=True) for t, y in zip(tensors, ys, strict=True)]
-        for adapter, t, y, up, ranks in zip(self.adapters, tensors, ys, ups, self._ranks(u), strict=True):
-            filled_up = up.shape[0] > sum(w.shape[0] for w in t.up)
-            h = (y.new_zeros if filled_up else y.new_empty)(y.shape[0], up.shape[0])
-            spread(ranks, h)
-            y.addmm_(h, up)
+        G, N, rows = len(ys), self.heads.num_heads, ups[0].shape[0]  # type: ignore[union-attr]
+        filled_up = rows > self.written
+        h = (u.new_zeros if filled_up else u.new_empty)(G, u.shape[0], rows)
+        spread(self._ranks(u), h)
+        for y, of_layer, up in zip(ys, h.unbind(), ups, strict=True):
+            y.addmm_(of_layer, up)  # type: ignore[arg-type]
+        for i, adapter in enumerate(self.adapters):
             assert adapter.heads is not None
             if adapter.heads.show is not None and adapter.heads.routed:
-                first = ranks.at[1]
-                adapter.heads.show(torch.softmax(u[:, first : first + adapter.heads.num_heads].float(), 1))
+                first = self.rows[0] + i * N
+                adapter.heads.show(torch.softmax(u[:, first : first + N].float(), 1))
         return u, down, *ups
 
     def backward(
@@ -52,18 +55,18 @@ class ByKernels(ByHand):
         u, self.down, *ups = saved
         assert u is not None
         self.x = x
-        self.tensors = [adapter.tensors() for adapter in self.adapters]
-        filled_up = u.shape[1] > sum(self.rows)
-        self.du, self.of_up = (u.new_zeros if filled_up else u.new_empty)(u.shape), []
-        N, r = self.heads.num_heads, self.heads.r
-        for i, ranks in enumerate(self._ranks(u)):
-            up, dy = ups[i], dys[i]
-            assert up is not None
-            dh = dy @ up.T
-            h = torch.empty_like(dh) if wanted[i][0] else None
-            gather(ranks, dh, self.du, self.du, self.du if self.heads.start else None, h)
-            of_heads = None if h is None else (h.T @ dy)[: N * r]
-            self.of_up.append(None if of_heads is None else cast(of_heads, self.tensors[i].up[0].dtype))
+        self.tensors = [adapter.tensors() for adapter in self.adapters] if self.drops else []
+        end, self.du = sum(self.rows), torch.empty_like(u)
+        dh = u.new_empty(len(dys), u.shape[0], ups[0].shape[0])  # type: ignore[union-attr]
+        for dy, up, of_layer in zip(dys, ups, dh.unbind(), strict=True):
+            torch.mm(dy, up.T, out=of_layer)  # type: ignore[union-attr]
+        h = torch.empty_like(dh) if any(wants[0] for wants in wanted) else None
+        start = self.du if self.heads.start else None
+        gather(self._ranks(u), dh, self.du, self.du, start, h, (end, u.shape[1] - end))
+        of_heads, self.of_up = self.heads.num_heads * self.heads.r, []
+        for i, (dy, wants) in enumerate(zip(dys, wanted, strict=True)):
+            found = None if h is None or not wants[0] else (h[i].T @ dy)[:of_heads]
+            self.of_up.append(None if found is None else cast(found, self.heads.dtype))
 
     def add_to_dx(self, dx: Tensor | None) -> None:
         x, r, du = self.x, self.heads.r, self.du
@@ -86,8 +89,8 @@ class ByKernels(ByHand):
         G = len(self.adapters)
         if sizes:  # not the starts', which come last and are frozen
             of_clean = du.T @ x if of_clean is None else of_clean
-            found = cast(of_clean[: G * sum(sizes)], self.tensors[0].dropped[0].dtype)
-            parts = found.split([k for k in sizes for _ in range(G)])
+            found = cast(of_clean[: G * sum(sizes)], self.heads.dtype)
+            parts = found.split_with_sizes([k for k in sizes for _ in range(G)])
             for i in range(G):
                 self.of_down[i] += parts[i::G]
 
@@ -95,15 +98,26 @@ class ByKernels(ByHand):
         """The rows that read x as it is, if the first layer's kernels for dropout on x can take them along."""
         return down if self.drops and down is not None and len(down) <= MOST_RANKS else None
 
-    def _ranks(self, u: Tensor) -> list[Ranks]:
-        """What the kernels read of each layer's, from u as it is: z, then all layers' logits, then their z_0."""
-        z_rows, gate_rows, _ = self.rows
-        found = []
-        for i, adapter in enumerate(self.adapters):
-            one = adapter.heads
-            assert one is not None
-            at = (i * one.r, z_rows + i * one.num_heads, z_rows + gate_rows + i * one.r)
-            gate, z_0 = u if one.routed else None, u if one.start else None
-            p, scale = 0.0 if one.seed is None else one.dropout, self.scale * self.factor
-            found.append(Ranks(one.r, one.num_heads, u, gate, one.seed, p, scale, z_0, -self.scale, at))
-        return found
+    @property
+    def written(self) -> int:
+        """Columns of h that a layer writes: its heads' and its start's."""
+        return self.heads.r * (self.heads.num_heads + self.heads.start)
+
+    def _stacked(self, tensors: Sequence[Tensors], x: Tensor) -> Stacked:
+        """The down-projections that read x as it is, in the order of u's columns, and each layer's up-projections."""
+        stacks = self.adapters[0].stacks
+        if stacks is not None:
+            wanted = Wanted(tuple([adapter.at_rest for adapter in self.adapters]), self.drops, x.dtype)
+            found = stacks.take(wanted, x.device)
+            if found is not None:
+                return found
+        return stack_now(tensors, self.drops, x)
+
+    def _ranks(self, u: Tensor) -> Ranks:
+        """What the kernels read, from u as it is: every layer's z, then all layers' logits, then their z_0."""
+        one, (z_rows, gate_rows, _) = self.heads, self.rows
+        gate, z_0 = u if one.routed else None, u if one.start else None
+        seeds = [a.heads.seed for a in self.adapters if a.heads is not None and a.heads.seed is not None]
+        p, scale = one.dropout if seeds else 0.0, self.scale * self.factor
+        at = (0, z_rows, z_rows + gate_rows)
+        return Ranks(one.r, one.num_heads, u, gate, seeds, p, scale, z_0, -self.scale, at)

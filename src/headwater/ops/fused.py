@@ -22,10 +22,9 @@ from .dispatch import implementation
 from .replayed import Replayed, Unmixed
 
 
-def rank_spaces(adapters: Sequence[Adapter], device: torch.device) -> list[ByHand | Replayed]:
+def rank_spaces(adapters: Sequence[Adapter], by_hand: type[ByHand]) -> list[ByHand | Replayed]:
     """What runs the rank spaces of layers that read the same x: one part for all, where they can share, else each its
-    own; in order."""
-    by_hand = _by_hand(device)
+    own; in order. `by_hand` is what runs plain gated heads on their device."""
     if len(adapters) > 1 and can_share(adapters):
         return [by_hand(adapters)]
     return [_replayed(adapter) if adapter.heads is None else by_hand([adapter]) for adapter in adapters]
@@ -35,7 +34,7 @@ def _replayed(adapter: Adapter) -> Replayed:
     return Unmixed(adapter) if adapter.unmixed else Replayed(adapter)
 
 
-def _by_hand(device: torch.device) -> type[ByHand]:
+def by_hand_on(device: torch.device) -> type[ByHand]:
     if implementation(device) != "triton":
         return ByHand
     from .by_kernels import ByKernels  # needs triton
@@ -56,8 +55,8 @@ class _AdaptedLinear(torch.autograd.Function):
         *_: Tensor,
     ) -> Tensor:
         y = F.linear(x, weight, bias) if y is None else y.clone()  # type: ignore[arg-type]
-        ctx.adapter = adapter
-        (part,) = rank_spaces([adapter], x.device)
+        ctx.adapter, ctx.by_hand = adapter, by_hand_on(x.device)
+        (part,) = rank_spaces([adapter], ctx.by_hand)
         saved = part.forward([tensors], [y], x)
         ctx.save_for_backward(x, weight, *saved)
         return y
@@ -67,7 +66,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         of_y, of_x, *wanted = ctx.needs_input_grad[2:4] + ctx.needs_input_grad[6:]
-        (back,) = rank_spaces([ctx.adapter], x.device)
+        (back,) = rank_spaces([ctx.adapter], ctx.by_hand)
         with without_autocast(x.device):
             back.backward([dy], tuple(saved), x, [wanted])
             dx = None
@@ -116,5 +115,11 @@ def is_plain(layer: nn.Module) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """True if somebody hooks into the module's forward or backward, or has replaced it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
+    own = module.__dict__  # faster than to ask the module, and every layer is asked in every forward
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )

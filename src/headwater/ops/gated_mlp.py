@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .adapter import Adapter, Tensors
 from .by_hand import ByHand, can_share, draw_masks
-from .dispatch import implementation
-from .fused import rank_spaces, without_autocast
+from .fused import by_hand_on, rank_spaces, without_autocast
 from .replayed import Replayed, Saved
 
 Adapters = tuple[Adapter | None, Adapter | None, Adapter | None]
@@ -39,17 +38,18 @@ class _GatedMLP(torch.autograd.Function):
         weights, biases = tensors[:3], tensors[3:6]
         gate, up = (F.linear(x, weights[i], biases[i]) for i in (0, 1))
         present = [adapter for adapter in adapters if adapter is not None]
-        kept = None
-        if can_share(present) and implementation(x.device) == "autograd":
+        kept, by_hand = None, by_hand_on(x.device)
+        if by_hand is ByHand and can_share(present):
             kept = draw_masks(present, x.shape[0])  # once for all: a large part of the cost
         above = len(present) - (adapters[2] is not None)
-        saved = _forward(adapters[:2], theirs[:2], (gate, up), x, None if kept is None else kept[:above])
+        saved = _forward(by_hand, adapters[:2], theirs[:2], (gate, up), x, None if kept is None else kept[:above])
         product = act(gate) * up
         y = F.linear(product, weights[2], biases[2])
-        saved += (of_down := _forward(adapters[2:], theirs[2:], (y,), product, None if kept is None else kept[above:]))
+        of_down = _forward(by_hand, adapters[2:], theirs[2:], (y,), product, None if kept is None else kept[above:])
+        saved += of_down
         ctx.sizes = [0 if t is None else len(t.flat()) for t in theirs]
         ctx.counts = [len(part) for part in saved]
-        ctx.adapters, ctx.act, ctx.below = adapters, act, len(of_down)
+        ctx.by_hand, ctx.adapters, ctx.act, ctx.below = by_hand, adapters, act, len(of_down)
         ctx.save_for_backward(x, gate, up, *weights, *(t for part in saved for t in part))
         return y
 
@@ -67,13 +67,14 @@ class _GatedMLP(torch.autograd.Function):
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
         product = activated.detach() * up
-        below = _backward(ctx.adapters[2:], (dy,), saved[len(saved) - ctx.below :], product, wanted[2:])
+        at = len(saved) - ctx.below
+        below = _backward(ctx.by_hand, ctx.adapters[2:], (dy,), saved[at:], product, wanted[2:])
         da = dy @ W_down
         for part in below:
             part.add_to_dx(da)
         d_up = torch.mul(da, activated.detach(), out=product)
         (d_gate,) = torch.autograd.grad(activated, leaf, da.mul_(up))
-        above = _backward(ctx.adapters[:2], (d_gate, d_up), saved[: len(saved) - ctx.below], x, wanted[:2])
+        above = _backward(ctx.by_hand, ctx.adapters[:2], (d_gate, d_up), saved[:at], x, wanted[:2])
         dx = (d_gate @ W_gate).addmm_(d_up, W_up) if ctx.needs_input_grad[3] else None
         for part in above:
             part.add_to_dx(dx)
@@ -101,6 +102,7 @@ def gated_mlp(adapters: Adapters, layers: Sequence[nn.Linear], act: Callable[[Te
 
 
 def _forward(
+    by_hand: type[ByHand],
     adapters: Sequence[Adapter | None],
     theirs: Sequence[Tensors | None],
     ys: Sequence[Tensor],
@@ -110,18 +112,23 @@ def _forward(
     """Adds the updates of layers that read the same x to their outputs."""
     present = [(t, y) for t, y in zip(theirs, ys, strict=True) if t is not None]
     saved = []
-    for part in rank_spaces([adapter for adapter in adapters if adapter is not None], x.device):
+    for part in rank_spaces([adapter for adapter in adapters if adapter is not None], by_hand):
         own = [present.pop(0) for _ in part.adapters]
         saved.append(part.forward([t for t, _ in own], [y for _, y in own], x, kept))
     return saved
 
 
 def _backward(
-    adapters: Sequence[Adapter | None], dys: Sequence[Tensor], saved: list[Any], x: Tensor, wanted: Sequence[Any]
+    by_hand: type[ByHand],
+    adapters: Sequence[Adapter | None],
+    dys: Sequence[Tensor],
+    saved: list[Any],
+    x: Tensor,
+    wanted: Sequence[Any],
 ) -> list[ByHand | Replayed]:
     """The same parts, as far as du."""
     present = [(dy, w) for adapter, dy, w in zip(adapters, dys, wanted, strict=True) if adapter is not None]
-    parts = rank_spaces([adapter for adapter in adapters if adapter is not None], x.device)
+    parts = rank_spaces([adapter for adapter in adapters if adapter is not None], by_hand)
     for part, kept in zip(parts, saved, strict=True):
         own = [present.pop(0) for _ in part.adapters]
         part.backward([dy for dy, _ in own], kept, x, [w for _, w in own])

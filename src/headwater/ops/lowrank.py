@@ -42,10 +42,15 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def stack(weights: Sequence[Tensor], like: Tensor, *, fill: bool = False) -> Tensor:
     """Matrices one below the other, in another tensor's dtype; with `fill`, rows of zeros as in `aligned`."""
-    missing = -sum(w.shape[0] for w in weights) % 8 if fill else 0
-    if missing:
-        weights = (*weights, _zeros(missing, weights[0].shape[1], weights[0].dtype, weights[0].device))
+    weights = with_rows_of_zeros(weights) if fill else weights
     return cast(weights[0] if len(weights) == 1 else torch.cat(tuple(weights)), like.dtype)
+
+
+def with_rows_of_zeros(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Matrices to be stacked, and below them the rows of zeros that make it a multiple of 8."""
+    missing = -sum([w.shape[0] for w in weights]) % 8
+    like = weights[0]
+    return (*weights, _zeros(missing, like.shape[1], like.dtype, like.device)) if missing else weights
 
 
 @functools.cache

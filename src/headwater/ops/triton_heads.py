@@ -12,8 +12,10 @@ the same kernels for `by_kernels`: they write into given columns, and know a fro
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,11 +44,13 @@ def _gates(gate, token, inside, head, stride_t, stride_n, N, GATE: tl.constexpr,
 @triton.jit(do_not_specialize=["z_at", "gate_at", "z_0_at", "tokens"])
 def _forward(
     z, gate, z_0, seed, h, z_at, gate_at, z_0_at, tokens, r, N,
-    stride_zt, stride_zr, stride_gt, stride_gn, stride_ht, stride_hc, limit,
+    stride_zt, stride_zr, stride_gt, stride_gn, stride_hl, stride_ht, stride_hc, stride_s, limit,
     SCALE: tl.constexpr, START: tl.constexpr, DROPS: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr,
     HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    z, gate, z_0 = z + z_at, gate + gate_at, z_0 + z_0_at
+    layer = tl.program_id(1).to(tl.int64)
+    seed, h = seed + layer * stride_s, h + layer * stride_hl
+    z, gate, z_0 = z + z_at + layer * r, gate + gate_at + layer * N, z_0 + z_0_at + layer * r
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
@@ -67,14 +71,18 @@ def _forward(
         tl.store(h + column * stride_hc + token[None, :] * stride_ht, start, mask=known)
 
 
-@triton.jit(do_not_specialize=["z_at", "gate_at", "z_0_at", "tokens"])
+@triton.jit(do_not_specialize=["z_at", "gate_at", "z_0_at", "end", "filled", "tokens"])
 def _backward(
-    dh, z, gate, seed, dz, dgate, dz_0, h, z_at, gate_at, z_0_at, tokens, r, N,
-    stride_ht, stride_hc, stride_zt, stride_zr, stride_gt, stride_gn,
-    stride_dzt, stride_dzr, stride_dgt, stride_dgn, limit,
+    dh, z, gate, seed, dz, dgate, dz_0, h, z_at, gate_at, z_0_at, end, filled, tokens, r, N,
+    stride_hl, stride_ht, stride_hc, stride_zt, stride_zr, stride_gt, stride_gn,
+    stride_dzt, stride_dzr, stride_dgt, stride_dgn, stride_s, limit,
     SCALE: tl.constexpr, START: tl.constexpr, DROPS: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr,
     AGAIN: tl.constexpr, HEADS: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    seed, dh, h = seed + layer * stride_s, dh + layer * stride_hl, h + layer * stride_hl
+    beyond = dz + end
+    z_at, gate_at, z_0_at = z_at + layer * r, gate_at + layer * N, z_0_at + layer * r
     z, gate = z + z_at, gate + gate_at
     dz, dgate, dz_0 = dz + z_at, dgate + gate_at, dz_0 + z_0_at
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -111,13 +119,16 @@ def _backward(
         d_logits = g * (dg - tl.sum(g * dg, axis=0)[None, :])
         written = (head < N)[:, None] & inside[None, :]
         tl.store(dgate + head.to(tl.int64)[:, None] * stride_dgn + token[None, :] * stride_dgt, d_logits, mask=written)
+    empty = tl.arange(0, 8)
+    place = empty.to(tl.int64)[:, None] * stride_dzr + token[None, :] * stride_dzt
+    tl.store(beyond + place, tl.zeros([8, TOKENS], WIDE), mask=(empty < filled)[:, None] & inside[None, :])
 
 
 def forward(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     """h, `(tokens, N r)`; see `heads`."""
     tokens, r = z.shape
     h = z.new_empty(gate.shape[-1] * r, tokens).T
-    spread(Ranks(r, gate.shape[-1], z, gate, seed, dropout, scale=1 / (1 - dropout)), h)
+    spread(_one_layer(z, gate, seed, dropout), h.unsqueeze(0))
     return h
 
 
@@ -125,18 +136,21 @@ def backward(dh: Tensor, z: Tensor, gate: Tensor, seed: Tensor | None, dropout: 
     """dz `(tokens, r)` and dgate `(tokens, N)`, empty where gates are fixed; see `heads`."""
     dz = z.new_empty(z.shape[::-1]).T
     dgate = gate.new_empty(0) if gate.dim() == 1 else gate.new_empty(gate.shape[::-1]).T
-    ranks = Ranks(z.shape[1], gate.shape[-1], z, gate, seed, dropout, scale=1 / (1 - dropout))
-    gather(ranks, dh, dz, dgate)
+    gather(_one_layer(z, gate, seed, dropout), dh.unsqueeze(0), dz, dgate)
     return dz, dgate
 
 
+def _one_layer(z: Tensor, gate: Tensor, seed: Tensor | None, dropout: float) -> Ranks:
+    return Ranks(z.shape[1], gate.shape[-1], z, gate, [] if seed is None else [seed], dropout, 1 / (1 - dropout))
+
+
 class Ranks(NamedTuple):
-    """What the kernels read.
+    """What the kernels read. Layers are alike, and each begins where the one before ends.
 
     Args:
-        z: `(tokens, r)`, any strides.
-        gate: logits `(tokens, N)`, any strides; gates `(N,)`, which get no gradient; None where all are 1.
-        seed, dropout: of the mask; seed None without one.
+        z: `(tokens, r)` of each layer, any strides; of several layers, a column's next one is beside it.
+        gate: logits `(tokens, N)` of each, likewise; gates `(N,)`, which get no gradient; None where all are 1.
+        seeds, dropout: of each layer's mask; no seeds without one.
         scale: factor of everything that the heads write.
         z_0: a start's ranks, with z's strides; they are written behind the heads', times `start`.
         at: columns where z, gate and z_0 begin in the tensors given for them: wider ones spare the program the views.
@@ -146,7 +160,7 @@ class Ranks(NamedTuple):
     N: int
     z: Tensor
     gate: Tensor | None
-    seed: Tensor | None
+    seeds: Sequence[Tensor]
     dropout: float
     scale: float = 1.0
     z_0: Tensor | None = None
@@ -155,29 +169,48 @@ class Ranks(NamedTuple):
 
 
 def spread(ranks: Ranks, h: Tensor) -> None:
-    """Writes h, `(tokens, N r)` and the start's r columns, any strides."""
-    z, gate, z_0, seed = _pointers(ranks)
-    strides = (*z.stride(), *_gate_strides(ranks.gate), *h.stride())
-    _launch(_forward, ranks, (z, gate, z_0, seed, h), strides)
+    """Writes h, `(layers, tokens, N r)` and the start's r columns, any strides."""
+    z, gate, z_0, (seed, apart) = _pointers(ranks)
+    strides = (*z.stride(), *_gate_strides(ranks.gate), *h.stride(), apart)
+    _launch(_forward, ranks, (z, gate, z_0, seed, h, *ranks.at), h.shape[0], strides)
 
 
 def gather(
-    ranks: Ranks, dh: Tensor, dz: Tensor, dgate: Tensor, dz_0: Tensor | None = None, h: Tensor | None = None
+    ranks: Ranks,
+    dh: Tensor,
+    dz: Tensor,
+    dgate: Tensor,
+    dz_0: Tensor | None = None,
+    h: Tensor | None = None,
+    fill: tuple[int, int] = (0, 0),
 ) -> None:
-    """Writes what comes back from dh: dz `(tokens, r)`, dgate `(tokens, N)` if there are logits, dz_0 `(tokens, r)` if
-    there is a start, in dz's strides, each from the column on where what it belongs to begins (`Ranks.at`); and, if h
-    is given, the heads' part of h once more, in dh's strides."""
-    z, gate, _, seed = _pointers(ranks)
-    pointers = (dh, z, gate, seed, dz, dgate, dz if dz_0 is None else dz_0, dh if h is None else h)
+    """Writes what comes back from dh, `(layers, tokens, ...)`: dz `(tokens, r)`, dgate `(tokens, N)` if there are
+    logits, dz_0 `(tokens, r)` if there is a start, in dz's strides, each where in its tensor what it belongs to is; and
+    the heads' part of h once more if h is given, in dh's strides.
+
+    Args:
+        fill: a column of dz, and how many columns from there on, at most 8, are to be zeros.
+    """
+    z, gate, _, (seed, apart) = _pointers(ranks)
+    at = (*ranks.at, *fill)
+    pointers = (dh, z, gate, seed, dz, dgate, dz if dz_0 is None else dz_0, dh if h is None else h, *at)
     of_gate = dgate.stride() if dgate.dim() == 2 else (0, 0)
-    strides = (*dh.stride(), *z.stride(), *_gate_strides(ranks.gate), *dz.stride(), *of_gate)
-    _launch(_backward, ranks, pointers, strides, AGAIN=h is not None)
+    strides = (*dh.stride(), *z.stride(), *_gate_strides(ranks.gate), *dz.stride(), *of_gate, apart)
+    _launch(_backward, ranks, pointers, dh.shape[0], strides, AGAIN=h is not None)
 
 
-def _pointers(ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pointers(ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, int]]:
     """What is missing is not read, but a pointer must be there."""
-    z, gate, z_0, seed = ranks.z, ranks.gate, ranks.z_0, ranks.seed
-    return z, z if gate is None else gate, z if z_0 is None else z_0, z if seed is None else seed
+    z, gate, z_0, seeds = ranks.z, ranks.gate, ranks.z_0, ranks.seeds
+    return z, z if gate is None else gate, z if z_0 is None else z_0, _first(seeds) if seeds else (z, 0)
+
+
+def _first(seeds: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The first seed, and how far each is from the one before. Two of one draw are taken from where they lie."""
+    first, last = seeds[0], seeds[-1]
+    if len(seeds) > 2 or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
+        return torch.cat(list(seeds)), 1
+    return first, int(last.storage_offset()) - int(first.storage_offset())
 
 
 def _gate_strides(gate: Tensor | None) -> tuple[int, int]:
@@ -186,32 +219,25 @@ def _gate_strides(gate: Tensor | None) -> tuple[int, int]:
     return (0, gate.stride(0)) if gate.dim() == 1 else (gate.stride(0), gate.stride(1))
 
 
-def _launch(kernel: Any, ranks: Ranks, tensors: tuple[Tensor, ...], strides: tuple[int, ...], **constants: Any) -> None:
-    tokens = ranks.z.shape[0]
+def _launch(
+    kernel: Any, ranks: Ranks, first: tuple[Any, ...], layers: int, strides: tuple[int, ...], **constants: Any
+) -> None:
+    r, N, z, gate, seeds, dropout, scale, z_0, start, _ = ranks
+    tokens = z.shape[0]
     if tokens == 0:
         return
-    blocks = _blocks(ranks.r, ranks.N)
-    with on_device_of(ranks.z):
-        kernel[(-(-tokens // blocks["TOKENS"]),)](
-            *tensors,
-            *ranks.at,
-            tokens,
-            ranks.r,
-            ranks.N,
-            *strides,
-            threshold(ranks.dropout),
-            SCALE=ranks.scale,
-            START=ranks.start if ranks.z_0 is not None else 0.0,
-            DROPS=ranks.seed is not None,
-            GATE=2 if ranks.gate is None else 2 - ranks.gate.dim(),
-            WIDE=wide(ranks.z),
-            enable_fp_fusion=True,
-            **blocks,
-            **constants,
-        )
+    gates = 2 if gate is None else 2 - gate.dim()
+    limit, block, how = _constants(r, N, bool(seeds), dropout, scale, 0.0 if z_0 is None else start, gates, wide(z))
+    with on_device_of(z):
+        kernel[(-(-tokens // block), layers)](*first, tokens, r, N, *strides, limit, **how, **constants)
 
 
 @functools.cache
-def _blocks(r: int, N: int) -> dict[str, int]:
+def _constants(
+    r: int, N: int, drops: bool, dropout: float, scale: float, start: float, gate: int, wide: Any
+) -> tuple[int, int, dict[str, Any]]:
+    """The mask's limit, the tokens of a block, and what a kernel is compiled for; kept, as launches are many."""
     HEADS, RANKS = triton.next_power_of_2(N), triton.next_power_of_2(r)
-    return {"HEADS": HEADS, "RANKS": RANKS, "TOKENS": max(16, min(128, ELEMENTS // max(HEADS, RANKS)))}
+    block = max(16, min(128, ELEMENTS // max(HEADS, RANKS)))
+    how = {"SCALE": scale, "START": start, "DROPS": drops, "GATE": gate, "WIDE": wide, "enable_fp_fusion": True}
+    return threshold(dropout), block, {**how, "HEADS": HEADS, "RANKS": RANKS, "TOKENS": block}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import KEYWORD, LENGTHS, Align, Call, Observer, Packed, State
+from ..ops import Stacks
 from .checkpoints import carry_state, checkpointed
 
 LABELS = "headwater_labels"
@@ -150,10 +151,15 @@ class Context:
             device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
             prompt = torch.arange(length, device=device).expand(batch, -1) < generating
             state.prompt = prompt if valid is None else prompt & valid.to(device)
+        carries = self.needs_state or bool(self.observers or self.merging)
+        if (module.training or learning) and not torch.compiler.is_compiling():
+            state.stacks = Stacks(getattr(self._local, "wanted", {}))
+            self._local.wanted = state.stacks.wanted
+            carries = carries or bool(state.stacks.made)  # so that a checkpoint's second forward finds them
         if decoder:
             state.read = _state_beside(state, args, kwargs)
         self._local.state = state
-        if (self.needs_state or self.observers or self.merging) and (module.training or learning):
+        if carries and (module.training or learning):
             if self._checkpointing is None:  # found once: to walk over all modules takes milliseconds
                 self._checkpointing = checkpointed(module)
             carry_state(self, self._checkpointing)
@@ -169,7 +175,7 @@ class Context:
         state = State(batch, length, _fit_ids(ids, batch, repeat=False), _valid(kwargs.get("attention_mask"), length))
         state.outer, state.loss_scale = outer, self.loss_scale if outer is None else outer.loss_scale
         if outer is not None:
-            state.losses = outer.losses
+            state.losses, state.stacks = outer.losses, outer.stacks
         elif self.needs_state and torch.is_grad_enabled():
             carry_state(self, checkpointed(module))
         self._local.state = state
@@ -304,7 +310,9 @@ def _state_beside(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if encoded is not None and isinstance(encoded[0], Tensor) and encoded[0].dim() == 3:
         batch, length = encoded[0].shape[:2]
     valid = _valid(kwargs.get("attention_mask"), length)
-    return State(batch, length, state.task_ids, valid, loss_scale=state.loss_scale, losses=state.losses, outer=state)
+    beside = State(batch, length, state.task_ids, valid, loss_scale=state.loss_scale, losses=state.losses, outer=state)
+    beside.stacks = state.stacks
+    return beside
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -88,8 +88,9 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         """The branch whose update is all that the layer adds to its base; None if it adds none or several."""
         if self.disable_adapters or self.merged:
             return None
-        active = [name for name in self.active_adapters if name in self.branches]
-        return self.branch(active[0]) if len(active) == 1 and not self.branch(active[0]).folds else None
+        branches = self.branches
+        active = [branches[name] for name in self.active_adapters if name in branches]
+        return cast(Branch, active[0]) if len(active) == 1 and not active[0].folds else None
 
     def _base_forward(self, active: list[Branch], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import implementation, is_plain, is_watched
+from ..ops import draw_seeds, implementation, is_plain, is_watched
 from ..ops.gated_mlp import gated_mlp
 from .decoding import Held, block_decoder, hooks_everywhere, may_decode
 from .layer import MethodLayer
@@ -81,8 +81,14 @@ def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
     if _is_usual(mlp, layers, branches, plain, x):
         lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() or mlp.training:  # both forwards of reentrant checkpointing must round alike
+            drawing = sum([branch is not None and branch.draws for branch in branches])
+            seeds = iter(draw_seeds(x.device, drawing) if drawing else ())
             adapters = [
-                None if branch is None else branch.adapter(rows, layer.context.call(layer.name, tuple(lead)))
+                None
+                if branch is None
+                else branch.adapter(
+                    rows, layer.context.call(layer.name, tuple(lead)), next(seeds) if branch.draws else None
+                )
                 for layer, branch in zip(layers, branches, strict=True)
             ]
             y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, mlp.act_fn, rows)
