@@ -17,9 +17,8 @@ from headwater.evaluation import generate_text
 from headwater.evaluation.forward import evaluating
 from headwater.evaluation.likelihood import choice_log_probs, completion_losses
 from headwater.methods.lori import calibrate
-from headwater.tuner import MethodLayer
-
 from headwater.ops import dropout
+from headwater.tuner import MethodLayer
 
 from . import test_packed
 from .helpers import adapt, assert_near, gradients, logits, stir, task_kwargs, tokens

@@ -242,8 +242,8 @@ class Context:
                     fix="use model.gradient_checkpointing_enable(), or wrap layers before the first training step",
                 )
             )
-        if state is None and len(shape) > 1 and (ids := getattr(self._local, "ids", None)) is not None:
-            # a part of the model that runs by itself, as an image encoder
+        ids = getattr(self._local, "ids", None) if state is None and self.needs_state else None
+        if ids is not None and len(shape) > 1:  # a part of the model that runs by itself, as an image encoder
             state = State(shape[0], 0, _fit_ids(ids, shape[0], repeat=False))
         if state is not None and state.read is not None and _CROSS.search(name):
             state = state.read
