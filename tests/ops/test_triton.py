@@ -49,7 +49,7 @@ for kernel, gate, dtype in cases + [(kernel, gate, dtype) for kernel in reads fo
     constants |= dict(HEADS=4, RANKS=8, TOKENS=128, ENTRIES=1024, ALIGNED=gate == 0, ADDS=gate == 0, STEPS=4)
     if kernel in reads:
         blocks = (triton_dropout.READ, triton_dropout.BACK)[reads.index(kernel)][dtype == "bf16"]
-        constants |= dict(RANKS=16, CLEAN=16 * gate, TOKENS=blocks["TOKENS"], COLUMNS=blocks["COLUMNS"])
+        constants |= dict(RANKS=16, CLEAN=32 * gate, TOKENS=blocks["TOKENS"], COLUMNS=blocks["COLUMNS"])
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     names = kernel.arg_names
     pointers |= {name: "*" + dtype for name in wide} | dict.fromkeys(

@@ -18,7 +18,7 @@ from .by_hand import ByHand
 from .lowrank import cast
 from .replayed import Saved
 from .stacks import Stacked, Wanted, stack_now
-from .triton_dropout import MOST_RANKS, add_back, read
+from .triton_dropout import add_back, read, takes_along
 from .triton_heads import Ranks, gather, spread
 
 
@@ -27,7 +27,7 @@ class ByKernels(ByHand):
         """As `ByHand.forward`; `kept` is not there, as no mask is ever in memory."""
         down, *ups = self._stacked(tensors, x)
         parts, of_clean = [], None
-        clean = self._beside(down)
+        clean = self._beside(down, x)
         for adapter, t in zip(self.adapters, tensors, strict=True) if self.drops else ():
             assert adapter.seed is not None
             part, found = read(x, cast(t.dropped[0], x.dtype), adapter.seed, adapter.dropout, clean=clean)
@@ -75,7 +75,7 @@ class ByKernels(ByHand):
         of_clean = None
         if self.drops:
             behind, du, sizes = du[:, : self.rows[0]], du[:, self.rows[0] :], sizes[1:]
-            clean = self._beside(self.down)
+            clean = self._beside(self.down, x)
             for i, (adapter, t) in enumerate(zip(self.adapters, self.tensors, strict=True)):
                 assert adapter.seed is not None
                 down, part = cast(t.dropped[0], x.dtype), behind[:, i * r : (i + 1) * r]
@@ -94,9 +94,9 @@ class ByKernels(ByHand):
             for i in range(G):
                 self.of_down[i] += parts[i::G]
 
-    def _beside(self, down: Tensor | None) -> Tensor | None:
+    def _beside(self, down: Tensor | None, x: Tensor) -> Tensor | None:
         """The rows that read x as it is, if the first layer's kernels for dropout on x can take them along."""
-        return down if self.drops and down is not None and len(down) <= MOST_RANKS else None
+        return down if self.drops and down is not None and takes_along(down, x) else None
 
     @property
     def written(self) -> int:

@@ -21,9 +21,10 @@ from ..errors import HeadwaterError, Problem
 from .dropout import threshold
 
 ENTRIES = 1024
-MOST_RANKS = 64  # of one launch
 PROGRAMS = 1024  # as many of `_add_back` as keep a GPU busy
-# blocks of x, by whether its entries are of 16 bits; of others fewer fit into a program's registers
+# By whether x's entries are of 16 bits, as of others fewer fit into a program's registers: blocks of x, and the most
+# ranks of one launch.
+MOST_RANKS = {True: 64, False: 16}
 READ = {
     True: {"TOKENS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
     False: {"TOKENS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
@@ -101,10 +102,9 @@ def _read(
             plain = tl.dot(values, weight, plain, input_precision="ieee", out_dtype=WIDE)
     place = mask * stride_um + token[:, None] * stride_ut + rank.to(tl.int64)[None, :] * stride_ur
     tl.store(u + place, total, mask=inside[:, None] & (rank < r)[None, :])
-    if CLEAN:  # noqa: SIM102, `mask` is a tensor, which Triton takes no `and` of
-        if mask == 0:
-            place = token[:, None] * stride_ct + row.to(tl.int64)[None, :] * stride_cr
-            tl.store(of_clean + place, plain, mask=inside[:, None] & (row < k)[None, :])
+    if CLEAN:
+        known = inside[:, None] & (row < k)[None, :] & (mask + tl.zeros([1, 1], tl.int64) == 0)  # once
+        tl.store(of_clean + token[:, None] * stride_ct + row.to(tl.int64)[None, :] * stride_cr, plain, mask=known)
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def read(
     x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1, clean: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`(mask * x) down^T` for each of `masks` masks, side by side: `(tokens, masks r)` in x's dtype; and from the same
-    pass `x clean^T`, `(tokens, k)`, if `clean` `(k, d_in)` is given, k at most `MOST_RANKS`.
+    pass `x clean^T`, `(tokens, k)`, if `clean` `(k, d_in)` is given; it must be small (`takes_along`).
 
     x is `(tokens, d_in)` and `down` `(r, d_in)`, of the same dtype; the n-th mask begins at row `n * tokens` of
     `dropout.keep_mask`. What is kept is not scaled.
@@ -168,7 +168,7 @@ def read(
     u = x.new_empty(tokens, masks, r)
     of_clean = None if clean is None else x.new_empty(tokens, clean.shape[0])
     x, grid = x.contiguous(), (masks * triton.cdiv(tokens, blocks["TOKENS"]),)
-    for ranks in _few(r):
+    for ranks in _few(r, x):
         part, weight = u[:, :, ranks], down[ranks].contiguous()
         beside = clean if ranks.start == 0 else None
         tensors = (seed, x, weight, weight if beside is None else beside.contiguous(), part, _or(of_clean, part))
@@ -194,7 +194,7 @@ def add_back(
     x, du = x.contiguous(), du.unflatten(1, (masks, r))
     how = {"ADDS": dx is not None, "STEPS": steps, **blocks}
     for n in range(masks):
-        for ranks in _few(r):
+        for ranks in _few(r, x):
             back, part, weight = du[:, n, ranks], found[n, :, ranks], down[ranks].contiguous()
             beside = clean if n == ranks.start == 0 else None
             wide_ones = (seed, x, weight, weight if beside is None else beside.contiguous(), back, _or(d_clean, back))
@@ -223,9 +223,15 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 
-def _few(r: int) -> list[slice]:
+def _few(r: int, x: Tensor) -> list[slice]:
     """Ranks in parts whose sums a program can hold."""
-    return [slice(first, min(first + MOST_RANKS, r)) for first in range(0, r, MOST_RANKS)]
+    most = MOST_RANKS[x.element_size() == 2]
+    return [slice(first, min(first + most, r)) for first in range(0, r, most)]
+
+
+def takes_along(clean: Tensor, x: Tensor) -> bool:
+    """Whether `clean` is small enough for `read` and `add_back`."""
+    return len(clean) <= MOST_RANKS[x.element_size() == 2]
 
 
 def _sizes(x: Tensor, down: Tensor, clean: Tensor | None) -> dict[str, Any]:
