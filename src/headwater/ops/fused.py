@@ -8,6 +8,7 @@ part of dx into dx. Dropout on x is made block by block, so that no dropped copy
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,12 @@ def _replayed(adapter: Adapter) -> Replayed:
 
 
 def by_hand_on(device: torch.device) -> type[ByHand]:
-    if implementation(device) != "triton":
-        return ByHand
+    """What runs plain gated heads there."""
+    return _by_kernels() if implementation(device) == "triton" else ByHand
+
+
+@functools.cache
+def _by_kernels() -> type[ByHand]:
     from .by_kernels import ByKernels  # needs triton
 
     return ByKernels

@@ -208,6 +208,8 @@ def _pointers(ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, int]]
 def _first(seeds: Sequence[Tensor]) -> tuple[Tensor, int]:
     """The first seed, and how far each is from the one before. Two of one draw are taken from where they lie."""
     first, last = seeds[0], seeds[-1]
+    if first is last:
+        return first, 0
     if len(seeds) > 2 or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
         return torch.cat(list(seeds)), 1
     return first, int(last.storage_offset()) - int(first.storage_offset())

@@ -13,7 +13,9 @@ import re
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from ..ops import draw_seeds, implementation, is_plain, is_watched
 from ..ops.gated_mlp import gated_mlp
@@ -91,7 +93,8 @@ def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
                 )
                 for layer, branch in zip(layers, branches, strict=True)
             ]
-            y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, mlp.act_fn, rows)
+            act = F.silu if type(mlp.act_fn) in (nn.SiLU, SiLUActivation) else mlp.act_fn
+            y = gated_mlp((adapters[0], adapters[1], adapters[2]), plain, act, rows)
             return y.reshape(*lead, y.shape[-1])
         holds = all(b is None or may_decode(b, layer.context, x) for layer, b in zip(layers, branches, strict=True))
         if holds and held.repeats(branches, last):
