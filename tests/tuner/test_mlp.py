@@ -7,9 +7,11 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import headwater
+from headwater.ops.gated_mlp import _activation
 from headwater.tuner.mlp import _is_gated_block
 
 from .helpers import TARGETS, adapt, assert_near, gradients, train_loss
@@ -215,3 +217,12 @@ def test_backward_takes_the_weights_that_forward_cast(tiny_llama, row_id, whole_
             y.backward()
     assert forward.count > 0
     assert backward.count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_derivative_of_silu_is_its_graphs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate, da = (torch.randn(70, 33, generator=generator).to(dtype) for _ in range(2))
+    mine, graphs = (_activation(act, gate) for act in (F.silu, nn.SiLU()))
+    assert torch.equal(mine[0], graphs[0])
+    assert torch.equal(mine[1](da), graphs[1](da))
