@@ -161,7 +161,7 @@ def read(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`(mask * x) down^T` for each of `masks` masks, side by side, `(tokens, masks r)`, in x's dtype if not in `dtype`;
-    and from the same pass `x clean^T`, `(tokens, k)`, if `clean` `(k, d_in)` is given; it must be small (`takes_along`).
+    and from the same pass `x clean^T`, `(tokens, k)`, if a small `clean` `(k, d_in)` is given (`takes_along`).
 
     x is `(tokens, d_in)` and `down` `(r, d_in)`, of the same dtype; the n-th mask begins at row `n * tokens` of
     `dropout.keep_mask`. What is kept is not scaled.
@@ -213,8 +213,8 @@ def add_back(
 
 
 def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """`adapter.read_exactly` without x in float32: a weight in float32 is the sum of three numbers of 16 bits, and their
-    products with x's are exact in float32."""
+    """`adapter.read_exactly` without x in float32: a weight in float32 is the sum of three of 16 bits, whose products with
+    x's entries are exact there."""
     left, parts = down.detach().float(), []
     size = torch.exp2(torch.frexp(left.abs().amax()).exponent)
     left = left / size  # so that float16 holds what is left
