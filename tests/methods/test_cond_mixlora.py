@@ -203,6 +203,22 @@ def test_property_6_cached_decoding_keeps_the_choice_of_the_prompt(tiny_llama):
     assert (free - whole).abs().max() > 1e-3, "the answer would choose alike; this shows nothing"
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_does_not_choose_under_a_static_cache_s_mask_either(tiny_llama, attention):
+    model = llama_model(tiny_llama(attn_implementation=attention))
+    ids = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 258, "output_logits": True}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    expected, found = (
+        model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **how, **kind).logits
+        for kind in ({}, static)
+    )
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_a_model_in_training_mode_writes_what_it_writes_in_eval_mode(tiny_llama):
     """As trainers do that sample from the model they train."""
     model = llama_model(tiny_llama())

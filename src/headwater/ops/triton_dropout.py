@@ -213,8 +213,8 @@ def add_back(
 
 
 def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """`adapter.read_exactly` without x in float32: a weight is the sum of three of 16 bits, whose products with x's entries
-    are exact in float32."""
+    """`adapter.read_exactly` without x in float32: a weight is the sum of three of 16 bits, whose products with x's
+    entries are exact in float32."""
     left, parts = down.detach().float(), []
     size = torch.exp2(torch.frexp(left.abs().amax()).exponent)
     left = left / size  # so that float16 holds what is left

@@ -135,6 +135,8 @@ class Context:
         state.begins = _begins(cache, length, matters=remembers or generating is not None)
         if remembers:
             state.memory = self._memory(cache, state.begins)
+            if valid is None and cache is not None and state.begins:
+                valid = state.valid = _valid_in_prompt(mask, length)
         if isinstance(labels, Tensor) and labels.shape == shape:
             learned = labels != -100
             if decoder:
@@ -330,6 +332,15 @@ def _valid(mask: Any, length: int) -> Tensor | None:
     """bool `(batch, length)` from a 2-D attention mask; None for any other."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and length and mask.shape[1] >= length:
         return mask[:, -length:].bool()  # with a cache the mask also covers the past
+    return None
+
+
+def _valid_in_prompt(mask: Any, length: int) -> Tensor | None:
+    """The same from the mask `(batch, 1, queries, keys)` that a static cache comes with: the keys that the last of a
+    prompt's queries sees. Bool, or added to the logits."""
+    if isinstance(mask, Tensor) and mask.dim() == 4 and 1 < length == mask.shape[2] <= mask.shape[3]:
+        seen = mask[:, 0, -1, :length]
+        return seen if seen.dtype == torch.bool else seen == 0
     return None
 
 
