@@ -428,3 +428,59 @@ def test_weights_that_are_not_whole_between_forwards_are_stacked_by_their_layers
     branch.register_forward_pre_hook(lambda *_: None)
     loss_of(model)
     assert check_stacks(model, monkeypatch) == 1
+
+
+@quiet
+@pytest.mark.parametrize("between", ["flat", "meta", "gone"])
+def test_between_forwards_something_else_may_be_where_weights_are(between):
+    """A part of a flat shard, or a tensor in a parameter's place whose memory is gone (FSDP); nothing (offloading)."""
+    model = llama("rlora", r=8, compensation="buffer")
+    expected = loss_of(model)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    branch = layer.branch("default")
+    weights = {name: p.detach().clone() for name, p in branch._parameters.items()}
+
+    def put(there: bool) -> None:
+        for name, w in weights.items():
+            if between == "flat":
+                branch._parameters[name].data = w if there else w.flatten()[:5]
+            elif between == "meta":
+                branch._parameters[name] = torch.nn.Parameter(w if there else w.to("meta"))
+            else:
+                branch._parameters.pop(name, None)
+                branch.__dict__.setdefault(name, w.clone()).data.copy_(w if there else w * float("nan"))
+
+    layer.register_forward_pre_hook(lambda *_: put(True))
+    layer.register_forward_hook(lambda *_: put(False))
+    put(False)
+    for _ in range(3):
+        assert torch.equal(loss_of(model), expected)
+
+
+@quiet
+@pytest.mark.parametrize("way", ["written", "exchanged", "parametrized"])
+def test_weights_that_a_forward_does_not_begin_with(way, monkeypatch):
+    from headwater.ops import stacks
+
+    model = llama("rlora", r=8)
+    inner, branch = model.base_model.model.model, model.base_model.model.model.layers[1].mlp.up_proj.branch("default")
+    weight = branch.A
+    before, other = weight.detach().clone(), torch.nn.Parameter(3 * weight.detach())
+
+    def change(there: bool) -> None:
+        if way == "written":
+            with torch.no_grad():
+                weight.copy_(other if there else before)
+        elif way == "exchanged":
+            branch._parameters["A"] = other if there else weight
+
+    if way == "parametrized":
+        noise = torch.nn.Module()
+        noise.forward = lambda w: w * (1 + torch.rand((), device=DEVICE))  # another one whenever somebody asks
+        torch.nn.utils.parametrize.register_parametrization(branch, "A", noise)
+    inner.register_forward_pre_hook(lambda *_: change(True))
+    inner.register_forward_hook(lambda *_: change(False))
+    loss_of(model)
+    found = loss_of(model)
+    monkeypatch.setattr(stacks, "_make", lambda _: {})
+    assert torch.equal(found, loss_of(model))

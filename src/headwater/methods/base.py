@@ -24,6 +24,7 @@ from ..ops import (
     Tensors,
     adapted_linear,
     add_update,
+    are_own,
     draw_seeds,
     drop,
     implementation,
@@ -197,8 +198,10 @@ class Branch(nn.Module):
 
     def tensors_at_rest(self) -> Tensors | None:
         """As `headwater.ops.Adapter.at_rest`."""
-        usual = whole(self._parameters.values()) and not is_watched(self)  # a hook may change them in the forward
-        return self.tensors_by_hand() if usual else None
+        if is_watched(self) or not whole(self):  # a hook may change them in the forward
+            return None
+        tensors = self.tensors_by_hand()
+        return tensors if are_own(tensors, self) else None
 
     def gated_heads(self, call: Call, seed: Tensor | None) -> GatedHeads | None:
         """What `mix` does, where that is plain gated heads under masks of `seed`; None where it is something else."""

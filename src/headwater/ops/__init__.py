@@ -8,7 +8,7 @@ from .fused import adapted_linear, is_plain, is_watched
 from .heads import gated_heads
 from .losses import attach_loss, following
 from .lowrank import FEW, add_update, project, spread_heads
-from .stacks import Stacks, whole
+from .stacks import Stacks, are_own, whole
 
 __all__ = [
     "FEW",
@@ -19,6 +19,7 @@ __all__ = [
     "Update",
     "adapted_linear",
     "add_update",
+    "are_own",
     "attach_loss",
     "draw_seed",
     "draw_seeds",

@@ -108,7 +108,7 @@ class ByKernels(ByHand):
         stacks = self.adapters[0].stacks
         if stacks is not None:
             wanted = Wanted(tuple([adapter.at_rest for adapter in self.adapters]), self.drops, x.dtype)
-            found = stacks.take(wanted, x.device)
+            found = stacks.take(wanted, tensors, x.device)
             if found is not None:
                 return found
         return stack_now(tensors, self.drops, x)

@@ -8,7 +8,7 @@ they are for the length of a forward, so one concatenation and one cast for each
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Stacks:
     """Those of one forward.
 
     What is made is what the forward before took. Layers that it did not ask for, or whose tensors were not plain and
-    whole when this forward began (FSDP, ZeRO, offloading), find nothing here and stack their own.
+    whole when this forward began (FSDP, ZeRO, offloading) or are others by now, find nothing here and stack their own.
 
     Args:
         before: `wanted` of the forward before.
@@ -57,13 +57,15 @@ class Stacks:
         self.wanted: dict[Wanted, None] = {}
         self.made = _make(before) if before else {}
 
-    def take(self, wanted: Wanted, device: torch.device) -> Stacked | None:
+    def take(self, wanted: Wanted, tensors: Sequence[Tensors], device: torch.device) -> Stacked | None:
         """The layers' down-projections as in `matrices`, None if there are none, and each one's up-projections; None
-        for layers that are to stack their own."""
-        found = self.made.get(wanted)
-        if found is not None or all(ask() is not None for ask in wanted.at_rest):
+        for layers that are to stack their own. `tensors` are the layers' as they are now."""
+        made = self.made.get(wanted)
+        if made is not None or all(ask() is not None for ask in wanted.at_rest):
             self.wanted[wanted] = None
-        return found if found is not None and found[-1].device == device else None  # type: ignore[union-attr]
+        if made is None or made[1][-1].device != device or made[0] != _state(tensors):  # type: ignore[union-attr]
+            return None
+        return made[1]
 
 
 def matrices(tensors: Sequence[Tensors], drops: bool) -> list[list[Tensor]]:
@@ -77,17 +79,23 @@ def stack_now(tensors: Sequence[Tensors], drops: bool, like: Tensor) -> Stacked:
     return tuple([stack(parts, like, fill=True) if parts else None for parts in matrices(tensors, drops)])
 
 
+def _state(tensors: Sequence[Tensors]) -> list[tuple[int, int]]:
+    """Changes with what tensors hold, but for writes that PyTorch does not see, as through `.data`."""
+    return [(w.data_ptr(), w._version) for t in tensors for w in t.flat()]
+
+
 @torch.no_grad()
-def _make(wanted: dict[Wanted, None]) -> dict[Wanted, Stacked]:
+def _make(wanted: dict[Wanted, None]) -> dict[Wanted, tuple[list[tuple[int, int]], Stacked]]:
     parts: dict[_Width, list[Tensor]] = defaultdict(list)
     places: dict[_Width, list[tuple[Wanted, int, int]]] = defaultdict(list)
     found: dict[Wanted, list[Tensor | None]] = {}
+    states: dict[Wanted, list[tuple[int, int]]] = {}
     for one in wanted:
         tensors = [t for ask in one.at_rest if (t := ask()) is not None]
         if len(tensors) < len(one.at_rest):
             continue
         kinds = matrices(tensors, one.drops)
-        found[one] = [None] * len(kinds)
+        found[one], states[one] = [None] * len(kinds), _state(tensors)
         for i, kind in enumerate(kinds):
             if kind:
                 like = kind[0]
@@ -99,9 +107,20 @@ def _make(wanted: dict[Wanted, None]) -> dict[Wanted, Stacked]:
         stacked = torch.cat(all_parts).to(width.dtype).split_with_sizes([rows for *_, rows in places[width]])
         for (one, i, _), rows in zip(places[width], stacked, strict=True):
             found[one][i] = rows
-    return {one: tuple(stacks) for one, stacks in found.items()}
+    return {one: (states[one], tuple(stacks)) for one, stacks in found.items()}
 
 
-def whole(parameters: Iterable[nn.Parameter | None]) -> bool:
-    """Whether parameters are ordinary ones with all their values: no shards, no views of them, none taken away."""
-    return all(p is None or (type(p) is nn.Parameter and p.numel() > 0) for p in parameters)
+def whole(module: nn.Module) -> bool:
+    """Whether a module's parameters are ordinary ones with all their values, in memory: no shards, flat or not, no
+    views of them, none taken away, none made by a parametrization."""
+    return not module._modules and all(
+        p is None or (type(p) is nn.Parameter and p.numel() > 0 and p.dim() > 1 and not p.is_meta)
+        for p in module._parameters.values()
+    )
+
+
+def are_own(tensors: Tensors, module: nn.Module) -> bool:
+    """Whether tensors are a module's parameters and buffers, or views of them. FSDP puts others in a parameter's place,
+    whose memory is gone after the forward. Those of inference mode do not count their writes."""
+    own = set(map(id, (*module._parameters.values(), *module._buffers.values())))
+    return all(id(w if w._base is None else w._base) in own and not w.is_inference() for w in tensors.flat())
