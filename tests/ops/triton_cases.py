@@ -93,6 +93,17 @@ def test_layout_is_that_of_the_other_implementation(size):
         torch.testing.assert_close(got, want, **CLOSE[torch.float64])  # sums run in another order
 
 
+def test_columns_may_lie_far_apart():
+    """Where 32 bits do not count the entries; on a CPU, memory that nobody touches is not taken."""
+    far = torch.empty(2**31 + 1, dtype=torch.float16, device=DEVICE).as_strided((1, 3), (1, 2**30))
+    z = far.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert torch.equal(triton_heads.forward(z, far, None, 0.0), triton_heads.forward(z.clone(), z.clone(), None, 0.0))
+    dh = torch.ones(1, 9, dtype=torch.float16, device=DEVICE)
+    found = triton_heads.backward(dh, z, far, None, 0.0)
+    for got, want in zip(found, triton_heads.backward(dh, z.clone(), z.clone(), None, 0.0), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**62 - 1])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_masks_are_identical(seed, p):

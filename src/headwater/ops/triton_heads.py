@@ -33,7 +33,8 @@ def _gates(gate, token, inside, head, stride_t, stride_n, N, GATE: tl.constexpr,
     known = (head < N)[:, None] & inside[None, :]
     if GATE == 2:
         return tl.where(known, 1.0, 0.0).to(WIDE)
-    values = tl.load(gate + head[:, None] * stride_n + token[None, :] * stride_t, mask=known, other=0.0).to(WIDE)
+    at = head.to(tl.int64)[:, None] * stride_n + token[None, :] * stride_t
+    values = tl.load(gate + at, mask=known, other=0.0).to(WIDE)
     if GATE == 1:
         return values
     values = tl.where((head < N)[:, None], values, float("-inf"))
@@ -55,7 +56,7 @@ def _forward(
     inside = token < tokens
     rank, head = tl.arange(0, RANKS), tl.arange(0, HEADS)
     known = (rank < r)[:, None] & inside[None, :]
-    place = rank[:, None] * stride_zr + token[None, :] * stride_zt
+    place = rank.to(tl.int64)[:, None] * stride_zr + token[None, :] * stride_zt
     ranks = tl.load(z + place, mask=known, other=0.0).to(WIDE) * tl.full([1, 1], SCALE, WIDE)
     g = _gates(gate, token, inside, head, stride_gt, stride_gn, N, GATE, WIDE)
     for n in range(N):
@@ -91,7 +92,8 @@ def _backward(
     known = (rank < r)[:, None] & inside[None, :]
     g = _gates(gate, token, inside, head, stride_gt, stride_gn, N, GATE, WIDE)
     d_ranks = tl.zeros([RANKS, TOKENS], WIDE)
-    ranks = tl.load(z + rank[:, None] * stride_zr + token[None, :] * stride_zt, mask=known, other=0.0).to(WIDE)
+    at = rank.to(tl.int64)[:, None] * stride_zr + token[None, :] * stride_zt
+    ranks = tl.load(z + at, mask=known, other=0.0).to(WIDE)
     dg = tl.zeros([HEADS, TOKENS], WIDE)
     for n in range(N):
         column = (n * r + rank).to(tl.int64)[:, None]
