@@ -216,7 +216,7 @@ def read_exactly(x: Tensor, down: Tensor, seed: Tensor | None, p: float) -> Tens
     """`adapter.read_exactly` without x in float32: a weight is the sum of three of 16 bits, whose products with x's
     entries are exact in float32."""
     left, parts = down.detach().float(), []
-    size = torch.exp2(torch.frexp(left.abs().amax()).exponent)
+    size = torch.exp2((left.abs().amax().log2().floor() + 1).clamp(-100, 127))
     left = left / size  # so that float16 holds what is left
     for _ in range(3):
         parts.append(left.to(x.dtype))
