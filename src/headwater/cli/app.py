@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from headwater.cli.arguments import Adapter, AsJson, ConfigFile, Overrides
+from headwater.cli.arguments import Adapter, AsJson, ConfigFile, Overrides, Prompts
 from headwater.cli.console import show_error, show_warning
 from headwater.cli.ingredients_app import calibrate, import_, subspace
 from headwater.cli.meta_app import meta_app
@@ -162,15 +162,7 @@ def evaluate(
 @app.command()
 def generate(
     source: Adapter,
-    prompt: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--prompt",
-            "-p",
-            metavar="TEXT",
-            help="A prompt; may be repeated. Without it, each line of standard input is one.",
-        ),
-    ] = None,
+    prompt: Prompts = None,
     task: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME", help="The task that the prompts belong to; needed by methods that go by task."),

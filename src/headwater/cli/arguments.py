@@ -15,3 +15,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.max_steps=100. May be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Prompts = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="A prompt; may be repeated. Without it, each line of standard input is one.",
+    ),
+]

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from headwater.cli.arguments import AsJson, Overrides
+from headwater.cli.arguments import AsJson, Overrides, Prompts
 
 pool_app = typer.Typer(help="Keep many LoRA adapters of one base model, and combine them.", no_args_is_help=True)
 
@@ -107,15 +107,7 @@ def merge(
 @pool_app.command()
 def retrieve(
     pool: Pool,
-    prompt: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--prompt",
-            "-p",
-            metavar="TEXT",
-            help="A prompt; repeatable. Without it, each line of standard input is one.",
-        ),
-    ] = None,
+    prompt: Prompts = None,
     tasks: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE", help="Instead of prompts: how often rows find the adapter of their task's name."),

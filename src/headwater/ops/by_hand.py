@@ -25,6 +25,7 @@ from .adapter import Adapter, Tensors
 from .dropout import keep_masks
 from .lowrank import cast, stack, widened
 from .replayed import Saved, Weights
+from .stacks import matrices
 
 
 class ByHand:
@@ -132,13 +133,8 @@ class ByHand:
 
     def _weights(self, tensors: Sequence[Tensors], x: Tensor) -> Weights:
         downs = [cast(t.dropped[0], x.dtype) for t in tensors] if self.drops else []
-        return Weights(self.clean_rows(tensors, x), downs, [stack(t.up, x) for t in tensors])
-
-    def clean_rows(self, tensors: Sequence[Tensors], x: Tensor) -> Tensor | None:
-        """The down-projections that read x as it is, in the order of u's rows; None if there are none."""
-        weights = [t.clean if self.drops else (*t.dropped, *t.clean) for t in tensors]
-        kinds = [w for kind in zip(*weights, strict=True) for w in kind]
-        return stack(kinds, x) if kinds else None
+        clean, *ups = matrices(tensors, self.drops)
+        return Weights(stack(clean, x) if clean else None, downs, [stack(up, x) for up in ups])
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, logits and z_0, `(layers, r or N, tokens)`; the last two may be empty."""

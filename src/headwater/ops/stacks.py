@@ -69,7 +69,8 @@ class Stacks:
 
 
 def matrices(tensors: Sequence[Tensors], drops: bool) -> list[list[Tensor]]:
-    """What is stacked: the down-projections that read x as it is, kind by kind, then each layer's up-projections."""
+    """What is stacked: the down-projections that read x as it is, in the order of u's rows, then each layer's
+    up-projections."""
     weights = [t.clean if drops else (*t.dropped, *t.clean) for t in tensors]
     return [[w for kind in zip(*weights, strict=True) for w in kind], *(list(t.up) for t in tensors)]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headwater.base_model import load_base_model
+from headwater.base_model import load_to_run
 from headwater.data.encode import DataSpec, encode_completion, encode_prompt
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
@@ -97,8 +97,7 @@ class LogLikelihood(Source):
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model, tokenizer = load_base_model(self.path)
-        return model.to(self.device), tokenizer  # type: ignore[arg-type]
+        return load_to_run(self.path, self.device)
 
     def scores(self, task: Task, rows: Sequence[Row], responses: Responses) -> Scores:
         model, tokenizer = self.loaded
