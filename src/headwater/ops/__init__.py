@@ -2,7 +2,7 @@
 
 from .adapter import Adapter, GatedHeads, Tensors, read_exactly, read_plainly
 from .dispatch import implementation
-from .dropout import draw_seeds, drop
+from .dropout import draw_seed, draw_seeds, drop
 from .few_tokens import Update, factor_updates, mixed_update, routed_updates
 from .fused import adapted_linear, is_plain, is_watched
 from .heads import gated_heads
@@ -21,6 +21,7 @@ __all__ = [
     "add_update",
     "are_own",
     "attach_loss",
+    "draw_seed",
     "draw_seeds",
     "drop",
     "factor_updates",
