@@ -4,7 +4,7 @@ from . import analysis
 from .compose import AdapterPool
 from .errors import HeadwaterError, Problem
 from .methods import Heads, MethodConfig, NotMergeable, make_config, methods
-from .tuner import AlignSpec, align, follow_loss, merge_task, merge_with_gates, observe, task_ids
+from .tuner import AlignSpec, add_task, align, follow_loss, merge_task, merge_with_gates, observe, task_ids
 
 # A method's config is public as soon as its file is there: headwater.RLoraConfig and so on.
 _CONFIGS = {m.config.__name__: m.config for m in methods()}
@@ -18,6 +18,7 @@ __all__ = [
     "MethodConfig",
     "NotMergeable",
     "Problem",
+    "add_task",
     "align",
     "analysis",
     "follow_loss",

@@ -63,3 +63,29 @@ def test_a_choice_behind_dropout_is_of_what_is_left():
     expected = chosen_by(8 * weights["router"].T, 8)
     assert torch.equal((gates[0] != 0)[kept], expected[kept])
     assert len({tuple(row) for row in (gates[0] != 0)[~kept].tolist()}) == 1, "a choice without anything to choose by"
+
+
+@pytest.mark.parametrize("case", ["autocast, scored", "autocast, trained", "bfloat16 adapter"])
+@pytest.mark.parametrize("method", ["moe_lora", "mtl_lora"])
+def test_what_a_task_chooses_is_computed_in_float32(method, case):
+    """So that what is trained is what is scored, and both are what `merge_task` merges."""
+    own = {"router": "task", "num_experts": 8, "top_k": 2} if method == "moe_lora" else {"num_heads": 8}
+    config = headwater.make_config(method, target_modules=["layer"], num_tasks=40, init_seed=0, **own)
+    half, scored = case == "bfloat16 adapter", case != "autocast, trained"
+    base = OneLinear(16, 8, dtype=torch.bfloat16 if half else torch.float32)
+    model = get_peft_model(base, config, autocast_adapter_dtype=not half).train(not scored)
+    held = {name.rsplit(".", 1)[-1]: p.detach().double() for name, p in model.named_parameters()}
+    gates = []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=not half),
+        headwater.observe(model, lambda name, gate: gates.append(gate)),
+        torch.set_grad_enabled(not scored),
+    ):
+        model(noise(40, 1, 16, dtype=base.layer.weight.dtype), headwater_task_ids=torch.arange(40))
+    if method == "moe_lora":
+        p = torch.softmax(held["task_embedding"] @ held["task_gate"].T, -1)
+        kept = p.topk(2, -1)
+        expected = torch.zeros_like(p).scatter(-1, kept.indices, kept.values / kept.values.sum(-1, keepdim=True))
+    else:
+        expected = torch.softmax(held["w"] / 0.1, -1)
+    torch.testing.assert_close(gates[0][:, 0].double(), expected, rtol=1e-5, atol=1e-6)

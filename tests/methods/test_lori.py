@@ -154,6 +154,9 @@ def test_continuing_takes_the_whole_adapter_under_the_same_scaling(dense, tmp_pa
         tiny(continue_from=first, target_modules=["gate_proj", "up_proj", "down_proj"])
     with pytest.raises(HeadwaterError, match="cannot be read"):
         tiny(continue_from=str(tmp_path / "nothing"))
+    tiny(modules_to_save=["lm_head"]).save_pretrained(tmp_path / "more")
+    with pytest.raises(HeadwaterError, match="would be lost; the first is lm_head"):
+        tiny(continue_from=str(tmp_path / "more"), modules_to_save=["lm_head"])
 
 
 def test_without_its_file_a_sparse_adapter_computes_nothing(mask_file, tmp_path):

@@ -1,12 +1,15 @@
-"""Tensor files that a method needs only while an adapter is being made: LoRI's mask, CoRA's basis."""
+"""Tensor files that a method needs only while an adapter is being made: LoRI's mask, CoRA's basis, an adapter that is
+continued."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from .base import LayerShape
 
 
 def read_tensors(path: str | os.PathLike[str], field: str) -> tuple[dict[str, Tensor], str]:
@@ -33,6 +39,61 @@ def read_tensors(path: str | os.PathLike[str], field: str) -> tuple[dict[str, Te
     except SafetensorError as error:
         raise HeadwaterError(Problem(f"{file} is not a readable safetensors file: {error}", field)) from error
     return tensors, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def continued_tensors(config: Any, shape: LayerShape, same: Sequence[str] = ()) -> dict[str, Tensor]:
+    """What the adapter folder that `config.continue_from` names holds for one layer, by the names in its branch.
+
+    Each layer that is made asks once; after all of them `config.continued_sha256` is set.
+
+    Args:
+        same: fields that the continued adapter must have alike, besides its method and scaling.
+
+    Raises:
+        HeadwaterError: if it is no adapter of this method, a field differs, or, after the last layer, it holds what
+            nobody asked for.
+    """
+    branch = f".{config.method_name}_branch."
+    if "continued" not in shape.shared:
+        held, sha = _read_adapter(config, ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", *same))
+
+        def finish() -> None:
+            if held:
+                name = min(held).removeprefix("base_model.model.").split(branch)[0]
+                raise HeadwaterError(
+                    Problem(
+                        f"it has layers that this adapter has not, which would be lost; the first is {name}",
+                        "continue_from",
+                        "use its target_modules",
+                    )
+                )
+            config.continued_sha256 = sha
+
+        shape.shared["continued"] = held
+        shape.shared.setdefault("finish", []).append(finish)
+    held = shape.shared["continued"]
+    prefix = f"base_model.model.{shape.name}{branch}"
+    return {key.removeprefix(prefix): held.pop(key) for key in list(held) if key.startswith(prefix)}
+
+
+def _read_adapter(config: Any, same: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+    """An adapter folder's tensors and their file's SHA-256. Factors mean the same only under the same scaling."""
+    folder = Path(config.continue_from)
+    file = folder / "adapter_config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        there = {name: fields.get(name) for name in same}
+    except (OSError, ValueError, AttributeError) as error:
+        fix = f"give the folder of a {config.method_name} adapter"
+        raise HeadwaterError(Problem(f"{file} cannot be read: {error}", "continue_from", fix)) from error
+    here = {name: getattr(config, name) for name in same} | {"peft_type": config.peft_type.value}
+    different = [name for name in same if there[name] != here[name]]
+    if different:
+        different = different[:1] if "peft_type" in different else different  # another method has other fields anyway
+        raise HeadwaterError(
+            *(Problem(f"it has {n} {there[n]!r}, this one {here[n]!r}", "continue_from") for n in different)
+        )
+    return read_tensors(folder / "adapter_model.safetensors", "continue_from")
 
 
 @contextlib.contextmanager

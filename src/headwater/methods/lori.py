@@ -11,11 +11,9 @@ so no optimiser, weight decay or momentum can move an entry outside the mask.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
-from .files import pack_bits, read_tensors, unpack_bits
-
-_TENSORS = ("A", "B", "values", "index", "values_before", "index_before")
+from .files import continued_tensors, pack_bits, read_tensors, unpack_bits
 
 
 @dataclass
@@ -135,27 +131,7 @@ class LoriBranch(Branch):
 
     def _continued(self, config: LoriConfig, shape: LayerShape) -> tuple[Tensor, Tensor]:
         """A and B of the adapter that is learned on top of."""
-        shared = shape.shared
-        if "lori_before" not in shared:
-            shared["lori_before"], sha = _read_adapter(config)
-
-            def finish() -> None:
-                unused = sorted(key for key in shared["lori_before"] if key.endswith(".lori_branch.A"))
-                if unused:
-                    name = unused[0].removeprefix("base_model.model.").removesuffix(".lori_branch.A")
-                    raise HeadwaterError(
-                        Problem(
-                            f"it has layers that this adapter has not, which would be lost; the first is {name}",
-                            "continue_from",
-                            "use its target_modules",
-                        )
-                    )
-                config.continued_sha256 = sha
-
-            shared.setdefault("finish", []).append(finish)
-        prefix = f"base_model.model.{shape.name}.lori_branch."
-        held: dict[str, Tensor] = shared["lori_before"]
-        found = {name: held.pop(prefix + name) for name in _TENSORS if prefix + name in held}
+        found = continued_tensors(config, shape)
         A, B = found.get("A"), found.get("B")
         if B is None and "values" in found:
             B = torch.zeros(self.shape).flatten()
@@ -189,25 +165,6 @@ class LoriBranch(Branch):
 
     def heads(self) -> Heads:
         return Heads(self.A, self.writes().T.unsqueeze(0), None, None, None, self.scaling)
-
-
-def _read_adapter(config: LoriConfig) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the adapter that `continue_from` names; its B means the same only under the same scaling."""
-    folder = Path(config.continue_from or "")
-    file = folder / "adapter_config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        there = {name: fields[name] for name in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "give the folder of a LoRI adapter"
-        raise HeadwaterError(Problem(f"{file} cannot be read: {error}", "continue_from", fix)) from error
-    here = {name: getattr(config, name) for name in there} | {"peft_type": "LORI"}
-    different = [name for name in there if there[name] != here[name]]
-    if different:
-        raise HeadwaterError(
-            *(Problem(f"it has {n} {there[n]!r}, this one {here[n]!r}", "continue_from") for n in different)
-        )
-    return read_tensors(folder / "adapter_model.safetensors", "continue_from")
 
 
 def calibrate(branches: Mapping[str, Branch], sparsity: float = 0.9) -> dict[str, Tensor]:

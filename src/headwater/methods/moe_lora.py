@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import Problem
-from ..ops import spread_heads
+from ..ops import spread_heads, widened
 from .base import (
     Branch,
     Heads,
@@ -299,8 +298,9 @@ class MoeLoraBranch(ExpertsBranch):
 
     def task_logits(self, task: Tensor) -> Tensor:
         held = self.__dict__.pop("_whole", None)  # what `mixes` named, so that gradients are taken of the same tensors
-        embedding, gate = held or self._task_tensors()
-        return F.linear(embedding[task.to(gate.device)], gate)
+        embedding, gate = (widened(t) for t in held or self._task_tensors())
+        # no matrix product, which autocast would round: the experts chosen in training would be others than afterwards
+        return (embedding[task.to(gate.device)].unsqueeze(-2) * gate).sum(-1)
 
     def _task_tensors(self) -> tuple[Tensor, Tensor]:
         owner = self._gate_owner[0]

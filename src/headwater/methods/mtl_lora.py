@@ -6,17 +6,20 @@ Yang et al., "MTL-LoRA: Low-Rank Adaptation for Multi-Task Learning", arXiv:2410
     m_t = softmax(w_t / temperature)          over the n up-projections; no input, so it merges per task
     y   = W x + s (sum_k m_{t,k} B_k) v
 
-Only the batch's own rows of L and w are read, so the number of tasks costs memory but no time.
+Only the batch's own rows of L and w are read, so the number of tasks costs memory but no time. A trained adapter can be
+given further tasks: `headwater.add_task`, or `continue_from` in a run's file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import Problem
+from ..errors import HeadwaterError, Problem
+from ..ops import widened
 from .base import (
     Branch,
     Heads,
@@ -30,6 +33,7 @@ from .base import (
     register,
 )
 from .call import Call
+from .files import continued_tensors
 
 
 @dataclass
@@ -47,6 +51,9 @@ class MtlLoraConfig(MethodConfig):
             starts at the base model where the mixing starts equal.
         unknown_task: what a row with another id gets: an "error", or the "mean" over tasks of L_t and m_t, which is
             headwater's own. Training with such rows trains all tasks a little.
+        continue_from: the folder of another MTL-LoRA adapter, to go on from: all it learned, and its tasks under their
+            ids. Tasks beyond those it knows begin as those of `headwater.add_task`. Needed only to make the adapter.
+        continued_sha256: checksum of the file that was continued. Set when the adapter is made.
     """
 
     lora_dropout: float = 0.05
@@ -57,6 +64,14 @@ class MtlLoraConfig(MethodConfig):
     w_init: str = "kaiming"
     head_init: str = "zeros"
     unknown_task: str = "error"
+    continue_from: str | None = None
+    continued_sha256: str | None = None
+
+    files = ("continue_from",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: without the path of the continued adapter once what it held is in this one."""
+        return {**super().to_dict(), **({} if self.continued_sha256 is None else {"continue_from": None})}
 
     def problems(self) -> list[Problem | None]:
         return [
@@ -85,7 +100,7 @@ class MtlLoraBranch(Branch):
         super().__init__(config, shape, generator)
         T, n, r = config.num_tasks, config.num_heads, shape.r
         self.num_tasks, self.temperature = T, config.temperature
-        self.mean_for_unknown = config.unknown_task == "mean"
+        self.mean_for_unknown, self.w_init = config.unknown_task == "mean", config.w_init
         self.A = nn.Parameter(kaiming(r, shape.in_features, generator))
         B = torch.zeros(n, r, shape.out_features)
         if config.head_init == "kaiming":
@@ -94,7 +109,55 @@ class MtlLoraBranch(Branch):
         self.B = nn.Parameter(B)
         # named L for the paper's Lambda
         self.L = nn.Parameter(torch.eye(r).repeat(T, 1, 1) if config.lambda_format == "full" else torch.ones(T, r))
-        self.w = nn.Parameter(kaiming(T, n, generator) if config.w_init == "kaiming" else torch.zeros(T, n))
+        self.w = nn.Parameter(self._fresh_mixing(T, generator))
+        if config.continue_from is not None:
+            self._continue(config, shape, generator)
+
+    def _fresh_mixing(self, tasks: int, generator: torch.Generator) -> Tensor:
+        """Rows of w as training begins with them, `(tasks, n)`."""
+        n = self.B.shape[0]
+        return kaiming(tasks, n, generator) if self.w_init == "kaiming" else torch.zeros(tasks, n)
+
+    @torch.no_grad()
+    def _continue(self, config: MtlLoraConfig, shape: LayerShape, generator: torch.Generator) -> None:
+        """Takes over another adapter's tensors; tasks that it does not know are added."""
+        found = continued_tensors(config, shape, ("temperature",))
+        known = found["w"].shape[0] if "w" in found else 0
+        own = {name: getattr(self, name) for name in ("A", "B", "L", "w")}
+        rows = {name: (known if name in ("L", "w") else t.shape[0], *t.shape[1:]) for name, t in own.items()}
+        there = {name: tuple(t.shape) for name, t in found.items()}
+        if there != rows:
+            raise HeadwaterError(
+                Problem(
+                    f"no MTL-LoRA adapter of this layout: layer {shape.name} needs {rows}, it has {there or 'none'}",
+                    "continue_from",
+                    "continue an adapter of the same base model, r, num_heads, lambda_format and target_modules",
+                )
+            )
+        if known > config.num_tasks:
+            raise HeadwaterError(
+                Problem(
+                    f"the continued adapter knows {known} tasks, this one {config.num_tasks}",
+                    "num_tasks",
+                    "list its tasks first, in their order; new ones come after them",
+                )
+            )
+        for name in own:
+            setattr(self, name, nn.Parameter(found[name].float()))
+        self.num_tasks = known
+        for _ in range(config.num_tasks - known):
+            self.add_task("mean", generator)
+
+    @torch.no_grad()
+    def add_task(self, mixing: str, generator: torch.Generator) -> None:
+        """Called by `headwater.add_task`, which says what `mixing` is."""
+        r = self.L.shape[-1]
+        L = torch.eye(r) if self.L.dim() == 3 else torch.ones(r)
+        w = self.w.mean(0, keepdim=True) if mixing == "mean" else self._fresh_mixing(1, generator)
+        for name, row in (("L", L.unsqueeze(0)), ("w", w)):
+            before = getattr(self, name)
+            setattr(self, name, nn.Parameter(torch.cat([before, row.to(before)]), before.requires_grad))
+        self.num_tasks += 1
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), ()
@@ -125,7 +188,7 @@ class MtlLoraBranch(Branch):
     def mixing(self, task: Tensor | int) -> Tensor:
         """m_t, `(n,)` for one task or `(rows, n)` for a LongTensor of tasks."""
         w = self.w[task] if isinstance(task, int) else self.w.index_select(0, task)
-        return torch.softmax(w / self.temperature, dim=-1)
+        return torch.softmax(widened(w) / self.temperature, dim=-1)
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)
@@ -143,7 +206,7 @@ class MtlLoraBranch(Branch):
             task = 0
         known_task(task, self.num_tasks)
         A = self.L[task] @ self.A if self.L.dim() == 3 else self.L[task].unsqueeze(1) * self.A
-        mixed = self.mixing(task) if gate is None else fixed_gate(gate, self.B.shape[0]).to(self.B)
+        mixed = (self.mixing(task) if gate is None else fixed_gate(gate, self.B.shape[0])).to(self.B)
         return A, self.scaling * torch.einsum("n,nro->or", mixed, self.B)
 
     def heads(self) -> Heads:

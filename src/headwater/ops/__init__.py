@@ -7,7 +7,7 @@ from .few_tokens import Update, factor_updates, mixed_update, routed_updates
 from .fused import adapted_linear, is_plain, is_watched
 from .heads import gated_heads
 from .losses import attach_loss, following
-from .lowrank import FEW, add_update, project, spread_heads
+from .lowrank import FEW, add_update, project, spread_heads, widened
 from .stacks import Stacks, are_own, whole
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "routed_updates",
     "spread_heads",
     "whole",
+    "widened",
 ]

@@ -15,6 +15,7 @@ from .model import (
     observe,
     task_ids,
 )
+from .new_task import add_task
 from .registration import register_with_peft
 
 on_register(register_with_peft)
@@ -25,6 +26,7 @@ __all__ = [
     "Context",
     "MethodLayer",
     "MethodModel",
+    "add_task",
     "align",
     "context_of",
     "follow_loss",

@@ -182,12 +182,7 @@ def add_branch(
     on_meta = weight is not None and weight.device.type == "meta"
     known_weight = None if weight is None or on_meta else weight.detach()
     shape = LayerShape(layer.name, d_in, d_out, r, alpha, known_weight, on_meta, shared)
-    generator = torch.Generator()
-    if config.init_seed is None:
-        generator.manual_seed(int(torch.randint(2**62, ())))
-    else:  # the layer's name, not its turn, decides: the same layer starts the same whatever else is targeted
-        generator.manual_seed(zlib.crc32(f"{config.init_seed} {layer.name}".encode()))
-    branch = method.branch(config, shape, generator)
+    branch = method.branch(config, shape, generator_for(config, layer.name))
     device = _device_of(base)
     if device is not None and not any(p.device.type == "meta" for p in branch.parameters()):
         branch.to(device)
@@ -196,6 +191,14 @@ def add_branch(
     layer.context.branches_need_state |= branch.needs_state
     layer.context.branches_need_batch |= branch.has_losses
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+
+def generator_for(config: MethodConfig, what: str) -> torch.Generator:
+    """Draws the start of `what`, a layer: its name, not its turn, decides, so that the same layer starts the same
+    whatever else is targeted."""
+    seed = config.init_seed
+    drawn = int(torch.randint(2**62, ())) if seed is None else zlib.crc32(f"{seed} {what}".encode())
+    return torch.Generator().manual_seed(drawn)
 
 
 def _device_of(base: nn.Module) -> torch.device | None:
