@@ -257,6 +257,28 @@ def test_gates_are_uniform_or_one_for_each_layer(tiny_llama):
     assert torch.equal(logits(BY_ID["hydralora"], model), before)
 
 
+def test_fixed_gates_are_of_the_layers_that_the_active_adapter_is_on(tiny_llama):
+    row = BY_ID["hydralora"]
+    model = adapt(row, tiny_llama(), target_modules=["q_proj"], init_seed=2)
+    model.add_adapter("other", config(row, target_modules=["up_proj"]))
+    up = base_weights(model)["model.layers.0.mlp.up_proj.weight"]
+    delta = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").branch("default")
+    expected = base_weights(model)["model.layers.0.self_attn.q_proj.weight"] + delta.delta_weight(
+        torch.full((3,), 1 / 3)
+    )
+    merged = headwater.merge_with_gates(model, "uniform")
+    torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, expected)
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, up)
+
+
+@pytest.mark.parametrize(("row_id", "approximate"), [("rlora", True), ("rlora-one-head", False)])
+def test_fixed_gates_are_warned_about_where_they_matter(tiny_llama, recwarn, row_id, approximate):
+    headwater.merge_with_gates(adapt(BY_ID[row_id], tiny_llama()), "uniform")
+    said = [w for w in recwarn if "merged with fixed gates" in str(w.message)]
+    assert len(said) == approximate
+    assert all(w.filename == __file__ for w in said)
+
+
 @every([row for row in ROWS if not row.gated])
 @pytest.mark.parametrize("gates", ["uniform", torch.zeros(99), None])
 def test_there_is_no_gate_to_fix_where_a_method_has_none(row, tiny_llama, gates):

@@ -4,13 +4,12 @@ from ..methods.registry import on_register
 from .align import AlignLoss, AlignSpec, align
 from .context import Context
 from .layer import MethodLayer
+from .merging import merge_task, merge_with_gates
 from .model import (
     MethodModel,
     context_of,
     follow_loss,
     is_adapted,
-    merge_task,
-    merge_with_gates,
     needs_task_ids,
     observe,
     task_ids,

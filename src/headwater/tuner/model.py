@@ -150,7 +150,7 @@ class MethodModel(BaseTuner):
                 if names:
                     module.merged_weight(names, safe_merge=safe_merge)
                     merging.append(module)
-        _refuse_shared(self.model, merging)
+        refuse_shared(self.model, merging)
 
     def _unload_and_optionally_merge(
         self,
@@ -312,61 +312,7 @@ def observe(model: nn.Module, observer: Observer, *, merging: bool = False) -> I
         observers.remove(observer)
 
 
-def merge_with_gates(model: nn.Module, gates: dict[str, Tensor] | str) -> nn.Module:
-    """Merges a routed adapter approximately, with gates held fixed, and returns the base model.
-
-    Args:
-        model: a `PeftModel` with a headwater adapter.
-        gates: layer name -> `(N,)`, for instance the mean gate over some rows; or "uniform".
-
-    Raises:
-        HeadwaterError: if a layer has no gate or one that does not fit, or the method has no gates at all; no layer is
-            merged then.
-    """
-    layers = _method_layers(model)
-    ungated = {method.title for layer in layers if (method := registered(layer.method_name)).mergeable}
-    if ungated:
-        raise HeadwaterError(
-            *(
-                Problem(f"{title} has no gates to hold fixed", "gates", "model.merge_and_unload() merges it exactly")
-                for title in sorted(ungated)
-            )
-        )
-    if isinstance(gates, str):
-        if gates != "uniform":
-            what = f"gates are a dictionary from layer name to gate, or 'uniform', not {gates!r}"
-            raise HeadwaterError(Problem(what, "gates"))
-        chosen = {layer.name: _uniform_gate(layer) for layer in layers}
-    else:
-        chosen = gates
-    missing = [layer.name for layer in layers if layer.name not in chosen]
-    if missing:
-        raise HeadwaterError(
-            *(Problem(f"no gate for layer {name}", fix="give one for each adapted layer") for name in missing)
-        )
-    return _merge_and_unload(model, [(layer, {"gate": chosen[layer.name]}) for layer in layers])
-
-
-def merge_task(model: nn.Module, task: int) -> nn.Module:
-    """Merges what a task-conditioned adapter does for one task, exactly, and returns the base model.
-
-    Raises:
-        HeadwaterError: if the adapter does not know the task; no layer is merged then.
-    """
-    return _merge_and_unload(model, [(layer, {"task": task}) for layer in _method_layers(model)])
-
-
-def _method_layers(model: nn.Module) -> list[MethodLayer]:
-    return [module for module in model.modules() if isinstance(module, MethodLayer)]
-
-
-def _uniform_gate(layer: MethodLayer) -> Tensor:
-    held = layer.branch(layer.active_adapters[0]).heads()
-    N = 1 if held is None else held.B.shape[0]
-    return torch.full((N,), 1 / N)
-
-
-def _refuse_shared(model: nn.Module, layers: list[MethodLayer]) -> None:
+def refuse_shared(model: nn.Module, layers: list[MethodLayer]) -> None:
     """Raises if merging into a layer would also change another module, as an output layer tied to the embeddings."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -385,17 +331,3 @@ def _refuse_shared(model: nn.Module, layers: list[MethodLayer]) -> None:
                 for name, names in shared
             )
         )
-
-
-def _merge_and_unload(model: nn.Module, how: list[tuple[MethodLayer, dict[str, Any]]]) -> nn.Module:
-    merging = []
-    for layer, fixed in how:  # a rehearsal: what would be refused is refused before the first layer is touched
-        names = [name for name in layer.active_adapters if name in layer.branches]
-        layer.merged_weight(names, **fixed)
-        if names:
-            merging.append(layer)
-    _refuse_shared(model, merging)
-    for layer, fixed in how:
-        layer.merge_with(**fixed)
-    tuner: Any = getattr(model, "base_model", model)
-    return tuner.unload()
