@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_models import make_tiny_llama
@@ -55,6 +57,41 @@ def test_a_planted_subspace_is_found_in_any_order_of_sources():
     torch.testing.assert_close(projector(found["q_proj"]), projector(U), rtol=0, atol=1e-2)
     torch.testing.assert_close(found["q_proj"], turned["q_proj"], rtol=1e-5, atol=1e-6)
     assert torch.all(found["q_proj"].gather(0, found["q_proj"].abs().argmax(0, keepdim=True)) > 0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sources_may_count_more_or_less(normalize):
+    models = [{"q_proj": noise(6, 4, seed=m)} for m in range(3)]
+    spec, c = SubspaceSpec(r=2, normalize=normalize), (5.0, 0.25, 1.0)
+    found = extract(iter(models), spec, c)["q_proj"]
+    scaled = [m["q_proj"] / (m["q_proj"].norm() if normalize else 1) * k**0.5 for m, k in zip(models, c, strict=True)]
+    U = torch.linalg.svd(torch.cat(scaled, dim=1)).U[:, :2]
+    torch.testing.assert_close(projector(found), projector(U), rtol=0, atol=1e-5)
+    assert (projector(found) - projector(extract(iter(models), spec)["q_proj"])).abs().max() > 0.01
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(HeadwaterError, match="counts by a positive number"):
+            extract(iter(models), spec, (1.0, wrong, 1.0))
+    for count in (2, 4):
+        with pytest.raises(ValueError, match="argument 2 is"):
+            extract(iter(models), spec, [1.0] * count)
+
+
+@pytest.mark.parametrize(
+    ("scope", "said"),
+    [
+        ("layer_qkv", r"in model\.layers\.0\.self_attn .* each: q_proj \(8 outputs\); k_proj, v_proj \(4 outputs\)"),
+        ("global", r"in all layers .* each: q_proj \(8 outputs\); k_proj, v_proj \(4 outputs\)"),
+        ("layer_projection", None),
+    ],
+)
+def test_layers_that_cannot_share_are_warned_about_once(scope, said, recwarn):
+    extract(iter(sources(2)), SubspaceSpec(r=2, scope=scope))
+    messages = [str(w.message) for w in recwarn]
+    assert len(messages) == (said is not None)
+    assert said is None or re.search(said, messages[0])
+    recwarn.clear()
+    extract(iter(sources(2, sizes=(4, 4, 4))), SubspaceSpec(r=2, scope=scope))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(("scale", "power"), [("sqrt_s", 0.5), ("s", 1.0)])

@@ -1,11 +1,16 @@
 """The common subspace of several models' weights: CoRA's up-projection.
 
 Xiao et al., arXiv:2409.02119. The leading left singular vectors of weights side by side, [W_1 | W_2 | ...], are the
-leading eigenvectors of sum_i W_i W_i^T; so models are read one after the other, and no wide matrix is made.
+leading eigenvectors of sum_i W_i W_i^T; so models are read one after the other, and no wide matrix is made. Models may
+count more or less, c_i W_i W_i^T, which is headwater's own.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -94,23 +99,31 @@ def target_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, Tensor
     return found
 
 
-def extract(sources: Iterable[Mapping[str, Tensor]], spec: SubspaceSpec) -> dict[str, Tensor]:
-    """The basis of each layer.
+def extract(
+    sources: Iterable[Mapping[str, Tensor]], spec: SubspaceSpec, importance: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """The basis of each layer. Warns where layers that were to share one cannot, because their output widths differ.
 
     Args:
         sources: layer name -> weight `(d_out, d_in)`, or a difference of weights, one mapping per model; read once.
         spec: what is shared and how.
+        importance: how much each source counts, one positive number for each; all alike by default.
 
     Returns:
         Layer name -> float32 `(d_out, r)`. The sign of a column is such that its largest entry is positive.
 
     Raises:
-        HeadwaterError: if the models' layers differ, r is larger than a layer or than what the weights span, or a layer
-            is not square where it must.
+        HeadwaterError: if the models' layers differ, r is larger than a layer or than what the weights span, a layer is
+            not square where it must, or a source counts by a number that is not positive.
+        ValueError: if there are not as many sources as numbers in `importance`.
     """
+    wrong = [c for c in importance or () if not 0 < c < math.inf]
+    if wrong:
+        raise HeadwaterError(Problem(f"a model counts by a positive number, not {wrong[0]!r}", "weight"))
     grams: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for number, weights in enumerate(sources):
+    each = itertools.repeat(1.0) if importance is None else importance
+    for number, (weights, c) in enumerate(zip(sources, each, strict=importance is not None)):
         here = {name: tuple(weight.shape) for name, weight in weights.items()}
         if number and here != shapes:
             odd = sorted(set(here.items()) ^ set(shapes.items()))[0][0]
@@ -119,8 +132,9 @@ def extract(sources: Iterable[Mapping[str, Tensor]], spec: SubspaceSpec) -> dict
             )
         shapes = here
         for name, weight in weights.items():
-            _add_gram(grams, name, weight, spec)
+            _add_gram(grams, name, weight, spec, c)
     bases = {key: _basis(key, gram, spec) for key, gram in grams.items()}
+    _warn_of_widths(shapes, spec)
     return {name: bases[_group(name, shape, spec)] for name, shape in shapes.items()}
 
 
@@ -132,7 +146,22 @@ def differences(models: Iterable[Mapping[str, Tensor]], base: Mapping[str, Tenso
         yield {name: weight.float() - base[name].float() for name, weight in weights.items()}
 
 
-def _add_gram(grams: dict[str, Tensor], name: str, weight: Tensor, spec: SubspaceSpec) -> None:
+def _warn_of_widths(shapes: Mapping[str, tuple[int, ...]], spec: SubspaceSpec) -> None:
+    """Under grouped-query attention, for one, k and v are narrower than q."""
+    widths: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, shape in shapes.items():
+        widths[_block(name, spec)][shape[0]].add(name.rpartition(".")[2])
+    for block, kinds in widths.items():
+        if len(kinds) > 1:
+            parts = "; ".join(f"{', '.join(sorted(names))} ({d_out} outputs)" for d_out, names in kinds.items())
+            warnings.warn(
+                f"layers of different output width share no basis; in {block} these groups have one each: {parts}",
+                stacklevel=3,
+            )
+            return
+
+
+def _add_gram(grams: dict[str, Tensor], name: str, weight: Tensor, spec: SubspaceSpec, c: float) -> None:
     d_out, d_in = weight.shape
     if spec.orientation == "input" and d_in != d_out:
         raise HeadwaterError(
@@ -144,12 +173,16 @@ def _add_gram(grams: dict[str, Tensor], name: str, weight: Tensor, spec: Subspac
     if spec.normalize:
         W = W / W.norm().clamp_min(torch.finfo(W.dtype).tiny)
     key = _group(name, tuple(weight.shape), spec)
-    grams[key] = grams.get(key, 0) + W @ W.T
+    grams[key] = grams.get(key, 0) + c * (W @ W.T)
 
 
 def _group(name: str, shape: tuple[int, ...], spec: SubspaceSpec) -> str:
-    block = {"layer_projection": name, "layer_qkv": name.rpartition(".")[0], "global": "all"}[spec.scope]
-    return f"{block}:{shape[0]}"
+    return f"{_block(name, spec)}:{shape[0]}"
+
+
+def _block(name: str, spec: SubspaceSpec) -> str:
+    """What shares a basis, as far as widths allow."""
+    return {"layer_projection": name, "layer_qkv": name.rpartition(".")[0], "global": "all layers"}[spec.scope]
 
 
 def _basis(key: str, gram: Tensor, spec: SubspaceSpec) -> Tensor:

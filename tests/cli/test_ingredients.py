@@ -71,6 +71,8 @@ def test_subspace_then_cora(headwater, tmp_path):
         (("--r", "4", "--scope", "all"), "scope is one of"),
         (("--r", "4", "--target", "q_proj", "--target", "k_porj"), "model: the model has no linear layer named k_porj"),
         (("--r", "4", "--target", "norm"), "norm is no linear layer"),
+        (("--r", "4", "--weight", "1", "--weight", "2"), "--weight: 1 model(s) and 2 weight(s)"),
+        (("--r", "4", "--weight", "-1"), "weight: a model counts by a positive number, not -1.0"),
         (("--r", "40", "--target", "up_proj"), "span 32 directions, fewer than r = 40"),
     ],
 )
@@ -117,7 +119,7 @@ def test_a_full_disk_leaves_no_half_of_a_basis(headwater, tmp_path, monkeypatch)
     before = set(tmp_path.iterdir())
     monkeypatch.setattr(files, "save_file", full)
     basis = tmp_path / "basis.safetensors"
-    done = headwater("subspace", "--model", tmp_path / "model", "--r", "4", "--output", basis)
+    done = headwater("subspace", "--model", tmp_path / "model", "--r", "4", "--target", "q_proj", "--output", basis)
     assert done.code == 2
     assert f"{basis}: this cannot be written: Error while serializing" in done.err
     assert set(tmp_path.iterdir()) == before

@@ -9,6 +9,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import make_tiny_llama
 
 from headwater import HeadwaterError, make_config
+from headwater.compose.adapter import Adapter, LowRank
+from headwater.compose.merge import fuse
+from headwater.export.plain import as_plain_lora
 from headwater.methods.files import write_tensors
 from headwater.subspace import SubspaceSpec, extract
 from headwater.tuner import MethodLayer
@@ -90,6 +93,17 @@ def test_property_8_adapters_of_one_basis_merge_by_averaging_a(basis):
     with torch.no_grad():
         branches[0].A.copy_(sum(w * branch.A for w, branch in zip((0.2, 0.5, 0.3), branches, strict=True)))
     torch.testing.assert_close(branches[0].delta_weight(), expected, **CLOSE)
+
+
+def test_property_8_pool_merges_fuse_is_that_average_where_weights_add_up_to_one(basis):
+    _, path = basis
+    models = [move(model_of(path), seed) for seed in (1, 2, 3)]
+    plain = [Adapter(str(n), {"layer": LowRank(*as_plain_lora(m)["layer"], 1.0)}) for n, m in enumerate(models)]
+    weights = (0.2, 0.5, 0.3)
+    merged = fuse(plain, weights).layers["layer"]
+    assert merged.rank == r
+    expected = sum(w * adapter.layers["layer"].delta() for w, adapter in zip(weights, plain, strict=True))
+    torch.testing.assert_close(merged.delta(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_property_7_one_source_layer_by_layer_gives_the_weights_own_leading_directions(tmp_path):

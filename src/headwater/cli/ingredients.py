@@ -46,6 +46,7 @@ def subspace(
     orientation: str,
     basis_scale: str,
     normalize: bool,
+    importance: Sequence[float],
 ) -> None:
     """Write the common subspace of models' weights, or of their differences to `base`, for method cora.
 
@@ -53,6 +54,9 @@ def subspace(
         HeadwaterError: a model cannot be loaded, the models differ, or an option is out of range.
     """
     _check_output(output)
+    if importance and len(importance) != len(models):
+        what = f"{len(models)} model(s) and {len(importance)} weight(s)"
+        raise HeadwaterError(Problem(what, "--weight", "give one for each --model, in their order, or none"))
     quiet_libraries()
 
     from headwater.methods.files import write_tensors
@@ -62,9 +66,10 @@ def subspace(
     weights = _weights(models, spec.targets)
     if base is not None:
         weights = differences(weights, next(_weights([base], spec.targets)))
-    bases = extract(weights, spec)
+    bases = extract(weights, spec, importance or None)
     about = {"r": str(r), "scope": scope, "weights": "full" if base is None else "delta", "orientation": orientation}
-    write_tensors(bases, output, {**about, "basis_scale": basis_scale, "models": ", ".join(models)})
+    about |= {"basis_scale": basis_scale, "models": ", ".join(models), "importance": ", ".join(map(str, importance))}
+    write_tensors(bases, output, about)
     out_console().print(
         f"{output}: a basis of {r} vectors for each of {len(bases)} layers, from {len(models)} model(s)",
         highlight=False,

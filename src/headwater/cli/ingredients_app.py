@@ -36,6 +36,10 @@ def subspace(
     orientation: Annotated[str, typer.Option(help="output, or input for square layers.")] = "output",
     basis_scale: Annotated[str, typer.Option(help="orthonormal, sqrt_s or s.")] = "orthonormal",
     normalize: Annotated[bool, typer.Option(help="Give every weight the same norm first.")] = False,
+    weight: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option("--weight", metavar="C", help="How much each model counts, in the order of --model; repeatable."),
+    ] = None,
 ) -> None:
     """Extract the common subspace of models' weights, for `method: {name: cora, basis: FILE}`."""
     from headwater.cli.ingredients import subspace as run
@@ -50,6 +54,7 @@ def subspace(
         orientation=orientation,
         basis_scale=basis_scale,
         normalize=normalize,
+        importance=weight or [],
     )
 
 
