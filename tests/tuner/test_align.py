@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from tiny_models import make_tiny_llama
 from torch.distributions import Independent, Normal, kl_divergence
@@ -27,7 +28,7 @@ from headwater.ops.alignment import (
     sample,
     thin,
 )
-from headwater.tuner import AlignLoss, AlignSpec, context_of
+from headwater.tuner import AlignLoss, AlignSpec, MethodLayer, context_of
 
 KINDS = [{"kind": "kl"}, {"kind": "mmd"}, {"kind": "kl", "token_mode": "per_position"}]
 IDS = torch.tensor([0, 0, 1, 1])
@@ -203,6 +204,53 @@ def test_property_3_the_loss_has_a_gradient_with_and_without_checkpointing(name,
         again, _ = gradients(name, reentrant, weight=5.0, **fields)
         for n, grad in aligned.items():
             torch.testing.assert_close(again[n], grad, rtol=1e-5, atol=1e-6)
+
+
+def gaussian_distance(z, other):
+    floor = 1e-6 + 1e-4 * torch.stack([z.var(0, correction=0), other.var(0, correction=0)]).mean().detach()
+    a, b = (Independent(Normal(t.mean(0), t.var(0, correction=0).clamp_min(floor).sqrt()), 1) for t in (z, other))
+    return (kl_divergence(a, b) + kl_divergence(b, a)) / 2
+
+
+def kernel_distance(z, other):
+    def mean_kernel(a, b):
+        squares = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum(-1)
+        return sum(torch.exp(-squares / (2 * sigma)) for sigma in BANDWIDTHS).mean()
+
+    return mean_kernel(z, z) + mean_kernel(other, other) - 2 * mean_kernel(z, other)
+
+
+@pytest.mark.parametrize(("kind", "distance"), [("kl", gaussian_distance), ("mmd", kernel_distance)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_property_6_training_has_the_weighted_mean_over_layers_and_logs_it(name, kind, distance):
+    """Oracle: the loss of each layer's A x, read off beside an ordinary forward, added by hand."""
+    x = torch.randint(0, 250, (4, 20), generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(20) < torch.tensor([[20], [13], [17], [20]])
+    batch = {"input_ids": x, "attention_mask": valid.long(), "labels": x.masked_fill(~valid, -100)}
+
+    def make():
+        torch.manual_seed(1)
+        return get_peft_model(make_tiny_llama(), CONFIGS[name]()).double().train()
+
+    model, by_hand = make(), make()
+    headwater.align(model, kind=kind, weight=0.7)
+    model(**batch, headwater_task_ids=IDS).loss.backward()
+    read = {}
+    for layer in by_hand.modules():
+        A = layer.lora_A["default"].weight if isinstance(layer, LoraLayer) else None
+        A = layer.branch("default").A if isinstance(layer, MethodLayer) else A
+        if A is not None:
+            layer.register_forward_pre_hook(lambda m, args, A=A: read.update({m: args[0] @ A.T}))
+    task_loss = by_hand(**batch).loss
+    losses = [distance(z[:2][valid[:2]], z[2:][valid[2:]]) for z in read.values()]
+    assert len(losses) == 4
+    (task_loss + 0.7 * sum(losses) / 4).backward()
+    expected = {n: p.grad for n, p in by_hand.named_parameters() if p.grad is not None}
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for n, grad in expected.items():
+        torch.testing.assert_close(found[n], grad, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(context_of(model).last_losses["align"].double(), sum(losses) / 4, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -46,6 +46,25 @@ def test_values_and_gradients_are_those_of_plain_autograd(row, tiny_llama, monke
     assert all(value.abs().max() > 0 for name, value in found.items() if name.endswith((".A", ".S")))
 
 
+@pytest.mark.parametrize("shape", [(24,), (2, 12), (2, 3, 4)], ids=str)
+def test_any_leading_shape_computes_the_same(row, tiny_llama, shape):
+    if row.needs_task_ids or row.name == "cond_mixlora":
+        pytest.skip("goes by rows, which one layer alone does not show")
+    model = adapt(row, tiny_llama())
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    values, weight = (torch.randn(24, size, generator=torch.Generator().manual_seed(size)) for size in (32, 48))
+    found = []
+    for lead in ((24,), shape):
+        x = values.view(*lead, 32).clone().requires_grad_()
+        y = layer(x)
+        assert y.shape == (*lead, 48)
+        model.zero_grad()
+        (y * weight.view_as(y)).sum().backward()
+        found.append({"x": x.grad.view(24, 32), "y": y.detach().view(24, 48), **gradients(model)})
+    assert found[0]["y"].abs().max() > 0
+    assert_near(found[1], found[0], relative=1e-6)
+
+
 UNMIXED = ["multilora", "cora", "lori", "lori-sparse", "cola"]
 
 
