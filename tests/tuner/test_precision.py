@@ -99,6 +99,17 @@ def test_autocast_runs_a_float32_model_in_bfloat16(row, tiny_llama):
         assert (found[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
+def test_under_autocast_scoring_computes_what_training_does(row, tiny_llama):
+    """Bit for bit, choices included: without gradients another code runs, and rounding the ranks there would show."""
+    model = adapt(row, tiny_llama())
+    x = torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = layer_output(row, model, "model.layers.0.mlp.up_proj", x).detach()
+        with torch.no_grad():
+            scoring = layer_output(row, model, "model.layers.0.mlp.up_proj", x)
+    assert torch.equal(scoring, learning)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], TARGETS], ids=["single layers", "whole blocks"])
 def test_backward_inside_autocast_is_backward_outside(row, tiny_llama, targets):
     """What is read of x is mixed in float32, in forward and when backward does it again."""

@@ -33,6 +33,7 @@ from ..ops import (
     read_exactly,
     read_plainly,
     whole,
+    without_autocast,
 )
 from .call import Call
 from .config import MethodConfig as MethodConfig
@@ -161,7 +162,7 @@ class Branch(nn.Module):
             call.losses.extend(losses)
         else:
             dropped, clean = self.reads()
-            h = self.mix(*self.exact(project(x, dropped + clean), x), call=call)
+            h = self._mix_exactly(project(x, dropped + clean), x, call)
         return add_update(y, h, self.writes_apart(), scale=self.scaling, in_place=y is not base)
 
     def adapter(self, x: Tensor, call: Call, seeds: tuple[Tensor, Tensor] | None = None) -> Adapter:
@@ -220,7 +221,15 @@ class Branch(nn.Module):
         if call.align is not None and self.training:
             detached = functools.partial(self._first_ranks, x.detach(), of_input)
             ranks = (call.align(call, ranks[0], detached), *ranks[1:])
-        return self.mix(*self.exact(ranks, x, of_input), call=call), call.losses
+        return self._mix_exactly(ranks, x, call, of_input), call.losses
+
+    def _mix_exactly(self, ranks: Sequence[Tensor], x: Tensor, call: Call, seed: Tensor | None = None) -> Tensor:
+        """`mix` in float32 at least, by the same arithmetic with gradients and without: autocast does not reach it."""
+        ranks = self.exact(ranks, x, seed)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.mix(*ranks, call=call)
+        with without_autocast(x.device):
+            return self.mix(*ranks, call=call)
 
     def exact(self, ranks: Sequence[Tensor], x: Tensor, seed: Tensor | None = None) -> Sequence[Tensor]:
         """The ranks, with the logits of a choice read from x once more in float32 where x, or autocast, is of half

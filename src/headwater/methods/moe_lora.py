@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -299,8 +300,7 @@ class MoeLoraBranch(ExpertsBranch):
     def task_logits(self, task: Tensor) -> Tensor:
         held = self.__dict__.pop("_whole", None)  # what `mixes` named, so that gradients are taken of the same tensors
         embedding, gate = (widened(t) for t in held or self._task_tensors())
-        # no matrix product, which autocast would round: the experts chosen in training would be others than afterwards
-        return (embedding[task.to(gate.device)].unsqueeze(-2) * gate).sum(-1)
+        return F.linear(embedding[task.to(gate.device)], gate)
 
     def _task_tensors(self) -> tuple[Tensor, Tensor]:
         owner = self._gate_owner[0]

@@ -4,7 +4,7 @@ from .adapter import Adapter, GatedHeads, Tensors, read_exactly, read_plainly
 from .dispatch import implementation
 from .dropout import draw_seed, draw_seeds, drop
 from .few_tokens import Update, factor_updates, mixed_update, routed_updates
-from .fused import adapted_linear, is_plain, is_watched
+from .fused import adapted_linear, is_plain, is_watched, without_autocast
 from .heads import gated_heads
 from .losses import attach_loss, following
 from .lowrank import FEW, add_update, project, spread_heads, widened
@@ -38,4 +38,5 @@ __all__ = [
     "spread_heads",
     "whole",
     "widened",
+    "without_autocast",
 ]
