@@ -10,6 +10,7 @@ import torch
 from adapted_linear import adapt, base_of, held, leaf, move, noise, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from stock_trainer import train
 from test_moe_lora import CLOSE, plain_balance, plain_gate
 
@@ -200,8 +201,21 @@ def test_a_bad_value_is_one_problem_that_names_its_field(fields, where):
 
 
 def test_a_subspace_smaller_than_the_rank_is_warned_about():
-    with pytest.warns(UserWarning, match="no expert can use more than 3"):
-        make_config("malora", r=4, shared_rank=3)
+    with pytest.warns(UserWarning, match="layer: shared_rank 3 is below r 4: no expert can use more than 3"):
+        model_of(r=4, shared_rank=3)
+
+
+def test_a_rank_pattern_that_exceeds_the_subspace_is_warned_about_once(tiny_llama, recwarn):
+    fields = {"r": 2, "shared_rank": 3, "target_modules": ["up_proj", "down_proj"], "init_seed": 0}
+    model = get_peft_model(tiny_llama(), make_config("malora", **fields, rank_pattern={"down_proj": 4}))
+    said = [str(w.message) for w in recwarn if "no expert can use" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("model.layers.0.mlp.down_proj: shared_rank 3 is below r 4")
+    recwarn.clear()
+    config = model.peft_config["default"]
+    config.inference_mode = True
+    get_peft_model(tiny_llama(), config)
+    assert not [w for w in recwarn if "no expert can use" in str(w.message)], "loaded, it is too late to choose"
 
 
 def trained(d_in, d_out, N, r, d):

@@ -54,21 +54,23 @@ class MaLoraConfig(ExpertsConfig):
             self.one_of("scale_by", ("expert_rank", "r")),
         ]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if 0 < self.shared_rank < self.r and not self.budget_saving:
-            _warn(self.shared_rank, self.r)
-
     def ranks(self, shape: LayerShape) -> tuple[int, int]:
-        """d, and the rank of an expert, on one layer.
+        """d, and the rank of an expert, on one layer. Warns once an adapter if d is the lower.
 
         Raises:
             HeadwaterError: if the budget leaves nothing for experts.
         """
-        N, d_in, d_out = self.experts_on(shape.name), shape.in_features, shape.out_features
-        d = min(self.shared_rank or 2 * shape.r, d_in)
-        if not self.budget_saving:
-            return d, shape.r
+        N, d = self.experts_on(shape.name), min(self.shared_rank or 2 * shape.r, shape.in_features)
+        rank = self._affordable(d, N, shape) if self.budget_saving else shape.r
+        if rank > d and not self.inference_mode and shape.shared.setdefault("warned", shape.name) == shape.name:
+            warnings.warn(
+                f"{shape.name}: shared_rank {d} is below r {rank}: no expert can use more than {d} ranks", stacklevel=3
+            )
+        return d, rank
+
+    def _affordable(self, d: int, N: int, shape: LayerShape) -> int:
+        """The largest rank of experts that saves what it should."""
+        d_in, d_out = shape.in_features, shape.out_features
         budget = (1 - self.budget_saving) * N * shape.r * (d_in + d_out)
         rank = math.floor((budget - d * d_in) / (N * (d + d_out)) + 1e-9)
         if rank < 1:
@@ -80,13 +82,7 @@ class MaLoraConfig(ExpertsConfig):
                     "save less, or lower shared_rank",
                 )
             )
-        if rank > d and shape.shared.setdefault("warned", shape.name) == shape.name:
-            _warn(d, rank)
-        return d, rank
-
-
-def _warn(d: int, rank: int) -> None:
-    warnings.warn(f"shared_rank {d} is below r {rank}: no expert can use more than {d} ranks", stacklevel=4)
+        return rank
 
 
 class MaLoraBranch(ExpertsBranch):
