@@ -10,7 +10,7 @@ from adapted_linear import adapt, base_of, leaf, move, noise, parameters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerState, TrainingArguments
 
 from headwater import HeadwaterError, make_config
 from headwater.training import MethodCallback
@@ -176,6 +176,13 @@ def test_knots_in_a_plain_trainer(tmp_path):
     assert seen.links == [0, 1, 1, 2, 2, 2]
     assert seen.empty == [False, True, False, True, False, False]
     assert trainer.state.global_step == 6  # property 10: no more steps than one LoRA
+
+
+def test_a_link_that_would_never_train_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(HeadwaterError, match="knots: the last link would begin after step 6, but the run has 6 steps"):
+        run("cola", tmp_path, num_links=3, knots=[2, 6])
+    assert not list(tmp_path.glob("checkpoint-*"))
+    run("cola", tmp_path, num_links=3, knots=[2, 5])
 
 
 @pytest.mark.parametrize(
@@ -352,7 +359,7 @@ def test_a_schedule_that_cannot_be_replaced_is_refused(tmp_path):
     schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(HeadwaterError, match="restart sets the learning rate itself and cannot with a StepLR"):
-        MethodCallback().on_train_begin(args, None, None, model=model, lr_scheduler=schedule)
+        MethodCallback().on_train_begin(args, TrainerState(max_steps=9), None, model=model, lr_scheduler=schedule)
 
 
 def test_property_8_a_chain_reaches_ranks_that_one_link_cannot():

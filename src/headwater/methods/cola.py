@@ -182,6 +182,22 @@ class ColaBranch(Branch):
         self.start_link(link + 1)
         self._folded = None
 
+    def before_training(self, total_steps: int) -> None:
+        """Called by the trainer, which then knows how long the run is.
+
+        Raises:
+            HeadwaterError: if a link would never be trained.
+        """
+        knots = self.config.knots
+        if knots and knots[-1] >= total_steps:
+            raise HeadwaterError(
+                Problem(
+                    f"the last link would begin after step {knots[-1]}, but the run has {total_steps} steps",
+                    "knots",
+                    "give earlier knots or fewer links, or leave knots out to split the run evenly",
+                )
+            )
+
     def after_step(self, step: int, total_steps: int) -> bool:
         """Called by the trainer after each optimiser step.
 

@@ -19,6 +19,7 @@ class MethodCallback(GateCallback):
     """Calls what active branches have for an optimiser's steps. `HeadwaterTrainer` adds this callback itself; a plain
     `Trainer` is given it, `Trainer(..., callbacks=[MethodCallback()])`.
 
+    `before_training(total_steps)` may refuse a run.
     `after_step(step, total_steps)` runs after each optimiser step. When a branch answers True, the optimiser forgets
     what it knows: Chain of LoRA has then tied a knot, and stale momentum must not reach the fresh link.
     `learning_rate_factor(step, total_steps)`, unless it is None, takes the place of the trainer's schedule.
@@ -42,6 +43,10 @@ class MethodCallback(GateCallback):
         super().on_train_begin(args, state, control, model)
         # Found once: to walk over all modules takes a millisecond, and layers that come later are not trained.
         self._layers = method_layers(model)
+        for branch in active_branches(self._layers):
+            check = getattr(branch, "before_training", None)
+            if check is not None:
+                check(state.max_steps)
         factors = (getattr(branch, "learning_rate_factor", None) for branch in active_branches(self._layers))
         factor = next((f for f in factors if f is not None), None)
         if factor is None:
