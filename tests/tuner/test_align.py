@@ -344,6 +344,18 @@ def test_an_adapter_that_is_added_later_is_aligned_as_well(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_layers_of_an_adapter_that_is_not_active_do_not_dilute_the_loss(name):
+    expected, _ = gradients(name, weight=5.0)
+    torch.manual_seed(1)
+    model = get_peft_model(make_tiny_llama(), CONFIGS[name]())
+    other = CONFIGS[name]()
+    other.target_modules = {"q_proj", "up_proj"}
+    model.add_adapter("other", other)
+    headwater.align(model.train(), weight=5.0)
+    assert_gradients(model, expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_property_4_weight_zero_is_the_method_itself(name):
     plain, _ = gradients(name)
     off, _ = gradients(name, weight=0.0)

@@ -129,8 +129,8 @@ class AlignLoss:
 def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> None:
     """Adds the alignment loss to a model's training, in whatever trainer: it rides on the layers' own backward.
 
-    Every training batch must carry `headwater_task_ids` and should hold at least two rows of two tasks. Layers that get
-    their first adapter later are not aligned; call it again then.
+    Every training batch must carry `headwater_task_ids` and should hold at least two rows of two tasks. The loss is
+    averaged over what active adapters are on now: call it again when others are made active, or added on other layers.
 
     Args:
         model: a model with one of headwater's adapters or with PEFT's LoRA.
@@ -144,17 +144,19 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
     except ValidationError as error:
         problems = (Problem(e["msg"], ".".join(map(str, ("align", *e["loc"])))) for e in error.errors())
         raise HeadwaterError(*problems) from None
-    layers = sum(isinstance(m, MethodLayer) for m in model.modules())
-    if layers:
+    adapted = [m for m in model.modules() if isinstance(m, MethodLayer)]
+    if adapted:
+        active = [name for m in adapted for name in m.active_adapters if name in m.branches]
         context = context_of(model)
-        context.align = AlignLoss(spec, layers) if spec.weight > 0 else None
+        context.align = AlignLoss(spec, len(active or adapted)) if spec.weight > 0 else None
     else:
         lora = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A]
         if not lora:
             raise HeadwaterError(Problem("this model has no adapter to align", fix="add one with get_peft_model first"))
+        active = [name for _, m in lora for name in m.active_adapters if name in m.lora_A]
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         context = install_context(base)
-        context.align = AlignLoss(spec, len(lora)) if spec.weight > 0 else None
+        context.align = AlignLoss(spec, len(active or lora)) if spec.weight > 0 else None
         module: Any
         for name, module in lora:
             if not any(isinstance(hook, _LoraHook) for hook in module._forward_pre_hooks.values()):
