@@ -65,10 +65,26 @@ def test_tasks_without_training_rows_keep_what_is_their_own(go_on, first, tmp_pa
         assert torch.equal(learned[name][: tensor.shape[0]], tensor) == name.endswith((".L", ".w")), name
 
 
-def test_tasks_that_are_missing_are_named(go_on, first):
+@pytest.mark.parametrize("change", ["one is missing", "the new one is first"])
+def test_tasks_of_other_ids_are_refused_before_anything_is_written(go_on, first, tmp_path, change):
     text = (first / "run.yaml").read_text()
-    fewer = "".join(line for line in text.splitlines(keepends=True) if "colours" not in line)
-    done = go_on(fewer)
+    if change == "one is missing":
+        text, found = "".join(line for line in text.splitlines(keepends=True) if "colours" not in line), "animals"
+    else:
+        text, found = text.replace("tasks:\n", f"tasks:\n{NEW}"), "beasts, animals"
+    done = go_on(text)
     assert done.code == 2
-    assert "knows 2 tasks, this one 1" in " ".join(done.err.split())
     assert "Traceback" not in done.err
+    said = f"adapter are animals, colours; those of this run begin with {found}\n"
+    assert said in done.err
+    assert "method.continue_from: the tasks of" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_continued_run_is_resumed(go_on, first, tmp_path):
+    text = (first / "run.yaml").read_text().replace("training:", NEW + "training:")
+    resume = ("--set", "training.resume_from_checkpoint=true", "--set", "training.max_steps=6")
+    assert go_on(text).code == 0
+    done = go_on(text, *resume)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6

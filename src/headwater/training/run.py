@@ -24,6 +24,7 @@ from ..data.tasks import Task, load_tasks
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import pad_id
 from ..evaluation.scores import TaskScore, mean_score
+from ..marked_yaml import read_document
 from ..methods import make_config
 from ..tuner import align
 from .arguments import HeadwaterArguments
@@ -117,6 +118,7 @@ def _train(config: RunConfig, console: Console | None, base_scores: Mapping[str,
     output = Path(args.output_dir)
     resume = checkpoint_to_resume(args)
     check_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
+    check_continued_tasks(config)
     tasks = load_tasks(config.tasks, config.base_dir)
     model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
     encoded = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in tasks}
@@ -206,6 +208,25 @@ def training_arguments(config: RunConfig) -> HeadwaterArguments:
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise HeadwaterError(Problem(str(error), "training")) from error
+
+
+def check_continued_tasks(config: RunConfig) -> None:
+    """Where a run goes on from the adapter of another run, and by task ids: that its first tasks are that one's.
+
+    Raises:
+        HeadwaterError: if they are not; their ids would mean other tasks.
+    """
+    continued = config.method.get("continue_from")
+    file = Path(continued or "").parent / "config.yaml"
+    if not continued or "num_tasks" not in config.method or not file.is_file():
+        return
+    known = [task["name"] for task in read_document(file).data["tasks"]]
+    first = [task.name for task in config.tasks[: len(known)]]
+    if first != known:
+        what = f"the tasks of {continued} are {', '.join(known)}; those of this run begin with {', '.join(first)}"
+        raise HeadwaterError(
+            Problem(what, "continue_from", "list its tasks first, in their order; new ones after them")
+        )
 
 
 def mixture_of(config: RunConfig, batch_size: int) -> MixtureSpec:
