@@ -175,6 +175,14 @@ def test_an_adapter_that_is_continued_keeps_its_tasks_and_adds_the_others(tmp_pa
     assert torch.equal(again(X, headwater_task_ids=[3, 0]).logits, model(X, headwater_task_ids=[3, 0]).logits)
 
 
+def test_an_adapter_of_a_float64_base_is_continued_without_rounding(tmp_path):
+    first = move(get_peft_model(make_tiny_llama().double(), make_config("mtl_lora", **FIELDS)).eval(), 1)
+    first.save_pretrained(tmp_path)
+    config = make_config("mtl_lora", **FIELDS, continue_from=str(tmp_path))
+    model = get_peft_model(make_tiny_llama().double(), config).eval()
+    assert torch.equal(model(X, headwater_task_ids=[1, 0]).logits, first(X, headwater_task_ids=[1, 0]).logits)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -143,7 +143,7 @@ class MtlLoraBranch(Branch):
                 )
             )
         for name in own:
-            setattr(self, name, nn.Parameter(found[name].float()))
+            setattr(self, name, nn.Parameter(widened(found[name])))
         self.num_tasks = known
         for _ in range(config.num_tasks - known):
             self.add_task("mean", generator)
