@@ -159,6 +159,23 @@ def test_continuing_takes_the_whole_adapter_under_the_same_scaling(dense, tmp_pa
         tiny(continue_from=str(tmp_path / "more"), modules_to_save=["lm_head"])
 
 
+def test_an_adapter_of_a_float64_base_is_taken_over_without_rounding(tmp_path):
+    def double(**fields):
+        config = make_config("lori", **{"init_seed": 1, **FIELDS, **fields})
+        return get_peft_model(make_tiny_llama().double(), config)
+
+    x = torch.tensor([[4, 5, 6]])
+    first = train(double())
+    write_tensors(calibrate(branches(first), 0.5), tmp_path / "mask.safetensors", {})
+    mask = str(tmp_path / "mask.safetensors")
+    A = {name: branch.A for name, branch in branches(first).items()}
+    assert all(torch.equal(branch.A, A[name]) for name, branch in branches(double(mask=mask, init_seed=2)).items())
+    for number, before in enumerate((first, train(double(mask=mask)))):  # dense, and sparse
+        before.save_pretrained(tmp_path / str(number))
+        second = double(continue_from=str(tmp_path / str(number)), init_seed=5).eval()
+        assert torch.equal(second(x).logits, before(x).logits)
+
+
 def test_without_its_file_a_sparse_adapter_computes_nothing(mask_file, tmp_path):
     sparse = tiny(mask=mask_file)
     sparse.save_pretrained(tmp_path / "sparse")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
+from ..ops import widened
 from .base import Branch, Heads, LayerShape, Method, MethodConfig, kaiming, register
 from .files import continued_tensors, pack_bits, read_tensors, unpack_bits
 
@@ -127,17 +128,17 @@ class LoriBranch(Branch):
                 )
             )
         index = unpack_bits(packed, self.shape).flatten().nonzero().squeeze(1).int()
-        return index, None if A is None else A.float()
+        return index, None if A is None else widened(A)
 
     def _continued(self, config: LoriConfig, shape: LayerShape) -> tuple[Tensor, Tensor]:
         """A and B of the adapter that is learned on top of."""
         found = continued_tensors(config, shape)
         A, B = found.get("A"), found.get("B")
         if B is None and "values" in found:
-            B = torch.zeros(self.shape).flatten()
+            B = torch.zeros(self.shape, dtype=widened(found["values"]).dtype).flatten()
             for part in ("_before", ""):
                 if f"index{part}" in found:
-                    B[found[f"index{part}"].long()] = found[f"values{part}"].float()
+                    B[found[f"index{part}"].long()] = found[f"values{part}"].to(B.dtype)
             B = B.view(self.shape)
         if A is None or B is None or A.shape != (shape.r, shape.in_features) or B.shape != self.shape:
             raise HeadwaterError(
@@ -147,7 +148,7 @@ class LoriBranch(Branch):
                     "continue an adapter of the same base model, r and target_modules",
                 )
             )
-        return A.float(), B.float()
+        return widened(A), widened(B)
 
     def reads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (self.A,), ()
