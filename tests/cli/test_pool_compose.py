@@ -150,7 +150,7 @@ def test_flow_hub_and_arrow_are_written_and_score_the_same_again(made, tmp_path,
     for command, options in (
         ("flow", ["--start", "news", "--epochs", 1, "--learning-rate", 0.05]),
         ("hub", ["--budget", 3]),  # less than Cobyla takes by itself
-        ("arrow", ["--top-k", 2]),
+        ("arrow", ["--top-k", 2, "--combine", "factors", "--general", "film"]),
     ):
         file = tmp_path / f"{command}.json"
         asked = [*one, "-o", tmp_path / command, *options, "--scores", file]
@@ -180,6 +180,9 @@ def test_what_is_refused(made, tmp_path, capsys):
         ("hub", [*one, "-o", tmp_path / "x", "--penalty", "none"], "unknown penalty 'none'"),
         ("hub", [*one, "-o", tmp_path / "x", "--optimiser", "none"], "no optimiser 'none'"),
         ("arrow", [*one, "--top-k", 0], "top_k is 0"),
+        ("arrow", [*one, "--combine", "sum"], "combine: 'sum' is none of output, factors"),
+        ("arrow", [*one, "--subtract", "factors"], "--subtract: the option does not apply here"),
+        ("arrow", [*one, "--general", "nobody"], "no adapter 'nobody'"),
         ("retrieve", ["-p", "x", "--encoder", tmp_path / "nothing"], "the encoder cannot be loaded"),
     ):
         refused = run(capsys, made, command, *options, code=2)

@@ -77,35 +77,68 @@ def test_prototypes_are_the_top_right_singular_vectors(shape):
     assert torch.equal(prototype(A, torch.zeros_like(B)), torch.zeros(d_in).double())
 
 
+def by_hand(spec, W, held, u):
+    """Arrow's equations for one token u: each adapter's coefficient, and the layer's output.
+
+    held: name -> (A, B, s), float64, of the adapters that are on this layer.
+    """
+    z = {}
+    for name, (A, B, _) in held.items():
+        z[name] = (torch.linalg.svd(B @ A)[2][0] * u).sum().abs()
+        if spec.input_norm != "none":
+            z[name] = z[name] / u.norm()
+        if spec.input_norm == "sqrt_d":
+            z[name] = z[name] * math.sqrt(len(u))
+    best = sorted(z, key=lambda name: z[name].item(), reverse=True)[: spec.top_k]
+    total = sum(torch.exp(z[name] / spec.temperature) for name in best)
+    c = {name: torch.exp(z[name] / spec.temperature) / total for name in best}
+    y = W @ u
+    if spec.combine == "output":
+        for name in best:
+            A, B, s = held[name]
+            y = y + c[name] * s * (B @ (A @ u))
+    elif best:
+        A = sum(c[name] * held[name][0] for name in best)
+        B = sum(c[name] * held[name][2] * held[name][1] for name in best)
+        y = y + B @ (A @ u)
+    return c, y
+
+
+def check_layers(router, held_at, names):
+    """Every layer's gates, outputs and gradients against `by_hand`, token by token."""
+    base = make_tiny_llama().double()
+    seen = observed(router, ids(1, 5))
+    for layer, (x, gate, y) in seen.items():
+        W, held = base.get_submodule(layer).weight.detach(), held_at(layer)
+        mine, plain = (x.detach().clone().requires_grad_() for _ in range(2))
+        weights = torch.linspace(-1, 1, y.numel()).double().view_as(y)
+        with router.on():
+            (router.pooled.model.get_submodule(layer)(mine) * weights).sum().backward()
+        outputs = []
+        for u, c in zip(plain[0], gate[0], strict=True):
+            coefficients, output = by_hand(router.spec, W, held, u)
+            outputs.append(output)
+            close(c, torch.stack([coefficients.get(name, u.new_zeros(())).detach() for name in names]).float(), 1e-5)
+        want = torch.stack(outputs)[None]
+        close(y, want.detach(), 1e-5)
+        (want * weights).sum().backward()
+        close(mine.grad, plain.grad, 1e-4)
+    return seen
+
+
 @pytest.mark.parametrize(
     "spec", [ArrowSpec(2, 0.5), ArrowSpec(9), ArrowSpec(1), ArrowSpec(3, 0.2, "unit"), ArrowSpec(3, 2.0, "sqrt_d")]
 )
 def test_layers_are_the_equations_token_by_token(pool, spec):
-    router = Arrow(model_of(pool), pool, NAMES, spec)
-    base = make_tiny_llama().double()
-    seen = observed(router, ids())
-    assert len(seen) == 8
-    for layer, (x, gate, y) in seen.items():
-        W = base.get_submodule(layer).weight
-        held = {name: a.layers[layer] for name in NAMES if layer in (a := pool.load(name)).layers}
-        for u, c, got in zip(x.reshape(-1, x.shape[-1]), gate.reshape(-1, 4), y.reshape(-1, y.shape[-1]), strict=True):
-            z = {}
-            for name, f in held.items():
-                v = torch.linalg.svd(f.B.double() @ f.A.double())[2][0]
-                z[name] = abs((v * u).sum().item())
-                if spec.input_norm != "none":
-                    z[name] /= u.norm().item()
-                if spec.input_norm == "sqrt_d":
-                    z[name] *= math.sqrt(len(u))
-            best = sorted(z, key=z.get, reverse=True)[: spec.top_k]
-            total = sum(math.exp(z[name] / spec.temperature) for name in best)
-            want = W @ u
-            for position, name in enumerate(NAMES):
-                weight = math.exp(z[name] / spec.temperature) / total if name in best else 0.0
-                assert c[position].item() == pytest.approx(weight, abs=1e-5)
-                if weight:
-                    want = want + weight * held[name].scaling * (held[name].B.double() @ (held[name].A.double() @ u))
-            close(got, want, 1e-5)
+    def held(layer):
+        adapters = {name: pool.load(name).layers for name in NAMES}
+        return {n: double(layers[layer]) for n, layers in adapters.items() if layer in layers}
+
+    assert len(check_layers(Arrow(model_of(pool), pool, NAMES, spec), held, NAMES)) == 8
+
+
+def double(factors):
+    return factors.A.double(), factors.B.double(), factors.scaling
 
 
 def test_coefficients(pool):
@@ -252,7 +285,13 @@ def test_saved_and_loaded_exactly(pool, tmp_path):
 
 def test_settings_that_are_refused(pool):
     with pytest.raises(HeadwaterError) as caught:
-        ArrowSpec(0, 0.0, "l2")
-    assert len(caught.value.problems) == 3
+        ArrowSpec(0, 0.0, "l2", "outputs", "weights")
+    assert [problem.where for problem in caught.value.problems] == [
+        "top_k",
+        "temperature",
+        "input_norm",
+        "combine",
+        "subtract",
+    ]
     with pytest.raises(HeadwaterError, match="no adapters"):
         Arrow(model_of(pool), pool, [])

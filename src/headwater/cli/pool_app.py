@@ -228,18 +228,31 @@ def arrow(
     top_k: Annotated[int, typer.Option(help="Adapters per token and layer.")] = 3,
     temperature: Annotated[float, typer.Option(help="Of the softmax over them.")] = 1.0,
     input_norm: Annotated[str, typer.Option(help="What a token is divided by: none, unit or sqrt_d.")] = "none",
+    combine: Annotated[str, typer.Option(help="What is mixed: output, or factors (the authors' code).")] = "output",
+    general: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME", help="An adapter of general knowledge, to take off the others; repeatable."),
+    ] = None,
+    subtract: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For --general: of updates (default), or of factors as PEFT does."),
+    ] = None,
     split: Split = "test",
     max_rows: MaxRows = None,
     scores: Scores = None,
     overrides: Overrides = None,
 ) -> None:
     """Arrow: route every token at every layer by the adapters' own directions, without training, and score it."""
+    from headwater.cli.evaluate import refuse
     from headwater.cli.pool_compose import Scoring
     from headwater.cli.pool_compose import arrow as run
     from headwater.compose.arrow import ArrowSpec
 
+    if not general:
+        refuse({"--subtract": subtract}, "it is about --general: leave it out, or give that")
     scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
-    run(pool, scoring, output, adapter or [], ArrowSpec(top_k, temperature, input_norm))  # type: ignore[arg-type]
+    spec = ArrowSpec(top_k, temperature, input_norm, combine, subtract or "updates")  # type: ignore[arg-type]
+    run(pool, scoring, output, adapter or [], general or [], spec)
 
 
 @pool_app.command()

@@ -208,7 +208,9 @@ def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: 
     _score_and_show([output], found, tasks, config, scoring)
 
 
-def arrow(folder: str, scoring: Scoring, output: str | None, names: Sequence[str], spec: Any) -> None:
+def arrow(
+    folder: str, scoring: Scoring, output: str | None, names: Sequence[str], general: Sequence[str], spec: Any
+) -> None:
     """Score Arrow's routing among adapters, and write it where asked to.
 
     Raises:
@@ -219,8 +221,8 @@ def arrow(folder: str, scoring: Scoring, output: str | None, names: Sequence[str
 
     config, tasks, found = _compose(folder, scoring)
     target = None if output is None else new_folder(output)
-    found.pool.require(*names)
-    routing = Arrow(found.pooled, found.pool, list(names) or None, spec)
+    found.pool.require(*names, *general)
+    routing = Arrow(found.pooled, found.pool, list(names) or None, spec, general)
     if target is not None:
         routing.save(target)
         _say(f"{output}: prototypes of {', '.join(routing.names)} at {len(routing.prototypes)} layers")

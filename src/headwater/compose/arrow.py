@@ -3,11 +3,18 @@
     v_e = the top right singular vector of B_e A_e                one per adapter and layer
     z_e = | v_e . u |                                             u: the token at that layer
     c   = softmax(top-k of z / T), 0 elsewhere
-    dy  = sum_e c_e s_e B_e A_e u
+    dy  = sum_e c_e s_e B_e A_e u                                 mixing outputs, as PEFT does
+    dy  = (sum_e c_e s_e B_e) (sum_e c_e A_e) u                   mixing factors, as the authors' own code does
 
 B A is never formed: with A' = Q_a R_a and B = Q_b R_b the vector is Q_a times the top right singular vector of the
-r x r matrix R_b R_a'. That is exact, where PEFT's version takes 15 power iterations from a random start. Outputs are
-mixed, as in PEFT; the authors' own code mixes factors.
+r x r matrix R_b R_a'. That is exact, where PEFT's version takes 15 power iterations from a random start.
+
+GenKnowSub takes the mean of some general adapters g = 1..m off every adapter first, and routes by what is left:
+
+    s_e B_e A_e - 1/m sum_g s_g B_g A_g                           of updates, exactly
+    s (B_e - 1/m sum_g B_g) (A_e - 1/m sum_g A_g)                 of factors, as PEFT does
+
+The second is no difference of updates, and changes when an adapter is written as (B R, R^-1 A), which is the same one.
 """
 
 from __future__ import annotations
@@ -24,12 +31,16 @@ from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
+from .adapter import Adapter
+from .merge import concat, fuse, require_one_shape, require_same_ranks
 from .mixed import PooledModel, Stack
 from .pool import AdapterPool
 from .saved import read_fitted, write_fitted
 
 KIND = "arrow"
 NORMS = ("none", "unit", "sqrt_d")
+COMBINE = ("output", "factors")
+SUBTRACT = ("updates", "factors")
 
 
 @dataclass(frozen=True)
@@ -41,17 +52,27 @@ class ArrowSpec:
         temperature: T, above 0.
         input_norm: z grows with u, and so routing sharpens with it. `none` leaves that as it is in the paper; `unit`
             divides u by its length; `sqrt_d` does that and multiplies by the square root of its width.
+        combine: what the coefficients mix, the adapters' outputs or their `factors`. Factors need equal ranks and have
+            cross terms c_i c_j B_i A_j.
+        subtract: what the general adapters are taken off, updates or factors. Factors need adapters of one shape.
     """
 
     top_k: int = 3
     temperature: float = 1.0
     input_norm: Literal["none", "unit", "sqrt_d"] = "none"
+    combine: Literal["output", "factors"] = "output"
+    subtract: Literal["updates", "factors"] = "updates"
 
     def __post_init__(self) -> None:
+        choices = {"input_norm": NORMS, "combine": COMBINE, "subtract": SUBTRACT}
         problems = [
             *([] if self.top_k >= 1 else [Problem(f"top_k is {self.top_k}, below 1", "top_k")]),
             *([] if self.temperature > 0 else [Problem(f"{self.temperature} is not above 0", "temperature")]),
-            *([] if self.input_norm in NORMS else [Problem(f"one of {', '.join(NORMS)}", "input_norm")]),
+            *(
+                Problem(f"{getattr(self, field)!r} is none of {', '.join(known)}", field)
+                for field, known in choices.items()
+                if getattr(self, field) not in known
+            ),
         ]
         if problems:
             raise HeadwaterError(*problems)
@@ -71,16 +92,30 @@ class Arrow:
     Args:
         pooled: the model.
         pool: where the adapters are.
-        names: which of them; all by default.
+        names: which of them; all by default, but for the general ones.
+        general: adapters of general knowledge, whose mean is taken off each of the others (GenKnowSub). The pool keeps
+            its adapters as they are: the difference is made anew whenever it is needed, and never saved.
+
+    Raises:
+        HeadwaterError: there is nothing to route among, a general adapter is also one of `names`, or adapters differ in
+            rank or shape where factors are mixed or subtracted.
     """
 
     def __init__(
-        self, pooled: PooledModel, pool: AdapterPool, names: Sequence[str] | None = None, spec: ArrowSpec | None = None
+        self,
+        pooled: PooledModel,
+        pool: AdapterPool,
+        names: Sequence[str] | None = None,
+        spec: ArrowSpec | None = None,
+        general: Sequence[str] = (),
     ):
-        self.pooled, self.pool, self.spec = pooled, pool, spec or ArrowSpec()
-        self.names = tuple(pool.names if names is None else names)
+        self.pooled, self.pool, self.spec, self.general = pooled, pool, spec or ArrowSpec(), tuple(general)
+        self.names = tuple([n for n in pool.names if n not in general] if names is None else names)
         if not self.names:
             raise HeadwaterError(Problem("there are no adapters to route among", str(pool.path)))
+        if both := [name for name in self.names if name in self.general]:
+            what = f"{', '.join(both)} would be taken off itself: it is general, and routed to as well"
+            raise HeadwaterError(Problem(what, "general", "name an adapter as one of the two"))
         self._made_of: list[dict[str, str]] = []
         self.prototypes: dict[str, Tensor] = {}  # layer -> (adapters, d_in), float32
         self.refresh()
@@ -92,7 +127,7 @@ class Arrow:
 
     def _build(self, prototypes: dict[str, Tensor]) -> None:
         self._made_of = self._hashes()
-        adapters = [self.pooled.adapter(name) for name in self.names]
+        adapters = self._experts()
         self._stacks: dict[str, Stack] = {}
         self._absent: dict[str, Tensor] = {}  # layer -> bool (adapters,), those that do not adapt it
         self._most: dict[str, int] = {}  # layer -> adapters that a token can go to there
@@ -108,9 +143,22 @@ class Arrow:
             self._stacks[layer] = dataclasses.replace(stack, down=down)
         self.prototypes = prototypes
 
+    def _experts(self) -> list[Adapter]:
+        """The adapters to route among, general knowledge taken off."""
+        adapters, general = ([self.pooled.adapter(n) for n in names] for names in (self.names, self.general))
+        if general:
+            factors = self.spec.subtract == "factors"
+            if factors:
+                require_one_shape([*adapters, *general], "subtract updates instead, or choose adapters of one shape")
+            less = [1.0, *[-1 / len(general)] * len(general)]
+            adapters = [(fuse if factors else concat)([one, *general], less, one.name) for one in adapters]
+        if self.spec.combine == "factors":
+            require_same_ranks(adapters, "combine outputs instead, or choose adapters of one rank")
+        return adapters
+
     def _hashes(self) -> list[dict[str, str]]:
         # of the config, too, which scales the weights; that it may change harmlessly costs a refresh
-        return [self.pool[name].sha256 for name in self.names]
+        return [self.pool[name].sha256 for name in (*self.names, *self.general)]
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -129,12 +177,18 @@ class Arrow:
         chosen = torch.softmax(best.values / self.spec.temperature, -1)
         gate = torch.zeros_like(z).scatter(-1, best.indices, chosen)
         call.saw_gate(gate)
-        return u[:, : stack.ranks] * stack.spread(gate)
+        ranks = u[:, : stack.ranks]
+        if self.spec.combine == "output":
+            return ranks * stack.spread(gate)
+        # One mixed A reads the token, (tokens, r); every B writes that, by its own coefficient.
+        blocks = (len(stack.key), -1)
+        read = (ranks * gate.index_select(-1, stack.owner)).unflatten(-1, blocks).sum(-2, keepdim=True)
+        return (stack.spread(gate).unflatten(-1, blocks) * read).flatten(-2)
 
     def save(self, folder: Path, **fields: Any) -> None:
         """Write the settings and the prototypes. `fields` are kept beside them."""
-        kept = {**dataclasses.asdict(self.spec), **fields}
-        write_fitted(folder, KIND, self.pool, self.names, kept, self.prototypes)
+        kept = {**dataclasses.asdict(self.spec), "general": self.general, **fields}
+        write_fitted(folder, KIND, self.pool, (*self.names, *self.general), kept, self.prototypes)
 
     @classmethod
     def load(cls, folder: Path, pool: AdapterPool, pooled: PooledModel) -> Arrow:
@@ -146,7 +200,8 @@ class Arrow:
         names, fields, tensors = read_fitted(folder, KIND, pool)
         known = {field.name for field in dataclasses.fields(ArrowSpec)}
         arrow = cls.__new__(cls)
-        arrow.pooled, arrow.pool, arrow.names = pooled, pool, tuple(names)
+        arrow.pooled, arrow.pool, arrow.general = pooled, pool, tuple(fields.get("general", ()))
+        arrow.names = tuple(name for name in names if name not in arrow.general)
         arrow.spec = ArrowSpec(**{key: value for key, value in fields.items() if key in known})
         arrow._build(tensors)
         return arrow

@@ -20,7 +20,7 @@ import torch
 from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
 from .adapter import Adapter
-from .merge import fuse
+from .merge import fuse, require_one_shape
 from .mixed import PooledModel
 from .pool import AdapterPool
 from .saved import write_fitted
@@ -86,18 +86,7 @@ def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     Raises:
         HeadwaterError: layers, ranks or scalings differ between the adapters.
     """
-    first, problems = adapters[0], []
-    for other in adapters[1:]:
-        if other.layers.keys() != first.layers.keys():
-            problems.append(Problem(f"it adapts other layers than {first.name}", other.name))
-            continue
-        for what in ("rank", "scaling"):
-            mine, theirs = ({getattr(f, what) for f in a.layers.values()} for a in (first, other))
-            if any(getattr(f, what) != getattr(first.layers[n], what) for n, f in other.layers.items()):
-                problems.append(Problem(f"its {what} is {_list(theirs)}, and {first.name}'s {_list(mine)}", other.name))
-    if problems:
-        fix = "LoRAHub adds adapters factor by factor; choose adapters of one shape with --adapter"
-        raise HeadwaterError(*problems[:-1], Problem(problems[-1].what, problems[-1].where, fix))
+    require_one_shape(adapters, "LoRAHub adds adapters factor by factor; choose adapters of one shape with --adapter")
     return fuse(adapters, weights, "hub")
 
 
@@ -178,7 +167,3 @@ def _optimiser(dimensions: int, spec: HubSpec) -> Any:
     space = nevergrad.p.Array(init=np.zeros(dimensions), lower=-BOX, upper=BOX)
     space.random_state.seed(spec.seed)
     return nevergrad.optimizers.registry[spec.optimiser](space, budget=spec.budget, num_workers=1)
-
-
-def _list(values: set[Any]) -> str:
-    return " or ".join(f"{value:g}" for value in sorted(values))

@@ -10,7 +10,7 @@ adapter's factors are written as (B R, R^-1 A), which is the same adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def fuse(adapters: Sequence[Adapter], weights: Sequence[float], name: str = "fus
     Raises:
         HeadwaterError: ranks differ on a layer.
     """
-    _same_ranks(adapters)
+    require_same_ranks(adapters)
 
     def layer(parts: Parts) -> LowRank:
         A = sum(_wide(part.A) * w for w, part in parts)
@@ -53,7 +53,7 @@ def linear(adapters: Sequence[Adapter], weights: Sequence[float], name: str = "l
     Raises:
         HeadwaterError: ranks differ on a layer.
     """
-    _same_ranks(adapters)
+    require_same_ranks(adapters)
 
     def layer(parts: Parts) -> LowRank:
         roots = [abs(w * part.scaling) ** 0.5 for w, part in parts]
@@ -90,7 +90,12 @@ def _as_first(parts: Parts, A: Tensor | int, B: Tensor | int) -> LowRank:
     return LowRank(torch.as_tensor(A).to(dtype), torch.as_tensor(B).to(dtype), 1.0)
 
 
-def _same_ranks(adapters: Sequence[Adapter]) -> None:
+def require_same_ranks(adapters: Sequence[Adapter], fix: str = "mix their outputs instead (concat)") -> None:
+    """Check that adapters agree in rank wherever they meet, so that their factors can be averaged.
+
+    Raises:
+        HeadwaterError: they do not; `fix` says what to do.
+    """
     ranks: dict[str, set[int]] = {}
     for adapter in adapters:
         for name, factors in adapter.layers.items():
@@ -99,4 +104,27 @@ def _same_ranks(adapters: Sequence[Adapter]) -> None:
     if mixed:
         name, found = next(iter(mixed.items()))
         what = f"adapters of different ranks cannot be averaged factor by factor: {sorted(found)} at {name}"
-        raise HeadwaterError(Problem(what, ", ".join(a.name for a in adapters), "mix their outputs instead (concat)"))
+        raise HeadwaterError(Problem(what, ", ".join(a.name for a in adapters), fix))
+
+
+def require_one_shape(adapters: Sequence[Adapter], fix: str) -> None:
+    """Check that adapters agree in layers, ranks and scalings, so that their factors can be added.
+
+    Raises:
+        HeadwaterError: all that differs from the first; `fix` says what to do.
+    """
+    first, problems = adapters[0], []
+    for other in adapters[1:]:
+        if other.layers.keys() != first.layers.keys():
+            problems.append(Problem(f"it adapts other layers than {first.name}", other.name))
+            continue
+        for what in ("rank", "scaling"):
+            mine, theirs = ({getattr(f, what) for f in a.layers.values()} for a in (first, other))
+            if any(getattr(f, what) != getattr(first.layers[n], what) for n, f in other.layers.items()):
+                problems.append(Problem(f"its {what} is {_list(theirs)}, and {first.name}'s {_list(mine)}", other.name))
+    if problems:
+        raise HeadwaterError(*problems[:-1], Problem(problems[-1].what, problems[-1].where, fix))
+
+
+def _list(values: Iterable[float]) -> str:
+    return " or ".join(f"{value:g}" for value in sorted(values))
