@@ -148,7 +148,7 @@ def test_flow_hub_and_arrow_are_written_and_score_the_same_again(made, tmp_path,
     one = ["--tasks", made / "one.yaml"]
     first = {}
     for command, options in (
-        ("flow", ["--start", "news", "--epochs", 1, "--learning-rate", 0.05]),
+        ("flow", ["--start", "news", "--epochs", 1, "--learning-rate", 0.05, "--granularity", "module"]),
         ("hub", ["--budget", 3]),  # less than Cobyla takes by itself
         ("arrow", ["--top-k", 2, "--combine", "factors", "--general", "film"]),
     ):
@@ -177,6 +177,7 @@ def test_what_is_refused(made, tmp_path, capsys):
         ("evaluate", [*one, "--way", "base", "--split", "validation"], "no task has validation rows"),
         ("flow", [*one, "-o", tmp_path / "x", "--start", "nobody"], "not among the adapters"),
         ("flow", [*one, "-o", tmp_path / "x", "--adapter", "nobody"], "no adapter 'nobody'"),
+        ("flow", [*one, "-o", tmp_path / "x", "--granularity", "token"], "unknown granularity 'token'"),
         ("hub", [*one, "-o", tmp_path / "x", "--penalty", "none"], "unknown penalty 'none'"),
         ("hub", [*one, "-o", tmp_path / "x", "--optimiser", "none"], "no optimiser 'none'"),
         ("arrow", [*one, "--top-k", 0], "top_k is 0"),

@@ -12,7 +12,7 @@ from pool_support import add_again, make_pool, merged
 from tiny_models import make_tiny_llama
 
 import headwater
-from headwater.compose import Adapter, PooledModel
+from headwater.compose import Adapter, LowRank, PooledModel
 from headwater.compose.flow import FlowGate, FlowSpec, train_gates
 from headwater.compose.merge import concat
 from headwater.data.encode import Encoded
@@ -54,11 +54,20 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def plainly(pool, names, W, b, tau, inputs):
+GATED = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")  # of each layer, what NAMES adapt
+
+
+def plainly(pool, names, W, b, tau, inputs, granularity="layer"):
     """The whole tiny Llama under LoRA-Flow, one row at a time, with one loop per token and adapter for the mixing.
 
-    W `(2, k, d)` and b `(2, k)` are float64 leaves; returns logits `(rows, length, vocabulary)`.
+    W, of each gate `(k, d)`, and b `(gates, k)` are float64 leaves; returns logits `(rows, length, vocabulary)`.
     """
+
+    def weigh(gate, u_t):
+        e = [torch.exp((W[gate][j] * u_t).sum() / tau) for j in range(len(names))]
+        return [e_j / sum(e) + b[gate][j] for j, e_j in enumerate(e)]
+
+    modules = [f"model.layers.{layer}.{module}" for layer in range(2) for module in GATED]
     model = make_tiny_llama().double()
     adapters = [pool.load(name).layers for name in names]
     rotary, layers = model.model.rotary_emb, model.model.layers
@@ -67,10 +76,12 @@ def plainly(pool, names, W, b, tau, inputs):
         rows = []
         for t in range(u.shape[0]):
             h = module.weight @ u[t]
-            for j, layers_of in enumerate(adapters):
-                if name in layers_of:
-                    f = layers_of[name]
-                    h = h + w[t][j] * f.scaling * (f.B.double() @ (f.A.double() @ u[t]))
+            if name in modules:
+                w_t = weigh(modules.index(name), u[t]) if granularity == "module" else w[t]
+                for w_tj, layers_of in zip(w_t, adapters, strict=True):
+                    if name in layers_of:
+                        f = layers_of[name]
+                        h = h + w_tj * f.scaling * (f.B.double() @ (f.A.double() @ u[t]))
             rows.append(h)
         return torch.stack(rows)
 
@@ -84,11 +95,10 @@ def plainly(pool, names, W, b, tau, inputs):
             half = v.shape[-1] // 2
             return v * cos[:, None] + torch.cat([-v[..., half:], v[..., :half]], -1) * sin[:, None]
 
+        embedded = x
         for number, layer in enumerate(layers):
-            w = []
-            for t in range(length):
-                e = [torch.exp((W[number, j] * x[t]).sum() / tau) for j in range(len(names))]
-                w.append([e_j / sum(e) + b[number, j] for j, e_j in enumerate(e)])
+            gate, seen = (0, embedded) if granularity == "step" else (number, x)
+            w = None if granularity == "module" else [weigh(gate, seen[t]) for t in range(length)]
             at = f"model.layers.{number}"
             attention, mlp = layer.self_attn, layer.mlp
             normed = layer.input_layernorm(x)
@@ -110,24 +120,31 @@ def plainly(pool, names, W, b, tau, inputs):
     return torch.stack(out)
 
 
-def test_values_and_gradients_are_the_equations(pool, pooled):
-    gate = drawn(FlowGate(pooled, NAMES, None, temperature=0.3)).double()
+@pytest.mark.parametrize(
+    ("granularity", "widths"), [("layer", [32, 32]), ("step", [32]), ("module", 2 * [32, 32, 32, 48])]
+)
+def test_values_and_gradients_are_the_equations(pool, pooled, granularity, widths):
+    gate = drawn(FlowGate(pooled, NAMES, None, temperature=0.3, granularity=granularity)).double()
+    assert [tuple(weight.shape) for weight in gate.weight] == [(3, width) for width in widths]
+    assert sum(p.numel() for p in gate.parameters()) == sum(3 * width + 3 for width in widths)
     inputs = ids(2)
-    W, b = (p.detach().clone().requires_grad_() for p in (gate.weight, gate.bias))
-    want = plainly(pool, NAMES, W, b, 0.3, inputs)
+    *W, b = (p.detach().clone().requires_grad_() for p in (*gate.weight, gate.bias))
+    want = plainly(pool, NAMES, W, b, 0.3, inputs, granularity)
     with gate.on():
         got = pooled.model(inputs).logits
     close(got, want, 1e-6)  # the model takes softmax over attention scores in float32
     for result in (want, got):
         (result * torch.linspace(-1, 1, result.numel()).double().view_as(result)).sum().backward()
-    close(gate.weight.grad, W.grad, 1e-5)
     close(gate.bias.grad, b.grad, 1e-5)
-    assert W.grad.abs().max() > 1e-3
+    for mine, plain in zip(gate.weight, W, strict=True):
+        close(mine.grad, plain.grad, 1e-5)
+        assert plain.grad.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("granularity", ["layer", "step", "module"])
 @pytest.mark.parametrize("start", NAMES)
-def test_gates_start_at_the_named_adapter_exactly(pool, pooled, start):
-    gate = FlowGate(pooled, NAMES, start)
+def test_gates_start_at_the_named_adapter_exactly(pool, pooled, start, granularity):
+    gate = FlowGate(pooled, NAMES, start, granularity=granularity)
     assert gate.bias.sum(1).abs().max() < 1e-6
     inputs = ids(2)
     model = merged(make_tiny_llama().double(), (1.0, pool.load(start)))
@@ -177,7 +194,8 @@ def test_the_bias_is_outside_the_softmax(pool, pooled):
     logits(gate, inputs)
     x = pooled.model.model.layers[0].input_layernorm(pooled.model.model.embed_tokens(inputs))
     with torch.no_grad():
-        gate.weight += torch.randn(1, 1, 32)  # moves all logits of a token by the same amount
+        for weight in gate.weight:
+            weight += torch.randn(1, 32)  # moves all logits of a token by the same amount
     logits(gate, inputs)
     close(seen[1], seen[0], 1e-5)
     with torch.no_grad():
@@ -191,14 +209,16 @@ def test_order_of_the_adapters_does_not_matter(pooled):
     gate, inputs, turn = drawn(FlowGate(pooled, NAMES, None)), ids(2), [2, 0, 1]
     other = FlowGate(pooled, [NAMES[i] for i in turn], None)
     with torch.no_grad():
-        other.weight.copy_(gate.weight[:, turn])
+        for theirs, mine in zip(other.weight, gate.weight, strict=True):
+            theirs.copy_(mine[turn])
         other.bias.copy_(gate.bias[:, turn])
     close(logits(gate, inputs), logits(other, inputs))
 
 
-def test_cached_decoding_and_padding_change_nothing(pool):
+@pytest.mark.parametrize("granularity", ["layer", "step", "module"])
+def test_cached_decoding_and_padding_change_nothing(pool, granularity):
     pooled = PooledModel(make_tiny_llama(), pool.load)
-    gate, inputs = drawn(FlowGate(pooled, NAMES, None)), ids(1, 9)
+    gate, inputs = drawn(FlowGate(pooled, NAMES, None, granularity=granularity)), ids(1, 9)
     whole = logits(gate, inputs)
     with torch.no_grad(), gate.on():
         past, steps = None, []
@@ -228,24 +248,24 @@ def rows(count=12):
     return made
 
 
-def test_training_changes_the_gates_and_nothing_else(pool):
+@pytest.mark.parametrize("granularity", ["layer", "step", "module"])
+def test_training_changes_the_gates_and_nothing_else(pool, granularity):
     pooled = PooledModel(make_tiny_llama(), pool.load)
     before = {name: p.clone() for name, p in pooled.model.named_parameters()}
     kept = {name: pooled.adapter(name).layers["model.layers.0.mlp.up_proj"].A.clone() for name in NAMES}
-    gate = FlowGate(pooled, NAMES, "plain")
-    assert sum(p.numel() for p in gate.parameters()) == 2 * (3 * 32 + 3)
+    gate = FlowGate(pooled, NAMES, "plain", granularity=granularity)
     seen = []
     spec = FlowSpec(examples=8, epochs=6, learning_rate=0.05)
     losses = train_gates(gate, rows(), 258, spec, progress=lambda *call: seen.append(call))
     assert len(losses) == 12
     assert seen[-1] == (12, 12, losses[-1])
     assert losses[-1] < losses[0]
-    assert gate.weight.abs().min() > 0
+    assert all(weight.abs().min() > 0 for weight in gate.weight)
     assert all(torch.equal(p, before[name]) for name, p in pooled.model.named_parameters())
     assert all(p.requires_grad and p.grad is None for p in pooled.model.parameters())
     for name, A in kept.items():
         assert torch.equal(pooled.adapter(name).layers["model.layers.0.mlp.up_proj"].A, A)
-    again = FlowGate(pooled, NAMES, "plain")
+    again = FlowGate(pooled, NAMES, "plain", granularity=granularity)
     assert train_gates(again, rows(), 258, spec) == losses
     with pytest.raises(HeadwaterError, match="no rows"):
         train_gates(again, [], 258, spec)
@@ -261,13 +281,14 @@ def test_the_first_loss_is_the_start_adapter_s(pool):
     assert first == pytest.approx(F.cross_entropy(out, torch.full((4,), 65)).item(), rel=1e-5)
 
 
-def test_saved_and_loaded_exactly(pool, pooled, tmp_path):
-    gate, inputs = drawn(FlowGate(pooled, NAMES, "rs", temperature=1.1)), ids(2)
+@pytest.mark.parametrize("granularity", ["layer", "step", "module"])
+def test_saved_and_loaded_exactly(pool, pooled, tmp_path, granularity):
+    gate, inputs = drawn(FlowGate(pooled, NAMES, "rs", temperature=1.1, granularity=granularity)), ids(2)
     gate.save(tmp_path / "gates", pool, note="x")
     other = PooledModel(make_tiny_llama().double(), pool.load)
     again = FlowGate.load(tmp_path / "gates", pool, other)
     assert torch.equal(logits(again, inputs), logits(gate, inputs))
-    assert (again.names, again.start) == (tuple(NAMES), "rs")
+    assert (again.names, again.start, again.granularity) == (tuple(NAMES), "rs", granularity)
     file = tmp_path / "gates" / "flow.json"
     written = json.loads(file.read_text())
     for change, message in (
@@ -277,7 +298,8 @@ def test_saved_and_loaded_exactly(pool, pooled, tmp_path):
             {"adapters": {**written["adapters"], "twin": written["adapters"]["plain"]}},
             "tensors are of",
         ),
-        ({"blocks": ["model.layers.1"]}, "need"),
+        ({"places": ["model.layers.1"]}, "do not fit"),
+        ({"granularity": "step" if granularity == "layer" else "layer"}, "do not fit"),
         ({"kind": "arrow"}, "not version 2 of a flow file"),
         ({"schema": 1}, "not version 2 of a flow file\n.*fit it again with headwater pool flow"),
     ):
@@ -319,3 +341,17 @@ def test_what_is_refused(pooled):
     ):
         with pytest.raises(HeadwaterError, match=message):
             FlowGate(pooled, names, start)
+    with pytest.raises(HeadwaterError, match="granularity: unknown granularity 'token'"):
+        FlowGate(pooled, ["rs"], None, granularity="token")
+
+
+def test_a_layer_outside_the_decoder_layers_takes_a_gate_of_its_own_or_none(pool):
+    head = {"lm_head": LowRank(torch.ones(2, 32), torch.ones(300, 2) * torch.linspace(-1, 1, 300)[:, None], 0.5)}
+    outside = PooledModel(make_tiny_llama(), lambda name: Adapter(name, head))
+    for granularity in ("layer", "step"):
+        with pytest.raises(HeadwaterError, match=r"lm_head: this layer is in no decoder layer.*\n.*granularity module"):
+            FlowGate(outside, ["x"], "x", granularity=granularity)
+    gate, inputs = FlowGate(outside, ["x"], "x", granularity="module"), ids(1)
+    with torch.no_grad():
+        want = merged(make_tiny_llama(), (1.0, Adapter("x", head)))(inputs).logits
+    close(logits(gate, inputs), want, 1e-4)

@@ -175,20 +175,23 @@ def flow(
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
     temperature: Annotated[float, typer.Option(help="Of the softmax.")] = 1.0,
+    granularity: Annotated[
+        str, typer.Option(help="A gate per decoder layer, one for all (step), or one per adapted linear (module).")
+    ] = "layer",
     seed: Seed = 0,
     split: Split = "test",
     max_rows: MaxRows = None,
     scores: Scores = None,
     overrides: Overrides = None,
 ) -> None:
-    """LoRA-Flow: train a small gate per layer that mixes adapters token by token, and score it."""
+    """LoRA-Flow: train small gates that mix adapters token by token, and score them."""
     from headwater.cli.pool_compose import Scoring
     from headwater.cli.pool_compose import flow as run
     from headwater.compose.flow import FlowSpec
 
     scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
     spec = FlowSpec(examples, epochs, learning_rate, batch_size, seed)
-    run(pool, scoring, output, adapter or [], start, temperature, spec)
+    run(pool, scoring, output, adapter or [], start, temperature, granularity, spec)
 
 
 @pool_app.command()

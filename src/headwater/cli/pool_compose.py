@@ -145,7 +145,14 @@ def tune_encoder(
 
 
 def flow(
-    folder: str, scoring: Scoring, output: str, names: Sequence[str], start: str | None, temperature: float, spec: Any
+    folder: str,
+    scoring: Scoring,
+    output: str,
+    names: Sequence[str],
+    start: str | None,
+    temperature: float,
+    granularity: Any,
+    spec: Any,
 ) -> None:
     """Train LoRA-Flow's gates on the tasks' training rows, write them, score them.
 
@@ -159,7 +166,7 @@ def flow(
     target = new_folder(output)
     chosen = list(names) or found.pool.names
     found.pool.require(*chosen)
-    gate = FlowGate(found.pooled, chosen, start, temperature)
+    gate = FlowGate(found.pooled, chosen, start, temperature, granularity)
     rows = _training_rows(tasks, found, config)
     with err_console().status("training gates") as status:
         losses = train_gates(

@@ -1,7 +1,10 @@
-"""LoRA-Flow (arXiv 2402.11455, ACL 2024): a small gate before each decoder layer mixes adapters token by token.
+"""LoRA-Flow (arXiv 2402.11455, ACL 2024): small gates mix adapters token by token, one before each decoder layer.
 
     w_t = softmax(W x_t / tau) + b           x_t: what enters the decoder layer, before its norm;  eq. 5
     h_t' = h_t + sum_j w_t,j s_j B_j A_j u_t  for every adapted linear of that layer               eq. 6
+
+The paper also measures (table 3) one gate for all layers, which reads what enters the first, the word embedding
+(`step`), and one gate for each adapted linear, which reads that linear's own input u_t (`module`).
 
 The bias stands outside the softmax, so weights may be negative or add up to more than 1. Only W and b are trained, on
 about 200 examples. As in the authors' code the gates start at one adapter exactly: W = 0 and b = e_j - 1/k.
@@ -15,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +28,13 @@ from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
 from ..ops import project
+from .base import linear_layers
 from .mixed import PooledModel, Stack
 from .pool import AdapterPool
 from .saved import read_fitted, write_fitted
 
 KIND = "flow"
+Granularity = Literal["layer", "step", "module"]
 
 
 @dataclass(frozen=True)
@@ -53,35 +58,51 @@ class FlowSpec:
 
 
 class FlowGate(nn.Module):
-    """One gate per decoder layer, for k adapters.
+    """Gates for k adapters.
 
     Args:
         pooled: the model.
         names: the adapters, in the gates' order.
         start: the adapter at which the gates start; None starts at the plain average, b = 0.
         temperature: tau.
+        granularity: a gate per decoder `layer`; one for all of them (`step`), that reads what enters the first; or one
+            per adapted linear `module`, that reads what enters that.
 
     Attributes:
-        weight: `(decoder layers, k, d)`, float32. bias: `(decoder layers, k)`, float32.
+        places: the modules whose input the gates read.
+        weight: of each gate `(k, width of that input)`, float32. bias: `(gates, k)`, float32.
 
     Raises:
-        HeadwaterError: fewer than one adapter, names twice, an unknown start, or an adapter on a layer that is in no
-            decoder layer.
+        HeadwaterError: fewer than one adapter, names twice, an unknown start or granularity, or an adapter on a layer
+            that is in no decoder layer, unless gates are per module.
     """
 
-    def __init__(self, pooled: PooledModel, names: Sequence[str], start: str | None, temperature: float = 1.0):
+    def __init__(
+        self,
+        pooled: PooledModel,
+        names: Sequence[str],
+        start: str | None,
+        temperature: float = 1.0,
+        granularity: Granularity = "layer",
+    ):
         super().__init__()
         if not names or len(set(names)) < len(names):
             raise HeadwaterError(Problem(f"the adapters to mix are {', '.join(names) or 'none'}", fix="name each once"))
         if start is not None and start not in names:
             raise HeadwaterError(Problem(f"the start {start!r} is not among the adapters {', '.join(names)}", "start"))
+        if granularity not in get_args(Granularity):
+            fix = f"one of {', '.join(get_args(Granularity))}"
+            raise HeadwaterError(Problem(f"unknown granularity {granularity!r}", "granularity", fix))
         self.pooled, self.names, self.start, self.temperature = pooled, tuple(names), start, temperature
-        self._block_of = _blocks(pooled, names)
-        self.blocks = list(dict.fromkeys(self._block_of.values()))
+        self.granularity = granularity
+        self._place_of = _places(pooled, names, granularity)
+        self.places = list(dict.fromkeys(self._place_of.values()))
+        self._position = {place: position for position, place in enumerate(self.places)}
         config: Any = pooled.model.config
-        k, width = len(names), config.get_text_config().hidden_size
-        self.weight = nn.Parameter(torch.zeros(len(self.blocks), k, width))
-        self.bias = nn.Parameter(torch.zeros(len(self.blocks), k))
+        k, hidden, linear = len(names), config.get_text_config().hidden_size, linear_layers(pooled.model)
+        widths = [linear[place][0] if granularity == "module" else hidden for place in self.places]
+        self.weight = nn.ParameterList([nn.Parameter(torch.zeros(k, width)) for width in widths])
+        self.bias = nn.Parameter(torch.zeros(len(self.places), k))
         if start is not None:
             with torch.no_grad():
                 uniform = torch.softmax(torch.zeros(k), -1)  # what the softmax gives at W = 0, to the last bit
@@ -95,10 +116,10 @@ class FlowGate(nn.Module):
         pooled = self.pooled
         stacks = pooled.stack([pooled.adapter(name) for name in self.names])
         hooks = [
-            pooled.model.get_submodule(block).register_forward_pre_hook(
-                functools.partial(self._enter, position, block), with_kwargs=True
+            pooled.model.get_submodule(place).register_forward_pre_hook(
+                functools.partial(self._enter, place), with_kwargs=True
             )
-            for position, block in enumerate(self.blocks)
+            for place in (() if self.granularity == "module" else self.places)
         ]
         try:
             with pooled.use(stacks, self):
@@ -108,23 +129,32 @@ class FlowGate(nn.Module):
                 hook.remove()
             self._now.clear()
 
-    def _enter(self, position: int, block: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, place: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        (z,) = project(x.reshape(-1, x.shape[-1]), (self.weight[position].to(x.device),))
-        self._now[block] = torch.softmax(z / self.temperature, -1) + self.bias[position].to(z)
+        self._now[place] = self._weigh(place, x.reshape(-1, x.shape[-1]))
+
+    def _weigh(self, place: str, x: Tensor) -> Tensor:
+        """w `(tokens, k)` for what enters a place, `(tokens, d)`."""
+        position = self._position[place]
+        (z,) = project(x, (self.weight[position].to(x.device),))
+        return torch.softmax(z / self.temperature, -1) + self.bias[position].to(z)
 
     def mix(self, u: Tensor, x: Tensor, stack: Stack, call: Call) -> Tensor:
-        gate = self._now[self._block_of[call.name]]
+        if self.granularity == "module":
+            gate = self._weigh(call.name, x)
+        else:
+            gate = self._now[self._place_of[call.name]].to(u.device)
         if gate.shape[0] != u.shape[0]:
             what = f"{call.name} sees {u.shape[0]} tokens and its decoder layer {gate.shape[0]}"
-            raise HeadwaterError(Problem(what, fix="LoRA-Flow cannot mix adapters on layers behind a token dispatch"))
+            fix = "behind a token dispatch gates have to be of granularity module"
+            raise HeadwaterError(Problem(what, fix=fix))
         call.saw_gate(gate)
         return u * stack.spread(gate)
 
     def save(self, folder: Path, pool: AdapterPool, **fields: Any) -> None:
         """Write the gates. `fields` are kept beside them, e.g. how they were trained."""
-        kept = {"blocks": self.blocks, "start": self.start, "temperature": self.temperature, **fields}
-        write_fitted(folder, KIND, pool, self.names, kept, {"weight": self.weight, "bias": self.bias})
+        made = {"start": self.start, "temperature": self.temperature, "granularity": self.granularity}
+        write_fitted(folder, KIND, pool, self.names, {"places": self.places, **made, **fields}, self.state_dict())
 
     @classmethod
     def load(cls, folder: Path, pool: AdapterPool, pooled: PooledModel) -> FlowGate:
@@ -134,11 +164,12 @@ class FlowGate(nn.Module):
             HeadwaterError: the files are damaged, or made for other adapters or another model.
         """
         names, fields, tensors = read_fitted(folder, KIND, pool)
-        gate = cls(pooled, names, fields.get("start"), fields.get("temperature", 1.0))
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
-        if shapes != wanted or fields.get("blocks") != gate.blocks:
-            what = f"the gates have shapes {shapes}, and these adapters on this model need {wanted}"
+        made = (fields.get("temperature", 1.0), fields.get("granularity", "layer"))
+        gate = cls(pooled, names, fields.get("start"), *made)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        wanted = {name: tensor.shape for name, tensor in gate.state_dict().items()}
+        if shapes != wanted or fields.get("places") != gate.places:
+            what = "the gates do not fit these adapters on this model: their places or sizes are others"
             raise HeadwaterError(Problem(what, str(folder), "train them again"))
         gate.load_state_dict(tensors)
         return gate
@@ -233,20 +264,24 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _blocks(pooled: PooledModel, names: Sequence[str]) -> dict[str, str]:
-    """Adapted layer -> the decoder layer that it is in, in the model's order."""
+def _places(pooled: PooledModel, names: Sequence[str], granularity: Granularity) -> dict[str, str]:
+    """Adapted layer -> the module whose input its gate reads, in the model's order."""
     lists = {name for name, module in pooled.model.named_modules() if isinstance(module, nn.ModuleList)}
     adapted = {layer for name in names for layer in pooled.adapter(name).layers}
+    ordered = [layer for layer, _ in pooled.model.named_modules() if layer in adapted]
+    if granularity == "module":
+        return {layer: layer for layer in ordered}
     found, outside = {}, []
-    for layer, _ in pooled.model.named_modules():
-        if layer in adapted:
-            parts = layer.split(".")
-            ends = (i for i in range(len(parts) - 1) if ".".join(parts[: i + 1]) in lists)
-            first = next(ends, None)
-            if first is None:
-                outside.append(Problem("LoRA-Flow has a gate per decoder layer, and this layer is in none", layer))
-            else:
-                found[layer] = ".".join(parts[: first + 2])
+    for layer in ordered:
+        parts = layer.split(".")
+        ends = (i for i in range(1, len(parts)) if ".".join(parts[:i]) in lists)
+        end = next(ends, None)
+        if end is None:
+            what = "this layer is in no decoder layer, whose input a gate could read"
+            outside.append(Problem(what, layer, "take gates of granularity module"))
+        else:
+            number = parts[end] if granularity == "layer" else "0"
+            found[layer] = ".".join([*parts[:end], number])
     if outside:
         raise HeadwaterError(*outside)
     return found
