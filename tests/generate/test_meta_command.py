@@ -20,11 +20,14 @@ from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
 from headwater import base_model
 from headwater.cli import main
-from headwater.cli.meta import _vector_of
+from headwater.cli.meta import _config_of, _load, _vector_of
 from headwater.config import load_config
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
-from headwater.generate import study, task_vector
+from headwater.data.tasks import Task
+from headwater.errors import HeadwaterError
+from headwater.evaluation import EvaluationSpec
+from headwater.generate import AdapterGenerator, best_of, read_adapter, score_adapter, study, task_vector, write_adapter
 from headwater.generate.report import _size
 from headwater.generate.spec import MetaConfig
 
@@ -136,6 +139,108 @@ def test_a_new_task_from_examples(finished, meta_folder, tmp_path, capsys):
     assert (tmp_path / "new" / "adapter_config.json").is_file()
 
 
+def test_the_best_of_several_on_validation_rows(finished, meta_folder, tmp_path, capsys):
+    """The adapter written is the one whose loss, row by row on stock PEFT, is lowest."""
+    rows = [{"prompt": f"animals so {i}", "completion": [" cat", " dog", " hen"][i % 3]} for i in range(7)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generator, tokenizer = AdapterGenerator.load(finished / "generator"), make_tiny_tokenizer()
+
+    def loss(weights):
+        write_adapter(tmp_path / "one", generator.layout, weights)
+        model = PeftModel.from_pretrained(make_tiny_llama(), str(tmp_path / "one")).eval()
+        total, count = 0.0, 0
+        for row in rows:
+            prompt, answer = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
+            answer = [*answer, tokenizer.eos_token_id]
+            with torch.no_grad():
+                log_p = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            total -= sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+            count += len(answer)
+        return total / count
+
+    for task, settings in (("animals", {}), (None, {"examples": meta_folder / "animals-train.jsonl"})):
+        options = ["--task", task] if task else ["--examples", settings["examples"]]
+        plain = ["--output", tmp_path / f"{task}-likeliest", *options]
+        assert meta(capsys, "generate", finished, *plain)[0] == 0
+        losses = {}
+        for seed in (None, 3, 4, 5, 6):
+            target = tmp_path / f"{task}-{seed}"
+            drawn = [] if seed is None else ["--seed", seed]
+            assert meta(capsys, "generate", finished, *options, *drawn, "--output", target)[0] == 0
+            losses[seed] = loss(read_adapter(target)[1])
+        best = min(losses, key=losses.get)
+        asked = [
+            "--best-of",
+            5,
+            "--seed",
+            3,
+            "--validation",
+            tmp_path / "rows.jsonl",
+            "--output",
+            tmp_path / f"{task}-best",
+        ]
+        code, _, err = meta(capsys, "generate", finished, *options, *asked)
+        assert code == 0, err
+        assert torch.equal(read_adapter(tmp_path / f"{task}-best")[1], read_adapter(tmp_path / f"{task}-{best}")[1])
+        assert f"the best of 5, {'z = 0' if best is None else f'seed {best}; z = 0 has {losses[None]:.3f}'}" in err
+        assert f"loss {losses[best]:.3f} on 7 validation rows" in err
+        assert len(set(losses.values())) == 5
+
+
+def test_the_run_s_validation_rows_choose_by_the_task_s_metric(finished, meta_folder, tmp_path, capsys):
+    rows = f"tasks.1.validation={meta_folder / 'colours-test.jsonl'}"
+    asked = ["generate", finished, "--task", "colours", "--best-of", 3, "--output"]
+    code, _, err = meta(capsys, *asked, tmp_path / "best", "--set", rows)
+    assert (code, "choice_accuracy" in err, "on 8 validation rows" in err) == (0, True, True), err
+    for more, message in (
+        (["--set", "seed=0"], "--best-of: there are no rows to choose by: colours has no validation rows"),
+        (["--validation", tmp_path / "none.jsonl"], "none.jsonl"),
+        (["--task", "shapes"], "knows no task 'shapes'"),
+    ):
+        code, _, err = meta(capsys, *asked, tmp_path / "no", *more)
+        assert (code, message in " ".join(err.split()), "Traceback" in err) == (2, True, False), err
+    code, _, err = meta(
+        capsys, "generate", finished, "--task", "colours", "--output", tmp_path / "no", "--validation", "x"
+    )
+    assert (code, "--validation: the option does not apply here" in err) == (2, True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_scoring_an_adapter_leaves_the_base_model_as_it_was(finished):
+    generator, model, ids = AdapterGenerator.load(finished / "generator"), make_tiny_llama(), torch.arange(9)[None]
+    task = Task("t", 0, "loss", test=[Row(prompt="animals", completion=" cat")])
+    before, modules = model(ids).logits, [type(module) for module in model.modules()]
+    weights = generator.for_task("animals")
+    for _ in range(2):
+        found = score_adapter(
+            model, make_tiny_tokenizer(), generator.layout, weights, task, EvaluationSpec(), DataSpec()
+        )
+        assert (found.metric, found.n) == ("loss", 1)
+        assert torch.equal(model(ids).logits, before)
+        assert [type(module) for module in model.modules()] == modules
+
+
+def test_the_earliest_of_the_best_is_kept():
+    def of(scores, **options):
+        made = []
+
+        def draw(*, seed):
+            made.append(seed)
+            return torch.tensor([float(len(made))])
+
+        best = best_of(draw, len(scores), lambda weights: scores[int(weights) - 1], **options)
+        assert best.score == scores[int(best.weights) - 1]
+        return best.seed, made
+
+    assert of([0.5, 0.5, 0.25]) == (None, [None, 0, 1])
+    assert of([0.5, 0.75, 0.75], seed=7) == (7, [None, 7, 8])
+    assert of([float("nan"), 0.1, float("inf"), 0.2]) == (2, [None, 0, 1, 2])
+    with pytest.raises(HeadwaterError, match="none of 2 adapters has a finite score"):
+        of([float("nan"), float("-inf")])
+    with pytest.raises(HeadwaterError, match="count is 0"):
+        of([])
+
+
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(finished, meta_folder, tmp_path):
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "headwater", "meta", "train", str(meta_folder / "meta.yaml")]
@@ -175,8 +280,9 @@ def test_vectors_are_of_one_device_whether_or_not_something_was_left_to_collect(
     config = load_config(meta_folder / "meta.yaml", [f"output_dir={tmp_path}"], model=MetaConfig)
     study.MetaRun(config, Console(quiet=True)).collect()
     monkeypatch.setattr(sys.modules["headwater.generate.task_vector"], "task_vector", vector)
+    config = _config_of(tmp_path / "generator", ())
     generator = SimpleNamespace(vector_settings={})
-    _vector_of(generator, tmp_path / "generator", str(meta_folder / "animals-test.jsonl"), ())
+    _vector_of(generator, config, *_load(config), str(meta_folder / "animals-test.jsonl"))
     assert seen == [{"meta"}] * 3
 
 

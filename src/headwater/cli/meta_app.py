@@ -45,9 +45,29 @@ def generate(
         Optional[int],  # noqa: UP045
         typer.Option(help="Draw an adapter instead of taking the likeliest."),
     ] = None,
+    best_of: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="Make so many, the likeliest and draws, and keep the best on validation rows."),
+    ] = None,
+    validation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FILE", help="For --best-of: rows to choose by; the run's validation rows by default."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write an adapter for a known task, or for a new one from examples."""
+    from headwater.cli.evaluate import refuse
     from headwater.cli.meta import generate as run
 
-    run(source, output, task=task, examples=examples, seed=seed, overrides=overrides or [])
+    if best_of is None:
+        refuse({"--validation": validation}, "it is about --best-of: leave it out, or give that")
+    run(
+        source,
+        output,
+        task=task,
+        examples=examples,
+        seed=seed,
+        best_of=best_of,
+        validation=validation,
+        overrides=overrides or [],
+    )

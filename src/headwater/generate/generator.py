@@ -80,10 +80,14 @@ class AdapterGenerator:
         Raises:
             HeadwaterError: if it knows no such task.
         """
+        self.require(name)
+        return self.generate(self.tasks[name], scale=name, seed=seed)
+
+    def require(self, name: str) -> None:
+        """Raises HeadwaterError unless the generator was trained on this task."""
         if name not in self.tasks:
             fix = f"it knows {', '.join(self.tasks)}; a new task needs examples"
             raise HeadwaterError(Problem(f"the generator knows no task {name!r}", "--task", fix))
-        return self.generate(self.tasks[name], scale=name, seed=seed)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of what is kept: the model, the tasks' vectors and scales, the origin; and of one adapter."""
