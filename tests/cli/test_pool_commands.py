@@ -1,4 +1,4 @@
-"""`headwater pool create | add | list | remove | check | merge` as typed."""
+"""`headwater pool create | add | list | remove | check | merge | cluster` as typed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from cli_support import run_main
 from compose.pool_support import save_base, save_lora
 
-from headwater.compose import AdapterPool
-from headwater.compose.adapter import read_adapter
+from headwater.compose import Adapter, AdapterPool, LowRank
+from headwater.compose.adapter import read_adapter, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,27 @@ def test_merging(pool, tmp_path, capsys):
         refused = run_main(capsys, "pool", "merge", pool, *wrong, *elsewhere)
         assert (refused.code, message in refused.err) == (2, True), refused.err
     assert not (tmp_path / "new").exists()
+
+
+def test_clustering(pool, made, capsys):
+    layers = AdapterPool(pool).load("cats").layers
+    again = Adapter("more-cats", {name: LowRank(f.A * 2, f.B, f.scaling) for name, f in layers.items()})
+    write_adapter(again, pool.parent / "more-cats", str(made / "base"))
+    assert run_main(capsys, "pool", "add", pool, pool.parent / "more-cats").code == 0
+    found = json.loads(run_main(capsys, "pool", "cluster", pool, "--clusters", 3, "--json").out)
+    assert found["clusters"] == [["cats", "more-cats"], ["dogs"], ["wide"]]
+    assert found["adapters"] == ["cats", "dogs", "wide", "more-cats"]
+    assert found["similarity"][0][3] == pytest.approx(1)
+    for other, clusters in (("dogs", ["1 cats", "2 dogs"]), ("more-cats", ["1 cats, more-cats"])):
+        shown = run_main(capsys, "pool", "cluster", pool, "--clusters", 2, "--adapter", "cats", "--adapter", other)
+        lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+        rows = [line for line in lines if line[:1].isdigit()]
+        assert [row[: len(names)] for row, names in zip(rows, clusters, strict=True)] == clusters
+        assert shown.err == ("" if len(clusters) == 2 else "1 clusters, not 2: other adapters are the same\n")
+    refused = run_main(capsys, "pool", "cluster", pool, "--clusters", 5)
+    assert (refused.code, "4 adapters cannot make 5 clusters" in refused.err) == (2, True)
+    refused = run_main(capsys, "pool", "cluster", pool, "--clusters", 1, "--adapter", "nobody")
+    assert (refused.code, "no adapter 'nobody'" in refused.err) == (2, True)
 
 
 def test_what_is_refused(pool, made, tmp_path, capsys):

@@ -138,6 +138,36 @@ def merge(folder: str, weighted: Sequence[str], how: str, output: str) -> None:
     _say(f"{output}: {how} of {', '.join(f'{w:g} {name}' for name, w in weights.items())}")
 
 
+def cluster(folder: str, names: Sequence[str], count: int, seed: int, *, as_json: bool) -> None:
+    """Show which adapters are alike.
+
+    Raises:
+        HeadwaterError: an unknown adapter, or more clusters than adapters.
+    """
+    from headwater.compose import AdapterPool
+    from headwater.compose.cluster import cluster as clusters_of
+    from headwater.compose.cluster import similarity
+
+    pool = AdapterPool(folder)
+    pool.require(*names)
+    chosen = list(dict.fromkeys(names)) or pool.names
+    adapters = [pool.load(name) for name in chosen]
+    found, cosines = clusters_of(adapters, count, seed=seed), similarity(adapters)
+    if as_json:
+        print(json.dumps({"clusters": found, "adapters": chosen, "similarity": cosines.tolist()}))
+        return
+    if len(found) < count:
+        err_console().print(f"{len(found)} clusters, not {count}: other adapters are the same", highlight=False)
+    rows = []
+    for number, members in enumerate(found, 1):
+        inside = [chosen.index(name) for name in members]
+        outside = [i for i in range(len(chosen)) if i not in inside]
+        pairs = [cosines[i, j].item() for i in inside for j in inside if i < j]
+        others = cosines[inside][:, outside].flatten().tolist()
+        rows.append([number, ", ".join(members), *(f"{sum(p) / len(p):.3f}" if p else "" for p in (pairs, others))])
+    out_console().print(table(["cluster", "adapters", "mean cosine inside", "and to the others"], rows))
+
+
 def new_folder(output: str) -> Path:
     """The path of a folder that does not hold anything yet and can be made.
 

@@ -105,6 +105,20 @@ def merge(
 
 
 @pool_app.command()
+def cluster(
+    pool: Pool,
+    clusters: Annotated[int, typer.Option(min=1, help="How many.")],
+    adapter: SomeNames = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Group adapters whose updates are alike: tasks that could share one adapter."""
+    from headwater.cli.pool import cluster as run
+
+    run(pool, adapter or [], clusters, seed, as_json=as_json)
+
+
+@pool_app.command()
 def retrieve(
     pool: Pool,
     prompt: Prompts = None,
