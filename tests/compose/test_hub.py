@@ -129,6 +129,28 @@ def test_every_evaluation_is_the_objective(pool, pooled, penalty):
         assert evaluation["objective"] == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.parametrize("penalty", ["paper", "official"])
+def test_a_loss_of_one_s_own(pool, pooled, penalty):
+    """One minus the mean probability of the likeliest next token, of the model with the composed adapter and the rows drawn."""
+    given, seen = rows(pool, 7), []
+
+    def unsure(model, made):
+        seen.append(([row.input_ids for row in made], model.training, torch.is_grad_enabled()))
+        found = [model(torch.tensor([row.input_ids])).logits[0, -1].softmax(-1).max().item() for row in made]
+        return 1 - sum(found) / len(found)
+
+    found = search(pooled, NAMES, given, 258, HubSpec(budget=6, penalty=penalty), loss=unsure)
+    made = [given[i] for i in torch.randperm(7, generator=torch.Generator().manual_seed(0))[:5].tolist()]
+    assert seen == [([row.input_ids for row in made], False, False)] * 6
+    assert len({round(evaluation["loss"], 3) for evaluation in found.evaluations}) > 2
+    for evaluation in found.evaluations:
+        adapter = compose([pool.load(name) for name in NAMES], evaluation["weights"])
+        loss, size = unsure(merged(sharp(), (1.0, adapter)), made), sum(abs(w) for w in evaluation["weights"])
+        want = loss + 0.05 * size if penalty == "paper" else loss / 5 + 0.05 * size / 3
+        assert evaluation["loss"] == pytest.approx(loss, abs=1e-4)
+        assert evaluation["objective"] == pytest.approx(want, abs=1e-4)
+
+
 def test_a_planted_task_is_found(pool, pooled):
     found = search(pooled, NAMES, rows(pool), 258, HubSpec())
     assert len(found.evaluations) == 40

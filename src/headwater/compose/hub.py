@@ -9,6 +9,7 @@ the search starts, is a flat point: what the search finds depends on its first j
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
@@ -26,6 +28,8 @@ from .pool import AdapterPool
 from .saved import write_fitted
 
 KIND = "hub"
+Loss = Callable[[nn.Module, Sequence[Encoded]], float]
+"""What a search lowers: a number made of the model, a composed adapter on it, and the rows that were drawn."""
 BOX = 1.5
 
 
@@ -63,8 +67,8 @@ class HubResult:
         adapter: the adapters with these weights, as one.
         objective: that J.
         optimiser: the one that really ran.
-        evaluations: weights, loss (mean -log p, in nats) and J of every evaluation, in order; J is 1e9 where the loss
-            is not finite.
+        evaluations: weights, loss (mean -log p, in nats, or what the search was given) and J of every evaluation, in
+            order; J is 1e9 where the loss is not finite.
     """
 
     weights: dict[str, float]
@@ -97,6 +101,7 @@ def search(
     pad_token_id: int,
     spec: HubSpec,
     *,
+    loss: Loss | None = None,
     progress: Callable[[int, int, float], None] = lambda done, budget, best: None,
 ) -> HubResult:
     """Search the weights.
@@ -104,6 +109,8 @@ def search(
     Args:
         names: the adapters.
         rows: encoded rows; `spec.examples` of them are used.
+        loss: to lower instead of the mean of -log p over the rows' completion tokens, e.g. 1 - accuracy. The penalty is
+            added to it as to that. It is called without gradients, in eval mode.
         progress: called after each evaluation with its number, the budget and the best J so far.
 
     Raises:
@@ -111,7 +118,6 @@ def search(
             layers, ranks or scalings, or no loss is finite.
     """
     from ..evaluation.forward import evaluating
-    from ..evaluation.likelihood import completion_losses
 
     optimiser = _optimiser(len(names), spec)
     if not rows:
@@ -120,25 +126,19 @@ def search(
     compose(adapters, [0.0] * len(adapters))  # refuses adapters that do not fit before anything is run
     draw = torch.Generator().manual_seed(spec.seed)
     chosen = [rows[i] for i in torch.randperm(len(rows), generator=draw)[: spec.examples].tolist()]
+    loss = loss or functools.partial(_mean_loss, pad_token_id=pad_token_id)
     evaluations: list[dict[str, Any]] = []
     with evaluating(pooled.model):
         for done in range(1, spec.budget + 1):
             asked = optimiser.ask()
             weights = [float(w) for w in asked.value]
             with pooled.all_rows(compose(adapters, weights)):
-                found = completion_losses(
-                    pooled.model,
-                    [row.input_ids for row in chosen],
-                    [row.labels for row in chosen],
-                    fill=pad_token_id,
-                    batch_size=len(chosen),
-                )
-            loss = sum(total for total, _ in found) / max(1, sum(count for _, count in found))
-            objective = _objective(loss, weights, len(chosen), spec.penalty)
+                value = float(loss(pooled.model, chosen))
+            objective = _objective(value, weights, len(chosen), spec.penalty)
             if not np.isfinite(objective):
                 objective = 1e9
             optimiser.tell(asked, objective)
-            evaluations.append({"weights": weights, "loss": loss, "objective": objective})
+            evaluations.append({"weights": weights, "loss": value, "objective": objective})
             best = min(evaluations, key=lambda e: e["objective"])
             progress(done, spec.budget, best["objective"])
     if not np.isfinite(best["loss"]):
@@ -147,6 +147,14 @@ def search(
     result = compose(adapters, best["weights"])
     found_weights = dict(zip(names, best["weights"], strict=True))
     return HubResult(found_weights, result, best["objective"], f"{spec.optimiser} -> {resolved.name}", evaluations)
+
+
+def _mean_loss(model: nn.Module, rows: Sequence[Encoded], pad_token_id: int) -> float:
+    from ..evaluation.likelihood import completion_losses
+
+    ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
+    found = completion_losses(model, ids, labels, fill=pad_token_id, batch_size=len(rows))
+    return sum(total for total, _ in found) / max(1, sum(count for _, count in found))
 
 
 def _objective(loss: float, weights: Sequence[float], examples: int, penalty: str) -> float:
