@@ -131,7 +131,7 @@ def test_every_evaluation_is_the_objective(pool, pooled, penalty):
 
 @pytest.mark.parametrize("penalty", ["paper", "official"])
 def test_a_loss_of_one_s_own(pool, pooled, penalty):
-    """One minus the mean probability of the likeliest next token, of the model with the composed adapter and the rows drawn."""
+    """One minus the mean probability of the likeliest next token: of the composed model, on the rows that are drawn."""
     given, seen = rows(pool, 7), []
 
     def unsure(model, made):
@@ -149,6 +149,21 @@ def test_a_loss_of_one_s_own(pool, pooled, penalty):
         want = loss + 0.05 * size if penalty == "paper" else loss / 5 + 0.05 * size / 3
         assert evaluation["loss"] == pytest.approx(loss, abs=1e-4)
         assert evaluation["objective"] == pytest.approx(want, abs=1e-4)
+
+
+def test_a_planted_task_among_five_is_come_nearer_to(tmp_path):
+    """Forty evaluations need not name the planted adapter, but have to beat none and weights at random."""
+    names = ["a", "b", "c", "d", "e"]
+    five = make_pool(tmp_path, dict.fromkeys(names, PLANS["a"]))
+    drawn = (torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1) * BOX
+    at_random = [compose([five.load(name) for name in names], w.tolist()) for w in drawn]
+    for planted in ("a", "d"):
+        found = search(PooledModel(sharp(), five.load), names, rows(five, planted=planted), 258, HubSpec())
+        assert len(found.evaluations) == 40
+        held_out = rows(five, 16, planted)[8:]
+        loss, *others = (loss_of(merged(sharp(), (1.0, one)), held_out) for one in (found.adapter, *at_random))
+        assert loss < loss_of(sharp(), held_out)
+        assert loss < sum(others) / len(others)
 
 
 def test_a_planted_task_is_found(pool, pooled):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_llama
 
 from headwater.errors import HeadwaterError
@@ -93,6 +95,55 @@ def test_a_written_adapter_is_the_read_one_and_loads_strictly(tmp_path):
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 4, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_written_adapter_has_the_source_s_keys_shapes_and_dtypes(tmp_path, dtype):
+    save_lora(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    source = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(source, file, metadata={"format": "pt"})
+    layout, vector = read_adapter(tmp_path / "a")
+    assert vector.dtype == torch.float32
+    write_adapter(tmp_path / "b", layout, vector)
+    written = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert written.keys() == source.keys()
+    for name, tensor in source.items():
+        assert written[name].dtype == dtype
+        assert torch.equal(written[name], tensor)
+    model = get_peft_model(make_tiny_llama(), LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj", "down_proj"]))
+    result = set_peft_model_state_dict(model, written)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key]
+
+
+@pytest.mark.parametrize("stats", ["per_task_mean", "pooled"])
+@pytest.mark.parametrize("origin", ["mean", "none"])
+def test_scales_and_origin_are_measured_as_they_say(stats, origin):
+    layout, weights, vectors = toy_layout(), toy_weights(n=4, noise=0.5), toy_vectors()
+    weights["task1"] = 3 * weights["task1"] + 1
+    spec = MetaSpec(channels=(4, 4), latent=4, stats=stats, origin=origin)
+    generator = new_generator(layout, weights, vectors, spec, seed=0)
+    start = sum(w[i] for w in weights.values() for i in range(4)) / 12 if origin == "mean" else torch.zeros(257)
+    torch.testing.assert_close(generator.origin, start)
+    tasks = {}
+    for name, w in weights.items():
+        tasks[name] = []
+        for part in torch.split(w - start, [100, 156, 1], dim=1):
+            numbers = [[float(x) for x in row] for row in part]
+            mean = sum(sum(row) / len(row) for row in numbers) / 4
+            stds = [statistics.stdev(row) if len(row) > 1 else 0.0 for row in numbers]
+            tasks[name].append((mean, sum(stds) / 4 or 1.0))
+    average = [tuple(sum(tasks[t][i][k] for t in tasks) / 3 for k in (0, 1)) for i in range(3)]
+    for name in weights:
+        want = average if stats == "pooled" else tasks[name]
+        scale = generator.scales[name]
+        for i, (mean, std) in enumerate(want):
+            assert (scale.mean[i].item(), scale.std[i].item()) == pytest.approx((mean, std), rel=1e-4, abs=1e-6)
+        decoded = generator.cvae.eval().decode(torch.zeros(1, 4), generator.condition(vectors[name])[None])[0].detach()
+        for made, by in ((generator.for_task(name), want), (generator.generate(vectors[name]), average)):
+            parts = [d * std + mean for d, (mean, std) in zip(decoded.split([100, 156, 1]), by, strict=True)]
+            torch.testing.assert_close(made, torch.cat(parts) + start, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

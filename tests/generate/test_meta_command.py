@@ -338,5 +338,30 @@ def test_the_task_vector_does_not_depend_on_batches_or_leave_hooks():
     torch.testing.assert_close(vector, torch.stack(plain).mean(0), rtol=0, atol=1e-5)
     assert vector.shape == (32,)
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    generated = task_vector(model, tokenizer, rows[:2], DataSpec(), position="generated_mean", max_new_tokens=3)
-    assert generated.norm().item() == pytest.approx(1, abs=1e-5)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        assert torch.equal(task_vector(model, tokenizer, rows, DataSpec(), samples=11, normalize=False), vector)
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_the_mean_over_generated_tokens_is_that_of_every_step(layer):
+    model, tokenizer = make_tiny_llama(), make_tiny_tokenizer()
+    rows = [Row(prompt="word " * (1 + i), completion=" x") for i in range(3)]
+    states = []
+    for row in rows:
+        ids = tokenizer(row.prompt).input_ids
+        for _ in range(4):  # without a cache: the last position of the prompt, then of each token that is added
+            with torch.no_grad():
+                out = model(torch.tensor([ids]), output_hidden_states=True)
+            states.append(out.hidden_states[layer][0, -1])
+            ids.append(out.logits[0, -1].argmax().item())
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    want = torch.stack(states).mean(0)
+    settings = {"position": "generated_mean", "max_new_tokens": 4, "layer": layer}
+    found = task_vector(model, tokenizer, rows, DataSpec(), normalize=False, **settings)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+    unit = task_vector(model, tokenizer, rows, DataSpec(), **settings)
+    torch.testing.assert_close(unit, want / want.norm(), rtol=0, atol=1e-5)
+    last = task_vector(model, tokenizer, rows, DataSpec(), layer=layer, normalize=False)
+    assert (last - want).abs().max() > 1e-3
