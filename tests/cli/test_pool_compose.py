@@ -96,6 +96,17 @@ def test_all_ways_on_the_same_rows(made, tmp_path, capsys):
         assert [scores[way]["tasks"][kind]["n"] for kind in KINDS] == [5, 5, 5]
         assert len(scores[way]["tasks"]["news"]["interval"]) == 2
     assert scores["own"]["tasks"]["news"] == scores["news"]["tasks"]["news"]
+    one = ["--tasks", made / "one.yaml", *encoder, "--max-rows", 3, "--scores", file]
+    for way, cold in (("mixture", True), ("selection", False)):  # the nearest alone
+        run(capsys, made, "evaluate", *one, "--way", way, *(["--temperature", 1e-6] if cold else []))
+        scores[way] = json.loads(file.read_text())["ways"][way]
+    assert scores["mixture"] == scores["selection"]
+    for way, temperature, message in (
+        ("mixture", 0, "temperature: 0.0 is not a finite number above 0"),
+        ("selection", 1, "--temperature: the option does not apply here"),
+    ):
+        refused = run(capsys, made, "evaluate", *one, "--way", way, "--temperature", temperature, code=2)
+        assert message in refused.err
 
 
 @pytest.mark.parametrize("metric", ["choice_accuracy", "loss", "exact_match"])

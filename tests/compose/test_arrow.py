@@ -183,6 +183,16 @@ def test_a_token_along_a_prototype_goes_to_its_adapter():
     assert seen[UP].argmax(-1).tolist() == [[2, 0, 3]]
 
 
+def test_inputs_that_do_not_lie_in_one_piece(pool):
+    for spec in (ArrowSpec(2), ArrowSpec(2, combine="factors")):
+        router = Arrow(model_of(pool), pool, ["plain", "twin"], spec)
+        x = torch.randn(32, 5, 2, generator=torch.Generator().manual_seed(0)).double().permute(2, 1, 0)
+        module = router.pooled.model.get_submodule(UP)
+        with torch.no_grad(), router.on():
+            assert torch.equal(module(x), module(x.contiguous()))
+            assert not torch.allclose(module(x), x @ module.weight.T)
+
+
 def test_order_of_adapters_signs_and_alphas(pool):
     inputs = ids()
     router = Arrow(model_of(pool), pool, NAMES, ArrowSpec(2))

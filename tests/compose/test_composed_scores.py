@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from pool_support import make_pool
@@ -22,10 +24,11 @@ class Ranking:
     """Finds the adapters in one order for every text."""
 
     names = ("rs", "plain", "twin", "patterns")
+    scores = (0.5, 0.4, 0.2, 0.1)
 
     def retrieve(self, texts, k, *, exclude=None):
         barred = exclude or [()] * len(texts)
-        return [[(n, 0.5) for n in self.names if n not in out][:k] for out in barred]
+        return [[(n, s) for n, s in zip(self.names, self.scores, strict=False) if n not in out][:k] for out in barred]
 
 
 def rows(count=6, text="row"):
@@ -57,6 +60,14 @@ def test_each_way_s_mixtures(found):
     assert plan("selection") == {"rs": 1.0}
     assert plan("mixture") == plan("fusion") == {"rs": 0.5, "plain": 0.5}
     assert len(plan("mixture", top=3)) == 3
+    weighed = plan("mixture", temperature=0.2)
+    assert weighed == plan("fusion", temperature=0.2)
+    assert weighed["rs"] / weighed["plain"] == pytest.approx(math.exp(0.5))
+    assert sum(weighed.values()) == pytest.approx(1)
+    assert plan("selection", temperature=0.2) == {"rs": 1.0}
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(HeadwaterError, match=r"temperature: .* is not a finite number above 0"):
+            plan("mixture", temperature=temperature)
     assert plan("selection", exclude_own=True) == {"plain": 1.0}
     assert plan("mixture", exclude_own=True) == {"plain": 0.5, "twin": 0.5}
     with pytest.raises(HeadwaterError, match="unknown way 'nothing'"):

@@ -289,14 +289,23 @@ def evaluate(
     exclude_own: Annotated[
         bool, typer.Option("--exclude-own", help="Never retrieve the adapter of the task's own name.")
     ] = False,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Weigh what is retrieved by softmax(score / temperature), not equally."),
+    ] = None,
     split: Split = "test",
     max_rows: MaxRows = None,
     scores: Scores = None,
     overrides: Overrides = None,
 ) -> None:
     """Score tasks with the pool's adapters, combined in one or several ways."""
+    from headwater.cli.evaluate import refuse
     from headwater.cli.pool_compose import Scoring
     from headwater.cli.pool_compose import evaluate as run
 
+    if not {"mixture", "fusion"} & set(way):
+        refuse(
+            {"--temperature": temperature}, "it is about --way mixture and fusion: leave it out, or give one of them"
+        )
     scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
-    run(pool, scoring, way, top=top, encoder=encoder, exclude_own=exclude_own)
+    run(pool, scoring, way, top=top, encoder=encoder, exclude_own=exclude_own, temperature=temperature)

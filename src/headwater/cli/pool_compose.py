@@ -247,17 +247,30 @@ def arrow(
     _show({"arrow": scores}, scoring)
 
 
-def evaluate(folder: str, scoring: Scoring, ways: Sequence[str], *, top: int, encoder: str, exclude_own: bool) -> None:
+def evaluate(
+    folder: str,
+    scoring: Scoring,
+    ways: Sequence[str],
+    *,
+    top: int,
+    encoder: str,
+    exclude_own: bool,
+    temperature: float | None,
+) -> None:
     """Score tasks with the pool's adapters, in one or several ways.
 
     Raises:
         HeadwaterError: for whatever is wrong with the pool, the tasks or the ways.
     """
+    from headwater.compose.retriever import mixtures
     from headwater.compose.scoring import RETRIEVED
 
+    mixtures([], temperature)  # refuses one that cannot be before anything is loaded or scored
     config, tasks, found = _compose(folder, scoring)
     retriever = _retriever(found.pool, encoder) if set(ways) & set(RETRIEVED) else None
-    composition = dataclasses.replace(found, retriever=retriever, top=top, exclude_own=exclude_own)
+    composition = dataclasses.replace(
+        found, retriever=retriever, top=top, exclude_own=exclude_own, temperature=temperature
+    )
     _score_and_show(ways, composition, tasks, config, scoring)
 
 

@@ -169,7 +169,12 @@ def mixtures(found: Sequence[Found], temperature: float | None = None) -> list[d
     Args:
         temperature: None gives every adapter found the same weight, as in the paper; a number above 0 gives
             softmax(score / temperature).
+
+    Raises:
+        HeadwaterError: `temperature` is not a finite number above 0.
     """
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise HeadwaterError(Problem(f"{temperature} is not a finite number above 0", "temperature"))
     rows = []
     for pairs in found:
         best = max((score for _, score in pairs), default=0.0)

@@ -39,6 +39,7 @@ class Composition:
         retriever: needed by `selection`, `mixture` and `fusion` only.
         top: adapters to retrieve for mixture and fusion.
         exclude_own: never retrieve the adapter that has the task's name: the out-of-domain protocol.
+        temperature: weighs what is retrieved for mixture and fusion by softmax(score / temperature); None equally.
     """
 
     pool: AdapterPool
@@ -47,6 +48,7 @@ class Composition:
     retriever: Retriever | None = None
     top: int = 3
     exclude_own: bool = False
+    temperature: float | None = None
 
 
 def score_way(
@@ -103,7 +105,8 @@ def plan_rows(way: str, composition: Composition, task: str, rows: Sequence[Row]
             raise HeadwaterError(Problem(f"{way} needs a retriever"))
         barred = [{task}] * len(rows) if composition.exclude_own else None
         top = 1 if way == "selection" else composition.top
-        return mixtures(composition.retriever.retrieve([row.prompt for row in rows], top, exclude=barred))
+        found = composition.retriever.retrieve([row.prompt for row in rows], top, exclude=barred)
+        return mixtures(found, composition.temperature)
     name = task if way == "own" else way
     if name not in pool:
         fix = f"one of {', '.join(WAYS)}, an adapter ({', '.join(pool.names)}), or a folder"
