@@ -66,16 +66,23 @@ def test_a_pool_without_samples_has_no_auto(tmp_path):
 def fitted(pool, folder):
     """Folder -> what `headwater pool` would have written there, and a context in which it is on the model."""
     pooled = PooledModel(make_tiny_llama(), pool.load)
-    gate = FlowGate(pooled, ["plain", "twin"], None)
-    with torch.no_grad():
-        gate.weight.normal_(generator=torch.Generator().manual_seed(0))
-    gate.save(folder / "gates", pool)
+    gates = {}
+    for name, granularity in (("gates", "layer"), ("of modules", "module")):
+        gates[name] = gate = FlowGate(pooled, ["plain", "twin"], None, granularity=granularity)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.normal_(generator=generator)
+        gate.save(folder / name, pool)
+    mixed = Arrow(pooled, pool, ["plain", "twin"], ArrowSpec(2, combine="factors"), ["rs"])
+    mixed.save(folder / "of factors")
     Arrow(pooled, pool, ["rs", "patterns"], ArrowSpec(1)).save(folder / "routing")
     adapter = compose([pool.load("plain"), pool.load("twin")], [0.5, -1.0])
     weights = {"plain": 0.5, "twin": -1.0}
     HubResult(weights, adapter, 0.0, "by hand", []).save(folder / "composed", pool)
     return {
-        "gates": gate.on,
+        **{name: gate.on for name, gate in gates.items()},
+        "of factors": mixed.on,
         "routing": Arrow(pooled, pool, ["rs", "patterns"], ArrowSpec(1)).on,
         "composed": lambda: pooled.all_rows(adapter),
         "arrow": Arrow(pooled, pool).on,
@@ -114,7 +121,7 @@ def test_what_was_fitted_on_a_pool_answers_every_request(tmp_path):
                 for _ in got:
                     ids.append(int(pooled.model(torch.tensor([ids])).logits[0, -1].argmax()))
             assert got == ids[len(prompt) :]
-    assert len({str(found) for found in answers.values()}) == 4
+    assert len({str(found) for found in answers.values()}) == 6
 
 
 def test_ways_that_cannot_be_served(headwater, tmp_path):
