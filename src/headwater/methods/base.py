@@ -120,8 +120,9 @@ class Branch(nn.Module):
 
         Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.methods.call.Call`.
         Training runs it twice, without gradients in forward and from the same ranks in backward (`call.again`), so that
-        what happens once is behind `call.first_time`, and dropout comes from `call.seed`, never from a global
-        generator. Gradients reach the ranks and what `mixes` names.
+        what happens once is behind `call.first_time`, what happens in training alone behind `call.training`, as the
+        model may be in another mode by then, and dropout comes from `call.seed`, never from a global generator.
+        Gradients reach the ranks and what `mixes` names.
         """
         return ranks[0] if len(ranks) == 1 else torch.cat(ranks, dim=-1)
 
@@ -140,8 +141,9 @@ class Branch(nn.Module):
         return (self.writes(),)
 
     def mixes(self) -> tuple[Tensor, ...]:
-        """All trained tensors that `mix` may use, those of other branches included; by default the branch's own."""
-        return tuple(p for p in self._parameters.values() if p is not None and p.requires_grad)
+        """All parameters that `mix` may use, those of other branches included; by default the branch's own. Asked once
+        for each direction: as many in backward, also where some are frozen by then."""
+        return tuple(p for p in self._parameters.values() if p is not None)
 
     def forward(self, base: Tensor | nn.Linear, x: Tensor, call: Call) -> Tensor:
         """The frozen layer's output plus the branch's update, `(tokens, d_out)`.
@@ -178,7 +180,7 @@ class Branch(nn.Module):
         heads = self.gated_heads(call, seed) if by_hand else None
         return Adapter(
             self.tensors if heads is None else self.tensors_by_hand,
-            functools.partial(self._mix, call, seed, of_input),
+            functools.partial(self._mix, call, seed, of_input, self.training),
             self.scaling,
             self.lora_dropout,
             of_input,
@@ -212,12 +214,13 @@ class Branch(nn.Module):
         call: Call,
         seed: Tensor | None,
         of_input: Tensor | None,
+        training: bool,
         ranks: tuple[Tensor, ...],
         x: Tensor,
         again: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        call = dataclasses.replace(call, seed=seed, again=again, losses=[])
-        if call.align is not None and self.training:
+        call = dataclasses.replace(call, seed=seed, training=training, again=again, losses=[])
+        if call.align is not None and training:
             detached = functools.partial(self._first_ranks, x.detach(), of_input)
             ranks = (call.align(call, ranks[0], detached), *ranks[1:])
         return self.mix(*self.exact(ranks, x, of_input), call=call), call.losses

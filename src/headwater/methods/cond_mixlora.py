@@ -91,7 +91,7 @@ class CondMixLoraBranch(Branch):
     def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
         call.check_rows()
         state = call.state
-        memory = {} if state is None or (self.training and torch.is_grad_enabled()) else state.memory
+        memory = {} if state is None or (call.training and torch.is_grad_enabled()) else state.memory
         key = (call.name, id(self))
         rows = call.by_row(z)  # (rows, length, E)
         if state is not None and not state.begins and key in memory:

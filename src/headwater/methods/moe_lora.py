@@ -229,7 +229,7 @@ class ExpertsBranch(Branch):
         p = torch.softmax(logits, dim=-1)
         gate, chosen = choose(p, self.top_k)
         call.saw_gate(gate)
-        if self.training:
+        if call.training:
             share = 1 / len(self._routers)
             if self.balance == "localized":
                 call.add_loss("balance", self.localized(gate, call), self.balance_weight * share)

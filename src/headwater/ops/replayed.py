@@ -31,16 +31,13 @@ class Weights(NamedTuple):
     downs: Sequence[Tensor]
     ups: Sequence[Tensor]
 
-    def to_keep(self, tensors: Tensors) -> Saved:
-        """What to save for backward: all if they were cast, which takes long and gives little to keep; else nothing."""
-        return () if tensors.up[0].dtype == self.ups[0].dtype else (self.clean, *self.downs, *self.ups)
+    def flat(self) -> Saved:
+        return self.clean, *self.downs, *self.ups
 
     @classmethod
-    def kept(cls, saved: Sequence[Tensor | None], downs: int) -> Weights | None:
-        """From what `to_keep` gave; None if that was nothing."""
-        if not saved:
-            return None
-        clean, *others = saved
+    def of(cls, saved: Sequence[Tensor | None], downs: int, layers: int) -> Weights:
+        """From what begins with what `flat` gave."""
+        clean, *others = saved[: 1 + downs + layers]
         present = [w for w in others if w is not None]
         return cls(clean, present[:downs], present[downs:])
 
@@ -65,7 +62,10 @@ class Replayed:
         u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         h = self._mixed(u, of_adapter, x)
         y.addmm_(aligned(cast(h, y.dtype)), aligned(weights.ups[0], 0), alpha=self.alpha)
-        return u, bits, *weights.to_keep(of_adapter)
+        # Casts take long and are small; what is not cast is asked for again. The others, which `mix` then uses as they
+        # are, are kept so that PyTorch refuses a backward after they were written to.
+        kept_weights = () if of_adapter.up[0].dtype == x.dtype else weights.flat()
+        return u, bits, *kept_weights, *of_adapter.others
 
     def _weights(self, tensors: Tensors, x: Tensor) -> Weights:
         dropped, clean = tensors.dropped, tensors.clean
@@ -83,7 +83,8 @@ class Replayed:
         self.x, self.tensors = x, self.adapter.tensors()
         tensors = self.tensors
         drops = self.adapter.seed is not None and bool(tensors.dropped)
-        self.weights = Weights.kept(rest, int(drops)) or self._weights(tensors, x)
+        stacked_again = tensors.up[0].dtype == x.dtype
+        self.weights = self._weights(tensors, x) if stacked_again else Weights.of(rest, int(drops), 1)
         ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
         wanted_up, self.wanted_reads, wanted_others = wants[:ups], wants[ups : ups + reads], wants[ups + reads :]
         up = self.weights.ups[0]
@@ -99,6 +100,8 @@ class Replayed:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             h, losses = self.adapter.mix(self.adapter.ranks(leaf, self.tensors), self.x, True)
+        # Those that are not trained any more get nothing, as from autograd.
+        wanted = [want and p.requires_grad for p, want in zip(self.tensors.others, wanted, strict=True)]
         trained = [p for p, want in zip(self.tensors.others, wanted, strict=True) if want]
         ends = [(h, cast(dh, h.dtype)), *((loss, torch.ones_like(loss)) for loss in losses)]
         outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
