@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .helpers import adapt, assert_same, config, gradients, train_loss
+from .helpers import adapt, assert_same, config, gradients, task_kwargs, tokens, train_loss
 
 
 def test_the_mode_is_that_of_the_forward(row, tiny_llama):
@@ -64,3 +64,34 @@ def test_it_is_of_the_weights_of_the_forward_or_refused(base, row, tiny_llama):
         assert "modified by an inplace operation" in str(error)  # noqa: PT017, either will do
     else:
         assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_it_is_of_the_parameters_that_took_part_in_the_forward_alone(base, row, tiny_llama):
+    """`torch.func.functional_call`, as where another network makes them."""
+    model = adapt(row, tiny_llama().to(base)).train()
+    others = {n: (1.5 * p).detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(0)
+    x = {"input_ids": tokens(), "labels": tokens(), **task_kwargs(row)}
+    loss = torch.func.functional_call(model, others, (), x).loss
+    found = torch.autograd.grad(loss, list(others.values()), allow_unused=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(others.get(name, parameter))
+    torch.manual_seed(0)
+    train_loss(row, model).backward()
+    assert_same({name: g for name, g in zip(others, found, strict=True) if g is not None}, gradients(model))
+
+
+def test_a_parameters_hook_runs_once_on_its_whole_gradient(row, tiny_llama):
+    model = adapt(row, tiny_llama()).train()
+    found = []
+    for factor in (1, 2):
+        model.zero_grad()
+        hooks = [p.register_hook(lambda g, c=factor: c * g) for p in model.parameters() if p.requires_grad]
+        torch.manual_seed(0)
+        train_loss(row, model).backward()
+        found.append(gradients(model))
+        for hook in hooks:
+            hook.remove()
+    assert_same(found[1], {name: 2 * g for name, g in found[0].items()})

@@ -141,9 +141,17 @@ class Branch(nn.Module):
         return (self.writes(),)
 
     def mixes(self) -> tuple[Tensor, ...]:
-        """All parameters that `mix` may use, those of other branches included; by default the branch's own. Asked once
-        for each direction: as many in backward, also where some are frozen by then."""
+        """All parameters that `mix` may use: the branch's own, and behind them those of other branches, for a method
+        that has such and takes them in `as_then`."""
         return tuple(p for p in self._parameters.values() if p is not None)
+
+    def as_then(self, others: Sequence[Tensor]) -> Branch:
+        """The branch with these in place of what `mixes` gives: in backward with those of forward, whatever has become
+        of the parameters (`torch.func.functional_call`). A copy, as others may use the branch at the same time."""
+        twin = object.__new__(type(self))
+        names = [name for name, p in self._parameters.items() if p is not None]
+        twin.__dict__.update(self.__dict__, **dict(zip(names, others, strict=False)))  # found before parameters are
+        return twin
 
     def forward(self, base: Tensor | nn.Linear, x: Tensor, call: Call) -> Tensor:
         """The frozen layer's output plus the branch's update, `(tokens, d_out)`.
@@ -159,7 +167,7 @@ class Branch(nn.Module):
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
         if self.training:
             adapter = self.adapter(x, call)
-            h, losses = adapter.mix(read_plainly(adapter, x), x, False)
+            h, losses = adapter.mix(read_plainly(adapter, x), x, None)
             call.losses.extend(losses)
         else:
             dropped, clean = self.reads()
@@ -191,8 +199,12 @@ class Branch(nn.Module):
             None if call.state is None else call.state.stacks,
         )
 
-    def tensors(self) -> Tensors:
-        return Tensors(self.writes_apart(), *self.reads(), self.mixes())
+    def tensors(self, others: Sequence[Tensor] | None = None) -> Tensors:
+        """As `headwater.ops.Adapter.tensors`."""
+        if others is None:
+            return Tensors(self.writes_apart(), *self.reads(), self.mixes())
+        then = self.as_then(others)
+        return Tensors(then.writes_apart(), *then.reads(), tuple(others))
 
     def tensors_by_hand(self) -> Tensors:
         """Where `mix` does not run, nobody needs what it uses besides."""
@@ -217,13 +229,14 @@ class Branch(nn.Module):
         training: bool,
         ranks: tuple[Tensor, ...],
         x: Tensor,
-        again: bool,
+        others: Sequence[Tensor] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        call = dataclasses.replace(call, seed=seed, training=training, again=again, losses=[])
+        call = dataclasses.replace(call, seed=seed, training=training, again=others is not None, losses=[])
+        branch = self if others is None else self.as_then(others)
         if call.align is not None and training:
-            detached = functools.partial(self._first_ranks, x.detach(), of_input)
+            detached = functools.partial(branch._first_ranks, x.detach(), of_input)
             ranks = (call.align(call, ranks[0], detached), *ranks[1:])
-        return self.mix(*self.exact(ranks, x, of_input), call=call), call.losses
+        return branch.mix(*branch.exact(ranks, x, of_input), call=call), call.losses
 
     def exact(self, ranks: Sequence[Tensor], x: Tensor, seed: Tensor | None = None) -> Sequence[Tensor]:
         """The ranks, with the logits of a choice read from x once more in float32 where x, or autocast, is of half

@@ -66,8 +66,7 @@ class ByHand:
         h = self._spread(z, z_0, gates, None if kept is None else kept.to(z.dtype))
         for up, y, of_layer in zip(ups, ys, cast(h, x.dtype), strict=True):
             y.addmm_(of_layer.T, up)
-        # Casts take long and are small. What is not cast is asked for again: it is kept so that PyTorch refuses a
-        # backward after it was written to.
+        # casts take long and are small; what is not cast is stacked again
         kept_weights = [w for t in tensors for w in t.flat()] if self.heads.dtype == x.dtype else weights.flat()
         return u, kept, *bits, *kept_weights
 
@@ -80,10 +79,11 @@ class ByHand:
         self.x = x
         drawn = len(self.adapters) if self.drops else 0
         self.bits = rest[:drawn]
+        given = rest[drawn:]
         if self.heads.dtype == x.dtype:
-            self.weights = self._weights([adapter.tensors() for adapter in self.adapters], x)
+            self.weights = self._weights(self._tensors([w for w in given if w is not None]), x)
         else:
-            self.weights = Weights.of(rest[drawn:], drawn, len(dys))
+            self.weights = Weights.of(given, drawn)
         r, N = self.heads.r, self.heads.num_heads
         z, logits, z_0 = self._parts(widened(u))
         gates = torch.softmax(logits, 1) if self.heads.routed else None
@@ -134,6 +134,12 @@ class ByHand:
         """For each adapter, in the order of `Tensors.flat`."""
         start = (None,) if self.heads.start else ()
         return [(up, *start, *down, *start) for up, down in zip(self.of_up, self.of_down, strict=True)]
+
+    def _tensors(self, flat: Sequence[Tensor]) -> list[Tensors]:
+        """Each layer's, from all of them one after the other."""
+        up, size = 1 + self.heads.start, len(flat) // len(self.adapters)
+        layers = [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+        return [Tensors(one[:up], one[up : up + 1], one[up + 1 :], ()) for one in layers]
 
     def _weights(self, tensors: Sequence[Tensors], x: Tensor) -> Weights:
         downs = [cast(t.dropped[0], x.dtype) for t in tensors] if self.drops else []

@@ -57,7 +57,7 @@ class ByKernels(ByHand):
         u, *weights = saved
         assert u is not None
         self.x = x
-        self.down, self.downs, ups = Weights.of(weights, drawn, len(dys))
+        self.down, self.downs, ups = Weights.of(weights, drawn)
         end, self.du = sum(self.rows), torch.empty_like(u)
         dh = u.new_empty(len(dys), u.shape[0], ups[0].shape[0])
         for dy, up, of_layer in zip(dys, ups, dh.unbind(), strict=True):

@@ -35,9 +35,9 @@ class Weights(NamedTuple):
         return self.clean, *self.downs, *self.ups
 
     @classmethod
-    def of(cls, saved: Sequence[Tensor | None], downs: int, layers: int) -> Weights:
-        """From what begins with what `flat` gave."""
-        clean, *others = saved[: 1 + downs + layers]
+    def of(cls, saved: Sequence[Tensor | None], downs: int) -> Weights:
+        """From what `flat` gave."""
+        clean, *others = saved
         present = [w for w in others if w is not None]
         return cls(clean, present[:downs], present[downs:])
 
@@ -62,10 +62,10 @@ class Replayed:
         u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         h = self._mixed(u, of_adapter, x)
         y.addmm_(aligned(cast(h, y.dtype)), aligned(weights.ups[0], 0), alpha=self.alpha)
-        # Casts take long and are small; what is not cast is asked for again. The others, which `mix` then uses as they
-        # are, are kept so that PyTorch refuses a backward after they were written to.
-        kept_weights = () if of_adapter.up[0].dtype == x.dtype else weights.flat()
-        return u, bits, *kept_weights, *of_adapter.others
+        if of_adapter.up[0].dtype == x.dtype:
+            return u, bits, None, None, None, *of_adapter.others
+        # casts take long and are small
+        return u, bits, weights.clean, weights.downs[0] if weights.downs else None, weights.ups[0], *of_adapter.others
 
     def _weights(self, tensors: Tensors, x: Tensor) -> Weights:
         dropped, clean = tensors.dropped, tensors.clean
@@ -78,13 +78,14 @@ class Replayed:
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
     ) -> None:
         """From dy to du, and the gradients of the up-projections and of `mix`'s parameters."""
-        (dy,), (u, self.bits, *rest), (wants,) = dys, saved, wanted
+        (dy,), (u, self.bits, clean, down, stacked_up, *others), (wants,) = dys, saved, wanted
         assert u is not None
-        self.x, self.tensors = x, self.adapter.tensors()
+        self.x, self.tensors = x, self.adapter.tensors([w for w in others if w is not None])
         tensors = self.tensors
-        drops = self.adapter.seed is not None and bool(tensors.dropped)
-        stacked_again = tensors.up[0].dtype == x.dtype
-        self.weights = self._weights(tensors, x) if stacked_again else Weights.of(rest, int(drops), 1)
+        if stacked_up is None:
+            self.weights = self._weights(tensors, x)
+        else:
+            self.weights = Weights(clean, [] if down is None else [down], [stacked_up])
         ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
         wanted_up, self.wanted_reads, wanted_others = wants[:ups], wants[ups : ups + reads], wants[ups + reads :]
         up = self.weights.ups[0]
@@ -93,16 +94,16 @@ class Replayed:
         self.of_up = outer(h, dy, tensors.up, wanted_up, self.alpha)
 
     def _mixed(self, u: Tensor, tensors: Tensors, x: Tensor) -> Tensor:
-        return self.adapter.mix(self.adapter.ranks(u, tensors), x, False)[0]
+        return self.adapter.mix(self.adapter.ranks(u, tensors), x, None)[0]
 
     def _pull(self, u: Tensor, dh: Tensor, wanted: Sequence[bool]) -> Tensor:
         """From dh to du and the gradients of `mix`'s parameters; returns h."""
+        # Leaves of their own: a parameter's hooks are for its whole gradient, and it may be frozen by now.
+        others = [p.detach().requires_grad_(want) for p, want in zip(self.tensors.others, wanted, strict=True)]
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            h, losses = self.adapter.mix(self.adapter.ranks(leaf, self.tensors), self.x, True)
-        # Those that are not trained any more get nothing, as from autograd.
-        wanted = [want and p.requires_grad for p, want in zip(self.tensors.others, wanted, strict=True)]
-        trained = [p for p, want in zip(self.tensors.others, wanted, strict=True) if want]
+            h, losses = self.adapter.mix(self.adapter.ranks(leaf, self.tensors), self.x, others)
+        trained = [p for p, want in zip(others, wanted, strict=True) if want]
         ends = [(h, cast(dh, h.dtype)), *((loss, torch.ones_like(loss)) for loss in losses)]
         outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
         du, *of_trained = torch.autograd.grad(outputs, [leaf, *trained], grads, allow_unused=True)
