@@ -95,11 +95,17 @@ class Branch(nn.Module):
     folds: bool = False  # may have a `folded_weight`
     chooses_by: int | None = None  # which of the reads are the logits of a choice: rounded to half precision it differs
     input_masks: int = 1  # dropout masks on x; above 1 `mix` gets the ranks behind each, side by side, in training
+    _names: tuple[str, ...] = ()  # of its parameters, in whose place FSDP1 and `nn.DataParallel` put plain tensors
 
     def __init__(self, config: Any, shape: LayerShape, generator: torch.Generator):
         super().__init__()
         self.lora_dropout = config.lora_dropout
         self.scaling = config.scaling(shape.r, shape.alpha)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None and name not in self._names:
+            self._names += (name,)
 
     @property
     def drops(self) -> bool:
@@ -143,14 +149,13 @@ class Branch(nn.Module):
     def mixes(self) -> tuple[Tensor, ...]:
         """All parameters that `mix` may use: the branch's own, and behind them those of other branches, for a method
         that has such and takes them in `as_then`."""
-        return tuple(p for p in self._parameters.values() if p is not None)
+        return tuple([getattr(self, name) for name in self._names])
 
     def as_then(self, others: Sequence[Tensor]) -> Branch:
         """The branch with these in place of what `mixes` gives: in backward with those of forward, whatever has become
         of the parameters (`torch.func.functional_call`). A copy, as others may use the branch at the same time."""
         twin = object.__new__(type(self))
-        names = [name for name, p in self._parameters.items() if p is not None]
-        twin.__dict__.update(self.__dict__, **dict(zip(names, others, strict=False)))  # found before parameters are
+        twin.__dict__.update(self.__dict__, **dict(zip(self._names, others, strict=False)))  # found before parameters
         return twin
 
     def forward(self, base: Tensor | nn.Linear, x: Tensor, call: Call) -> Tensor:
