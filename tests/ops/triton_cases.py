@@ -406,13 +406,15 @@ def test_adapters_that_take_turns_and_that_are_active_together(monkeypatch):
 
 
 @quiet
-def test_a_backward_is_of_the_weights_of_its_forward():
-    model = llama("rlora", r=8)
-    loss_of(model)
-    expected = gradients_of(model, loss_of(model))
-    before = loss_of(model)
-    stir(model, 1)
-    loss_of(model)
+@pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.2, True)])
+def test_a_backward_is_of_the_weights_of_its_forward(dropout, autocast):
+    model = llama("rlora", r=8, lora_dropout=dropout)
+    with torch.autocast(DEVICE, HALF, enabled=autocast):
+        loss_of(model)
+        expected = gradients_of(model, loss_of(model))
+        before = loss_of(model)
+        stir(model, 1)
+        loss_of(model)
     for got, want in zip(gradients_of(model, before), expected, strict=True):
         assert torch.equal(got, want)
 

@@ -36,7 +36,7 @@ class TaskProbeBranch(Branch):
     def mix(self, u: Tensor, *, call: Call) -> Tensor:
         gate = self.table[call.task_of_token(self.num_tasks)]
         call.saw_gate(gate)
-        if self.training and self.penalty > 0:
+        if call.training and self.penalty > 0:
             call.add_loss("penalty", call.mean_over_tokens(u.square()).sum(), self.penalty)
         return gate * u
 

@@ -75,6 +75,21 @@ def test_generation_goes_by_task_with_and_without_a_cache(method, fields):
         model.generate(input_ids=x, max_new_tokens=2)
 
 
+def test_generation_after_a_forward_that_was_interrupted():
+    """By Ctrl-C, which PyTorch calls no hooks for."""
+    model = adapted("mtl_lora", num_tasks=3).eval()
+    expected = model.generate(input_ids=text(7), headwater_task_ids=IDS, max_new_tokens=5)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.base_model.model.decoder.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=text(4), labels=text(4), headwater_task_ids=IDS.flip(0))
+    hook.remove()
+    assert torch.equal(model.generate(input_ids=text(7), headwater_task_ids=IDS, max_new_tokens=5), expected)
+
+
 @pytest.mark.parametrize("make_model", ["t5", "bart"])
 def test_padding_on_either_side_changes_no_loss(make_model):
     """Of layers that read the encoder's output in the decoder, too, and where both come to the same length."""

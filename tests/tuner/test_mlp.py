@@ -117,6 +117,16 @@ def test_out_of_the_ordinary_each_layer_runs_by_itself(tiny_llama, monkeypatch, 
     assert_near(found, expected, relative=1e-9)
 
 
+def test_an_activation_with_parameters_is_trained(tiny_llama, monkeypatch):
+    model = adapt(ROW, tiny_llama(hidden_act="prelu").double(), autocast=False).double().train()
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.act_fn.requires_grad_()
+    assert blocks_run(model) == 0
+    found, expected = (step(ROW, model, monkeypatch, ops) for ops in (None, "reference"))
+    assert_near(found, expected, relative=1e-9)
+    assert sum("act_fn" in name for name in found) == 2
+
+
 def test_unloading_leaves_no_trace_and_the_class_never_changed(tiny_llama):
     base = tiny_llama()
     kinds = [type(module) for module in base.modules()]

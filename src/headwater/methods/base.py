@@ -96,11 +96,17 @@ class Branch(nn.Module):
     folds: bool = False  # may have a `folded_weight`
     chooses_by: int | None = None  # which of the reads are the logits of a choice: rounded to half precision it differs
     input_masks: int = 1  # dropout masks on x; above 1 `mix` gets the ranks behind each, side by side, in training
+    _names: tuple[str, ...] = ()  # of its parameters, in whose place FSDP1 and `nn.DataParallel` put plain tensors
 
     def __init__(self, config: Any, shape: LayerShape, generator: torch.Generator):
         super().__init__()
         self.lora_dropout = config.lora_dropout
         self.scaling = config.scaling(shape.r, shape.alpha)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None and name not in self._names:
+            self._names += (name,)
 
     @property
     def drops(self) -> bool:
@@ -121,8 +127,9 @@ class Branch(nn.Module):
 
         Each `u_i` is `(tokens, k_i)`; the result is `(tokens, m)`. `call` is the `headwater.methods.call.Call`.
         Training runs it twice, without gradients in forward and from the same ranks in backward (`call.again`), so that
-        what happens once is behind `call.first_time`, and dropout comes from `call.seed`, never from a global
-        generator. Gradients reach the ranks and what `mixes` names.
+        what happens once is behind `call.first_time`, what happens in training alone behind `call.training`, as the
+        model may be in another mode by then, and dropout comes from `call.seed`, never from a global generator.
+        Gradients reach the ranks and what `mixes` names.
         """
         return ranks[0] if len(ranks) == 1 else torch.cat(ranks, dim=-1)
 
@@ -141,8 +148,16 @@ class Branch(nn.Module):
         return (self.writes(),)
 
     def mixes(self) -> tuple[Tensor, ...]:
-        """All trained tensors that `mix` may use, those of other branches included; by default the branch's own."""
-        return tuple(p for p in self._parameters.values() if p is not None and p.requires_grad)
+        """All parameters that `mix` may use: the branch's own, and behind them those of other branches, for a method
+        that has such and takes them in `as_then`."""
+        return tuple([getattr(self, name) for name in self._names])
+
+    def as_then(self, others: Sequence[Tensor]) -> Branch:
+        """The branch with these in place of what `mixes` gives: in backward with those of forward, whatever has become
+        of the parameters (`torch.func.functional_call`). A copy, as others may use the branch at the same time."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, **dict(zip(self._names, others, strict=False)))  # found before parameters
+        return twin
 
     def forward(self, base: Tensor | nn.Linear, x: Tensor, call: Call) -> Tensor:
         """The frozen layer's output plus the branch's update, `(tokens, d_out)`.
@@ -158,7 +173,7 @@ class Branch(nn.Module):
         y = base if isinstance(base, Tensor) else F.linear(x, base.weight, base.bias)
         if self.training:
             adapter = self.adapter(x, call)
-            h, losses = adapter.mix(read_plainly(adapter, x), x, False)
+            h, losses = adapter.mix(read_plainly(adapter, x), x, None)
             call.losses.extend(losses)
         else:
             dropped, clean = self.reads()
@@ -179,7 +194,7 @@ class Branch(nn.Module):
         heads = self.gated_heads(call, seed) if by_hand else None
         return Adapter(
             self.tensors if heads is None else self.tensors_by_hand,
-            functools.partial(self._mix, call, seed, of_input),
+            functools.partial(self._mix, call, seed, of_input, self.training),
             self.scaling,
             self.lora_dropout,
             of_input,
@@ -190,8 +205,12 @@ class Branch(nn.Module):
             None if call.state is None else call.state.stacks,
         )
 
-    def tensors(self) -> Tensors:
-        return Tensors(self.writes_apart(), *self.reads(), self.mixes())
+    def tensors(self, others: Sequence[Tensor] | None = None) -> Tensors:
+        """As `headwater.ops.Adapter.tensors`."""
+        if others is None:
+            return Tensors(self.writes_apart(), *self.reads(), self.mixes())
+        then = self.as_then(others)
+        return Tensors(then.writes_apart(), *then.reads(), tuple(others))
 
     def tensors_by_hand(self) -> Tensors:
         """Where `mix` does not run, nobody needs what it uses besides."""
@@ -213,15 +232,17 @@ class Branch(nn.Module):
         call: Call,
         seed: Tensor | None,
         of_input: Tensor | None,
+        training: bool,
         ranks: tuple[Tensor, ...],
         x: Tensor,
-        again: bool,
+        others: Sequence[Tensor] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        call = dataclasses.replace(call, seed=seed, again=again, losses=[])
-        if call.align is not None and self.training:
-            detached = functools.partial(self._first_ranks, x.detach(), of_input)
+        call = dataclasses.replace(call, seed=seed, training=training, again=others is not None, losses=[])
+        branch = self if others is None else self.as_then(others)
+        if call.align is not None and training:
+            detached = functools.partial(branch._first_ranks, x.detach(), of_input)
             ranks = (call.align(call, ranks[0], detached), *ranks[1:])
-        return self._mix_exactly(ranks, x, call, of_input), call.losses
+        return branch._mix_exactly(ranks, x, call, of_input), call.losses
 
     def _mix_exactly(self, ranks: Sequence[Tensor], x: Tensor, call: Call, seed: Tensor | None = None) -> Tensor:
         """`mix` in float32 at least, by the same arithmetic with gradients and without: autocast does not reach it."""

@@ -102,6 +102,7 @@ class Call:
             the loss attached.
         seed: of the dropout in rank space (`headwater.ops.dropout`), drawn for each run of each branch in training.
         learns: whether gradients are taken.
+        training: the branch is in training mode, or was in the forward of which this is the backward.
         again: the branch computes its rank space a second time, in backward; nothing is counted or shown.
     """
 
@@ -114,6 +115,7 @@ class Call:
     losses: list[Tensor] = field(default_factory=list)
     seed: Tensor | None = None
     learns: bool = field(default_factory=torch.is_grad_enabled)
+    training: bool = False
     again: bool = False
 
     @property

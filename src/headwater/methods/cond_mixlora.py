@@ -91,8 +91,8 @@ class CondMixLoraBranch(Branch):
     def mix(self, z: Tensor, *logits: Tensor, call: Call) -> Tensor:
         call.check_rows()
         state = call.state
-        memory = {} if state is None or (self.training and torch.is_grad_enabled()) else state.memory
-        key = (call.name, id(self))
+        memory = {} if state is None or (call.training and torch.is_grad_enabled()) else state.memory
+        key = (call.name, id(self.config))  # in backward, `self` is a copy
         rows = call.by_row(z)  # (rows, length, E)
         if state is not None and not state.begins and key in memory:
             chosen = tuple(t.repeat_interleave(rows.shape[0] // t.shape[0], dim=0) for t in memory[key])

@@ -85,7 +85,7 @@ class HydraLoraBranch(Branch):
         return (self.A,), (self.router,)
 
     def mix(self, z: Tensor, logits: Tensor, *, call: Call) -> Tensor:
-        balancing = self.training and self.balance_loss_weight > 0
+        balancing = call.training and self.balance_loss_weight > 0
         per_head = z.shape[-1] == self.num_heads * self.A.shape[0]
         if balancing or call.observed or per_head:
             gate = torch.softmax(logits, dim=-1)

@@ -13,6 +13,7 @@ All experts' ranks are one matmul, gated as blocks: no expert is visited by itse
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,7 +230,7 @@ class ExpertsBranch(Branch):
         p = torch.softmax(logits, dim=-1)
         gate, chosen = choose(p, self.top_k)
         call.saw_gate(gate)
-        if self.training:
+        if call.training:
             share = 1 / len(self._routers)
             if self.balance == "localized":
                 call.add_loss("balance", self.localized(gate, call), self.balance_weight * share)
@@ -255,8 +256,8 @@ def whole(parameter: Any) -> Tensor:
     and backward. Gradients are averaged over the ranks, as FSDP2 does."""
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    if not torch.is_grad_enabled():  # in backward, where the gathered tensor is itself what gradients are taken of
-        return parameter.full_tensor().requires_grad_(parameter.requires_grad)
+    if not torch.is_grad_enabled():
+        return parameter.full_tensor()
     from torch.distributed.tensor import Partial
 
     mesh = parameter.device_mesh
@@ -298,7 +299,7 @@ class MoeLoraBranch(ExpertsBranch):
         return spread_heads(z.unflatten(-1, (self.num_experts, -1)), gate)
 
     def task_logits(self, task: Tensor) -> Tensor:
-        held = self.__dict__.pop("_whole", None)  # what `mixes` named, so that gradients are taken of the same tensors
+        held = self.__dict__.pop("_whole", None)  # what `mixes` gave, or stands for it
         embedding, gate = (widened(t) for t in held or self._task_tensors())
         return F.linear(embedding[task.to(gate.device)], gate)
 
@@ -312,6 +313,12 @@ class MoeLoraBranch(ExpertsBranch):
             return own
         self.__dict__["_whole"] = self._task_tensors()
         return *own, *self.__dict__["_whole"]
+
+    def as_then(self, others: Sequence[Tensor]) -> Branch:
+        twin = super().as_then(others)
+        if self.by_task:
+            twin.__dict__["_whole"] = tuple(others[-2:])  # the owner's own are its last
+        return twin
 
     def writes(self) -> Tensor:
         return self.B.flatten(0, 1)

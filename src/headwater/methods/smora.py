@@ -104,7 +104,7 @@ class SMoraBranch(Branch):
         return (self.A, self.router), ()  # one dropped x for both
 
     def mix(self, z: Tensor, logits: Tensor, *, call: Call) -> Tensor:
-        balancing = self.training and self.rate > 0
+        balancing = call.training and self.rate > 0
         if balancing and call.first_time:
             self.move_bias()
         gate, chosen = self.route(logits)

@@ -72,10 +72,12 @@ class Adapter:
     """What one branch does to one layer in one call.
 
     Args:
-        tensors: gives the branch's tensors. Asked once for each direction, so that they need not be kept.
-        mix: `mix(ranks, x, again)` -> h `(tokens, m)` and losses to be added to the training loss; `ranks` holds one
-            `(tokens, k_i)` for each down-projection, at least float32. `again` is True in backward, where nothing may
-            be counted or shown a second time. It must draw nothing from a global generator.
+        tensors: gives the branch's tensors. Where `mix` runs it is asked once for each direction, so that those which
+            are computed need not be kept; in backward it gets the `others` of forward.
+        mix: `mix(ranks, x, others)` -> h `(tokens, m)` and losses to be added to the training loss; `ranks` holds one
+            `(tokens, k_i)` for each down-projection, at least float32. `others` is None in forward; in backward it is
+            what stands for the `others` of `tensors`, and nothing may be counted or shown a second time. It must draw
+            nothing from a global generator.
         scale: s.
         dropout, seed: of the input dropout; seed None without.
         masks: independent dropout masks on x; above 1 the ranks behind them are one tensor, mask by mask.
@@ -85,8 +87,8 @@ class Adapter:
         stacks: where the forward's stacked weights are, if all layers' were made together.
     """
 
-    tensors: Callable[[], Tensors]
-    mix: Callable[[tuple[Tensor, ...], Tensor, bool], tuple[Tensor, Sequence[Tensor]]]
+    tensors: Callable[..., Tensors]
+    mix: Callable[[tuple[Tensor, ...], Tensor, Sequence[Tensor] | None], tuple[Tensor, Sequence[Tensor]]]
     scale: float
     dropout: float = 0.0
     seed: Tensor | None = None

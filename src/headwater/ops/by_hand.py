@@ -66,7 +66,9 @@ class ByHand:
         h = self._spread(z, z_0, gates, None if kept is None else kept.to(z.dtype))
         for up, y, of_layer in zip(ups, ys, cast(h, x.dtype), strict=True):
             y.addmm_(of_layer.T, up)
-        return u, kept, *bits, *weights.to_keep(tensors[0])
+        # casts take long and are small; what is not cast is stacked again
+        kept_weights = [w for t in tensors for w in t.flat()] if self.heads.dtype == x.dtype else weights.flat()
+        return u, kept, *bits, *kept_weights
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
@@ -75,20 +77,23 @@ class ByHand:
         u, kept, *rest = saved
         assert u is not None
         self.x = x
-        self.tensors = [adapter.tensors() for adapter in self.adapters]
         drawn = len(self.adapters) if self.drops else 0
         self.bits = rest[:drawn]
-        self.weights = Weights.kept(rest[drawn:], drawn) or self._weights(self.tensors, x)
+        given = rest[drawn:]
+        if self.heads.dtype == x.dtype:
+            self.weights = self._weights(self._tensors([w for w in given if w is not None]), x)
+        else:
+            self.weights = Weights.of(given, drawn)
         r, N = self.heads.r, self.heads.num_heads
         z, logits, z_0 = self._parts(widened(u))
         gates = torch.softmax(logits, 1) if self.heads.routed else None
         kept = None if kept is None else kept.to(z.dtype)  # a CPU takes several times as long to multiply by a bool
         h = self._spread(z, z_0, gates, kept)
         dh, self.of_up = torch.empty_like(h), []
-        of_layers = zip(self.tensors, self.weights.ups, dys, cast(h, x.dtype), dh, wanted, strict=True)
-        for t, up, dy, of_layer, d_layer, wants in of_layers:
+        of_layers = zip(self.weights.ups, dys, cast(h, x.dtype), dh, wanted, strict=True)
+        for up, dy, of_layer, d_layer, wants in of_layers:
             d_layer.copy_((dy @ up.T).T)
-            self.of_up.append(cast(of_layer[: N * r] @ dy, t.up[0].dtype) if wants[0] else None)
+            self.of_up.append(cast(of_layer[: N * r] @ dy, self.heads.dtype) if wants[0] else None)
         v = dh[:, : N * r].view(len(dh), N, r, -1)
         self._times(v, kept, out=v)
         du = torch.empty_like(u, dtype=z.dtype)
@@ -111,25 +116,30 @@ class ByHand:
         sizes = [r, self.heads.num_heads] if self.heads.routed else [r]
         if self.drops:
             behind, du, sizes = du[: self.rows[0]].T, du[self.rows[0] :], sizes[1:]
-            for i, (adapter, t) in enumerate(zip(self.adapters, self.tensors, strict=True)):
+            for i, adapter in enumerate(self.adapters):
                 part = behind[:, i * r : (i + 1) * r]
                 of_down = adapter.add_dropped(dx, x, part, self.weights.downs[i], self.bits[i])
-                self.of_down[i].append(cast(of_down, t.dropped[0].dtype))
+                self.of_down[i].append(cast(of_down, self.heads.dtype))
         clean = self.weights.clean
         if clean is not None and dx is not None:
             dx.addmm_(du.T, clean)
         G = len(self.adapters)
         if sizes:  # not the starts', which come last and are frozen
-            found = cast(du[: G * sum(sizes)] @ x, self.tensors[0].dropped[0].dtype).split_with_sizes(
-                [k for k in sizes for _ in range(G)]
-            )
+            found = cast(du[: G * sum(sizes)] @ x, self.heads.dtype)
+            parts = found.split_with_sizes([k for k in sizes for _ in range(G)])
             for i in range(G):
-                self.of_down[i] += found[i::G]
+                self.of_down[i] += parts[i::G]
 
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
         """For each adapter, in the order of `Tensors.flat`."""
         start = (None,) if self.heads.start else ()
         return [(up, *start, *down, *start) for up, down in zip(self.of_up, self.of_down, strict=True)]
+
+    def _tensors(self, flat: Sequence[Tensor]) -> list[Tensors]:
+        """Each layer's, from all of them one after the other."""
+        up, size = 1 + self.heads.start, len(flat) // len(self.adapters)
+        layers = [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+        return [Tensors(one[:up], one[up : up + 1], one[up + 1 :], ()) for one in layers]
 
     def _weights(self, tensors: Sequence[Tensors], x: Tensor) -> Weights:
         downs = [cast(t.dropped[0], x.dtype) for t in tensors] if self.drops else []

@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapter import Tensors
 from .by_hand import ByHand
 from .lowrank import cast
-from .replayed import Saved
+from .replayed import Saved, Weights
 from .stacks import Stacked, Wanted, stack_now
 from .triton_dropout import add_back, read, takes_along
 from .triton_heads import Ranks, gather, spread
@@ -26,11 +26,12 @@ class ByKernels(ByHand):
     def forward(self, tensors: Sequence[Tensors], ys: Sequence[Tensor], x: Tensor, kept: Tensor | None = None) -> Saved:
         """As `ByHand.forward`; `kept` is not there, as no mask is ever in memory."""
         down, *ups = self._stacked(tensors, x)
+        downs = [cast(t.dropped[0], x.dtype) for t in tensors] if self.drops else []
         parts, of_clean = [], None
         clean = self._beside(down, x)
-        for adapter, t in zip(self.adapters, tensors, strict=True) if self.drops else ():
+        for adapter, weight in zip(self.adapters, downs, strict=False):  # none without dropout
             assert adapter.seed is not None
-            part, found = read(x, cast(t.dropped[0], x.dtype), adapter.seed, adapter.dropout, clean=clean)
+            part, found = read(x, weight, adapter.seed, adapter.dropout, clean=clean)
             parts.append(part)
             of_clean, clean = found if of_clean is None else of_clean, None
         if down is not None:
@@ -47,19 +48,20 @@ class ByKernels(ByHand):
             if adapter.heads.show is not None and adapter.heads.routed:
                 first = self.rows[0] + i * N
                 adapter.heads.show(torch.softmax(u[:, first : first + N].float(), 1))
-        return u, down, *ups
+        return u, down, *downs, *ups
 
     def backward(
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
     ) -> None:
-        u, self.down, *ups = saved
+        drawn = len(dys) if self.drops else 0
+        u, *weights = saved
         assert u is not None
         self.x = x
-        self.tensors = [adapter.tensors() for adapter in self.adapters] if self.drops else []
+        self.down, self.downs, ups = Weights.of(weights, drawn)
         end, self.du = sum(self.rows), torch.empty_like(u)
-        dh = u.new_empty(len(dys), u.shape[0], ups[0].shape[0])  # type: ignore[union-attr]
+        dh = u.new_empty(len(dys), u.shape[0], ups[0].shape[0])
         for dy, up, of_layer in zip(dys, ups, dh.unbind(), strict=True):
-            torch.mm(dy, up.T, out=of_layer)  # type: ignore[union-attr]
+            torch.mm(dy, up.T, out=of_layer)
         h = torch.empty_like(dh) if any(wants[0] for wants in wanted) else None
         start = self.du if self.heads.start else None
         gather(self._ranks(u), dh, self.du, self.du, start, h, (end, u.shape[1] - end))
@@ -76,11 +78,11 @@ class ByKernels(ByHand):
         if self.drops:
             behind, du, sizes = du[:, : self.rows[0]], du[:, self.rows[0] :], sizes[1:]
             clean = self._beside(self.down, x)
-            for i, (adapter, t) in enumerate(zip(self.adapters, self.tensors, strict=True)):
+            for i, (adapter, down) in enumerate(zip(self.adapters, self.downs, strict=True)):
                 assert adapter.seed is not None
-                down, part = cast(t.dropped[0], x.dtype), behind[:, i * r : (i + 1) * r]
+                part = behind[:, i * r : (i + 1) * r]
                 of_down, found = add_back(dx, part, x, down, adapter.seed, adapter.dropout, clean=clean, d_clean=du)
-                self.of_down[i].append(cast(of_down, t.dropped[0].dtype))
+                self.of_down[i].append(cast(of_down, self.heads.dtype))
                 of_clean, clean = found if of_clean is None else of_clean, None
         if self.down is None:
             return

@@ -31,15 +31,12 @@ class Weights(NamedTuple):
     downs: Sequence[Tensor]
     ups: Sequence[Tensor]
 
-    def to_keep(self, tensors: Tensors) -> Saved:
-        """What to save for backward: all if they were cast, which takes long and gives little to keep; else nothing."""
-        return () if tensors.up[0].dtype == self.ups[0].dtype else (self.clean, *self.downs, *self.ups)
+    def flat(self) -> Saved:
+        return self.clean, *self.downs, *self.ups
 
     @classmethod
-    def kept(cls, saved: Sequence[Tensor | None], downs: int) -> Weights | None:
-        """From what `to_keep` gave; None if that was nothing."""
-        if not saved:
-            return None
+    def of(cls, saved: Sequence[Tensor | None], downs: int) -> Weights:
+        """From what `flat` gave."""
         clean, *others = saved
         present = [w for w in others if w is not None]
         return cls(clean, present[:downs], present[downs:])
@@ -65,7 +62,10 @@ class Replayed:
         u = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         h = self._mixed(u, of_adapter, x)
         y.addmm_(aligned(cast(h, y.dtype)), aligned(weights.ups[0], 0), alpha=self.alpha)
-        return u, bits, *weights.to_keep(of_adapter)
+        if of_adapter.up[0].dtype == x.dtype:
+            return u, bits, None, None, None, *of_adapter.others
+        # casts take long and are small
+        return u, bits, weights.clean, weights.downs[0] if weights.downs else None, weights.ups[0], *of_adapter.others
 
     def _weights(self, tensors: Tensors, x: Tensor) -> Weights:
         dropped, clean = tensors.dropped, tensors.clean
@@ -78,12 +78,14 @@ class Replayed:
         self, dys: Sequence[Tensor], saved: Sequence[Tensor | None], x: Tensor, wanted: Sequence[Sequence[bool]]
     ) -> None:
         """From dy to du, and the gradients of the up-projections and of `mix`'s parameters."""
-        (dy,), (u, self.bits, *rest), (wants,) = dys, saved, wanted
+        (dy,), (u, self.bits, clean, down, stacked_up, *others), (wants,) = dys, saved, wanted
         assert u is not None
-        self.x, self.tensors = x, self.adapter.tensors()
+        self.x, self.tensors = x, self.adapter.tensors([w for w in others if w is not None])
         tensors = self.tensors
-        drops = self.adapter.seed is not None and bool(tensors.dropped)
-        self.weights = Weights.kept(rest, int(drops)) or self._weights(tensors, x)
+        if stacked_up is None:
+            self.weights = self._weights(tensors, x)
+        else:
+            self.weights = Weights(clean, [] if down is None else [down], [stacked_up])
         ups, reads = len(tensors.up), len(tensors.dropped) + len(tensors.clean)
         wanted_up, self.wanted_reads, wanted_others = wants[:ups], wants[ups : ups + reads], wants[ups + reads :]
         up = self.weights.ups[0]
@@ -92,14 +94,16 @@ class Replayed:
         self.of_up = outer(h, dy, tensors.up, wanted_up, self.alpha)
 
     def _mixed(self, u: Tensor, tensors: Tensors, x: Tensor) -> Tensor:
-        return self.adapter.mix(self.adapter.ranks(u, tensors), x, False)[0]
+        return self.adapter.mix(self.adapter.ranks(u, tensors), x, None)[0]
 
     def _pull(self, u: Tensor, dh: Tensor, wanted: Sequence[bool]) -> Tensor:
         """From dh to du and the gradients of `mix`'s parameters; returns h."""
+        # Leaves of their own: a parameter's hooks are for its whole gradient, and it may be frozen by now.
+        others = [p.detach().requires_grad_(want) for p, want in zip(self.tensors.others, wanted, strict=True)]
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            h, losses = self.adapter.mix(self.adapter.ranks(leaf, self.tensors), self.x, True)
-        trained = [p for p, want in zip(self.tensors.others, wanted, strict=True) if want]
+            h, losses = self.adapter.mix(self.adapter.ranks(leaf, self.tensors), self.x, others)
+        trained = [p for p, want in zip(others, wanted, strict=True) if want]
         ends = [(h, cast(dh, h.dtype)), *((loss, torch.ones_like(loss)) for loss in losses)]
         outputs, grads = zip(*[end for end in ends if end[0].requires_grad], strict=True)
         du, *of_trained = torch.autograd.grad(outputs, [leaf, *trained], grads, allow_unused=True)

@@ -63,9 +63,6 @@ class MethodLayer(nn.Module, BaseTunerLayer):
         active = [self.branch(name) for name in self.active_adapters if name in self.branches]
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        if "_is_replica" in self.__dict__:  # `nn.DataParallel` leaves it no parameters, but `Branch.mixes` goes by them
-            for branch in active:
-                branch._parameters.update(branch.__dict__.get("_former_parameters", {}))
 
         lead = x.shape[:-1]
         rows = x.reshape(-1, self.in_features)

@@ -1,8 +1,8 @@
 """Runs a gated feed-forward block with adapters on its projections as one function, wherever that gives the same.
 
 The block keeps its class; only its instance's `forward` is replaced, and calls the original whenever anything is out of
-the ordinary: compilation, merged, disabled or several active adapters, hooks, a quantised projection, and without
-gradients a prompt, which has no small operations to save.
+the ordinary: compilation, merged, disabled or several active adapters, hooks, a quantised projection, an activation
+with parameters, and without gradients a prompt, which has no small operations to save.
 """
 
 from __future__ import annotations
@@ -107,10 +107,11 @@ def _forward(mlp: Any, held: Held, x: Tensor) -> Tensor:
 def _is_usual(mlp: Any, layers: list[Any], branches: list[Any], plain: list[Any], x: Tensor) -> bool:
     if type(x) is not Tensor or implementation(x.device) == "reference":
         return False
+    act = mlp.act_fn
     return (
         all(map(is_plain, plain))
         and not hooks_everywhere()
-        and not (isinstance(mlp.act_fn, nn.Module) and is_watched(mlp.act_fn))
+        and not (isinstance(act, nn.Module) and (act._parameters or act._modules or is_watched(act)))
         and not any(
             type(layer) is MethodLayer and (branch is None or is_watched(layer) or is_watched(branch))
             for layer, branch in zip(layers, branches, strict=True)
