@@ -55,14 +55,14 @@ def generate(
     Raises:
         HeadwaterError: no generator, an unknown task, or examples that cannot be read.
     """
+    from headwater.export import check_output
     from headwater.generate import AdapterGenerator, write_adapter
 
     if (task is None) == (examples is None):
         raise HeadwaterError(Problem("give either --task NAME or --examples FILE", "headwater meta generate"))
     folder, target = Path(source), Path(output)
     folder = folder / "generator" if (folder / "generator").is_dir() else folder
-    if target.exists():
-        raise HeadwaterError(Problem("is there already", f"--output {output}", "choose another folder"))
+    check_output(target)
     generator = AdapterGenerator.load(folder)
     if task is not None:
         weights = generator.for_task(task, seed=seed)

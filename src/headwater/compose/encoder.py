@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..base_model import cache_dir
 from ..demo.packages import Package, fetch
 from ..errors import HeadwaterError, Problem
-from ..methods.files import saying_why
+from ..files import saying_why
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

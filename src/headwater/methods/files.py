@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
+from ..files import saying_why
 
 
 def read_tensors(path: str | os.PathLike[str], field: str) -> tuple[dict[str, Tensor], str]:
@@ -35,37 +36,24 @@ def read_tensors(path: str | os.PathLike[str], field: str) -> tuple[dict[str, Te
     return tensors, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@contextlib.contextmanager
-def saying_why(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While `path` is written.
-
-    Raises:
-        HeadwaterError: in the place of what Python and safetensors raise when it cannot be.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (
-            (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0] or type(error).__name__
-        )
-        fix = "make room, or choose another place"
-        raise HeadwaterError(Problem(f"this cannot be written: {reason}", str(path), fix)) from error
-
-
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file under a temporary name and renames it.
 
     Raises:
-        HeadwaterError: if it cannot be written.
+        NotWritten: if it cannot be.
     """
     file = Path(path)
-    temporary = file.with_name(f".{file.name}.partial")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     # cloned, because safetensors refuses tensors that share memory, as layers with one basis do
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with saying_why(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            # safetensors puts a file in its place that is for its owner alone
             save_file(own, temporary, metadata=dict(metadata))
+            temporary.chmod(mode)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
