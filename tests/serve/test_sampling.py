@@ -52,12 +52,13 @@ def test_a_seed_draws_the_token_that_its_number_falls_on(top_p):
     ours, theirs, seen = sampling.generator(), sampling.generator(), set()
     for _ in range(100):
         place = float(torch.rand((), dtype=torch.float64, generator=theirs)) * sum(weight for _, weight in left)
+        passed = 0.0
         for i, weight in left:
-            place -= weight
-            if place < 0:
+            passed += weight
+            if passed > place:
+                seen.add(i)
+                assert pick(logits, sampling, ours) == i
                 break
-        seen.add(i)
-        assert pick(logits, sampling, ours) == i
     assert len(seen) > 10
 
 

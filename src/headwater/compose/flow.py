@@ -25,6 +25,7 @@ from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
 from ..ops import project
+from . import ranges
 from .mixed import PooledModel, Stack
 from .pool import AdapterPool
 from .saved import read_fitted, write_fitted
@@ -43,6 +44,9 @@ class FlowSpec:
         epochs: passes over them.
         learning_rate: the highest; the paper searches 1e-3 and 1e-4.
         batch_size: rows per step; the paper searches 2, 4 and 8.
+
+    Raises:
+        HeadwaterError: naming every number that is out of range.
     """
 
     examples: int = 200
@@ -50,6 +54,18 @@ class FlowSpec:
     learning_rate: float = 1e-3
     batch_size: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.require(
+            self,
+            {
+                "examples": ranges.at_least(1, self.examples),
+                "epochs": ranges.at_least(1, self.epochs),
+                "learning_rate": ranges.rate(self.learning_rate),
+                "batch_size": ranges.at_least(1, self.batch_size),
+                "seed": ranges.seed(self.seed),
+            },
+        )
 
 
 class FlowGate(nn.Module):
@@ -65,8 +81,8 @@ class FlowGate(nn.Module):
         weight: `(decoder layers, k, d)`, float32. bias: `(decoder layers, k)`, float32.
 
     Raises:
-        HeadwaterError: fewer than one adapter, names twice, an unknown start, or an adapter on a layer that is in no
-            decoder layer.
+        HeadwaterError: fewer than one adapter, names twice, an unknown start, a temperature that is not above 0, or an
+            adapter on a layer that is in no decoder layer.
     """
 
     def __init__(self, pooled: PooledModel, names: Sequence[str], start: str | None, temperature: float = 1.0):
@@ -76,6 +92,7 @@ class FlowGate(nn.Module):
         if start is not None and start not in names:
             raise HeadwaterError(Problem(f"the start {start!r} is not among the adapters {', '.join(names)}", "start"))
         self.pooled, self.names, self.start, self.temperature = pooled, tuple(names), start, temperature
+        ranges.require(self, {"temperature": ranges.positive(temperature)})
         self._block_of = _blocks(pooled, names)
         self.blocks = list(dict.fromkeys(self._block_of.values()))
         config: Any = pooled.model.config

@@ -41,8 +41,8 @@ class Sampling:
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Draws a token from logits `(vocabulary,)`, the largest of which has to be finite.
 
-    One number is drawn, on the CPU, where `generator` is; the rest, in float64, stays on the logits' device, and so does
-    the result, int64 `()`: nothing is waited for.
+    One number is drawn, on the CPU, where `generator` is; the rest, in float64, stays on the logits' device, and so
+    does the result, int64 `()`: nothing is waited for.
     """
     if sampling.temperature == 0:
         return logits.argmax()
