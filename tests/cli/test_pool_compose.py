@@ -177,7 +177,11 @@ def test_what_is_refused(made, tmp_path, capsys):
         ("evaluate", [*one, "--way", "base", "--split", "validation"], "no task has validation rows"),
         ("flow", [*one, "-o", tmp_path / "x", "--start", "nobody"], "not among the adapters"),
         ("flow", [*one, "-o", tmp_path / "x", "--adapter", "nobody"], "no adapter 'nobody'"),
-        ("hub", [*one, "-o", tmp_path / "x", "--penalty", "none"], "penalty: it is none, and should be paper or official"),
+        (
+            "hub",
+            [*one, "-o", tmp_path / "x", "--penalty", "none"],
+            "penalty: it is none, and should be paper or official",
+        ),
         ("hub", [*one, "-o", tmp_path / "x", "--optimiser", "none"], "no optimiser 'none'"),
         ("arrow", [*one, "--top-k", 0], "top_k is 0"),
         ("retrieve", ["-p", "x", "--encoder", tmp_path / "nothing"], "the encoder cannot be loaded"),
