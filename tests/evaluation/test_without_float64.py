@@ -1,7 +1,6 @@
 """Training on an Apple GPU scores there, too, and such a GPU has no float64: numbers come to the CPU first."""
 
 import pytest
-import torch
 from peft import get_peft_model
 from torch import Tensor
 
