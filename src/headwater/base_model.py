@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HeadwaterError, Problem
+from .files import open_to_readers
 
 if TYPE_CHECKING:
     import torch
@@ -166,25 +166,25 @@ def dequantise_gguf(path: Path, cache: Path | None = None) -> Path:
         raise HeadwaterError(
             Problem("reading a GGUF file needs the gguf package", str(path), "pip install 'headwater[gguf]'")
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _dequantise(path, work)
-        work.chmod(0o755)
-        try:
-            work.rename(target)
-        except OSError:
-            # Another process finished the same file first; its folder has the same content.
-            if not (target / "config.json").is_file():
-                raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+            work = Path(beside) / target.name  # within, because Python makes temporary folders for their owner alone
+            work.mkdir()
+            _dequantise(path, work)
+            open_to_readers(work)
+            try:
+                work.rename(target)
+            except OSError:
+                # Another process finished the same file first; its folder has the same content.
+                if not (target / "config.json").is_file():
+                    raise
     except HeadwaterError:
         raise
     except Exception as error:
         reason = f"could not dequantise this GGUF file: {error or type(error).__name__}"
         fix = f"fetch the file again if it is cut short; make sure {target.parent} has room for the float32 weights"
         raise HeadwaterError(Problem(reason, str(path), fix)) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -189,7 +189,11 @@ def test_what_is_refused(made, tmp_path, capsys):
         ("flow", [*one, "-o", tmp_path / "x", "--start", "nobody"], "not among the adapters"),
         ("flow", [*one, "-o", tmp_path / "x", "--adapter", "nobody"], "no adapter 'nobody'"),
         ("flow", [*one, "-o", tmp_path / "x", "--granularity", "token"], "unknown granularity 'token'"),
-        ("hub", [*one, "-o", tmp_path / "x", "--penalty", "none"], "unknown penalty 'none'"),
+        (
+            "hub",
+            [*one, "-o", tmp_path / "x", "--penalty", "none"],
+            "penalty: it is none, and should be paper or official",
+        ),
         ("hub", [*one, "-o", tmp_path / "x", "--optimiser", "none"], "no optimiser 'none'"),
         ("arrow", [*one, "--top-k", 0], "top_k is 0"),
         ("arrow", [*one, "--combine", "sum"], "combine: 'sum' is none of output, factors"),

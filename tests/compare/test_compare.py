@@ -116,6 +116,21 @@ def test_finished_runs_are_kept_and_the_base_model_is_scored_once(whole, tmp_pat
     assert scored.count(0) == 1
 
 
+def test_half_a_line_of_the_base_models_scores_is_written_anew(tmp_path):
+    """A full disk leaves it; a line behind it could not be read."""
+    config = plan_of(write_file(tmp_path)).config
+
+    def scores():
+        return run_module._base_scores(config, tmp_path, Console(quiet=True))
+
+    first = scores()
+    (file,) = tmp_path.glob("before-*.jsonl")
+    text = file.read_text()
+    file.write_text(text[: len(text) // 2])
+    assert scores().keys() == first.keys()
+    assert file.read_text() == text
+
+
 def test_the_base_model_is_gone_before_the_first_run(tmp_path, monkeypatch):
     made, original = [], run_module.load_to_run
 

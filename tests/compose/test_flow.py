@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -355,3 +356,34 @@ def test_a_layer_outside_the_decoder_layers_takes_a_gate_of_its_own_or_none(pool
     with torch.no_grad():
         want = merged(make_tiny_llama(), (1.0, Adapter("x", head)))(inputs).logits
     close(logits(gate, inputs), want, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("examples", 0),
+        ("epochs", -1),
+        ("epochs", math.nan),
+        ("batch_size", 0),
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("seed", -1),
+    ],
+)
+def test_numbers_that_no_training_could_go_by_are_refused(field, value):
+    with pytest.raises(HeadwaterError, match=f"{field}: it is {value}, and should be"):
+        FlowSpec(**{field: value})
+
+
+def test_all_numbers_out_of_range_come_at_once():
+    with pytest.raises(HeadwaterError) as caught:
+        FlowSpec(examples=0, epochs=0, batch_size=-2)
+    assert [problem.where for problem in caught.value.problems] == ["examples", "epochs", "batch_size"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_that_no_softmax_has_is_refused(pool, temperature):
+    pooled = PooledModel(make_tiny_llama(), pool.load)
+    with pytest.raises(HeadwaterError, match="temperature: it is"):
+        FlowGate(pooled, NAMES, None, temperature)

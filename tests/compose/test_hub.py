@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -237,3 +238,11 @@ def test_without_nevergrad(pool, pooled, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nevergrad", None)
     with pytest.raises(HeadwaterError, match=r"pip install 'headwater\[pool\]'"):
         search(pooled, NAMES, rows(pool, 1), 258, HubSpec())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("examples", 0), ("budget", -1), ("budget", math.nan), ("seed", -1), ("penalty", "none")]
+)
+def test_settings_that_no_search_could_go_by_are_refused(field, value):
+    with pytest.raises(HeadwaterError, match=f"{field}: it is {value}, and should be"):
+        HubSpec(**{field: value})

@@ -351,11 +351,12 @@ def test_a_failed_write_leaves_the_index_as_it_was(pool, lora, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(HeadwaterError, match="disk full"):
         pool.add(lora, "new")
     monkeypatch.undo()
     assert (pool.path / "pool.json").read_bytes() == before
-    pool.add(lora, "new")  # what was left of the first try is replaced
+    assert AdapterPool(pool.path).check() == []  # nor is the adapter left that the index does not name
+    pool.add(lora, "new")
     assert AdapterPool(pool.path).check() == []
 
 

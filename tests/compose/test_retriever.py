@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tiny_encoder import save_tiny_encoder
 
 from headwater.compose import encoder as encoders
@@ -207,6 +211,25 @@ def test_fine_tuning_teaches_the_kinds_and_is_saved(tiny, tmp_path):
     tiny.save_pretrained(str(tmp_path / "tuned"))
     again = load_encoder(str(tmp_path / "tuned"))
     assert torch.equal(Retriever(again, samples()).keys, Retriever(tiny, samples()).keys)
+
+
+def test_a_layer_that_is_pickled_is_refused_until_it_is_converted(tiny, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    folder, load = tmp_path / "dense", torch.load
+    tiny.append(Dense(16, 8))
+    tiny.save_pretrained(str(folder))
+    (layer,) = (path.parent for path in folder.glob("*_Dense/model.safetensors"))
+    torch.save(load_file(layer / "model.safetensors"), layer / "pytorch_model.bin")
+    (layer / "model.safetensors").unlink()
+    with pytest.raises(HeadwaterError, match=r"pytorch_model\.bin: this layer's weights are pickled") as caught:
+        load_encoder(str(folder))
+    assert torch.load is load
+    command = shlex.split(caught.value.problems[0].fix.partition("its folder: ")[2])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], cwd=layer, check=True)
+    texts = ["news1 news2"]
+    np.testing.assert_array_equal(load_encoder(str(folder)).encode(texts), tiny.encode(texts))
 
 
 def test_instructor_s_family_gets_the_instruction_and_keeps_it(tiny, tmp_path):

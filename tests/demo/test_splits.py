@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.demo.splits import Example, majority_share, split, text_key, write_rows, write_text
+from headwater.demo.splits import Example, majority_share, split, text_key, write_rows
+from headwater.errors import HeadwaterError
 
 LABELS = ("yes", "no", "maybe")
 ROWS = {"train": 9, "validation": 3, "test": 6}
@@ -102,8 +104,8 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         "completion": " yes",
         "choices": [" yes", " no", " maybe"],
     }
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        write_text("other", path)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(HeadwaterError, match="disk"):
+        write_rows([Example("other", "yes")], LABELS, path)
     assert "Zürich" in path.read_text(encoding="utf-8")
     assert [p.name for p in path.parent.iterdir()] == ["test.jsonl"]

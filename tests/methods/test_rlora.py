@@ -86,7 +86,9 @@ def test_property_2_both_compensations_start_alike_behind_any_router(layer, init
     buffer = adapt("rlora", **{**layer, "compensation": "buffer"})
     center = adapt("rlora", **{**layer, "compensation": "center"})
     x = noise(9, layer["d_in"], seed=seed)
-    assert (buffer(x) - center(x)).abs().max() <= 1e-5  # weights are float32
+    h = held(buffer)
+    size = h.scaling * (x.abs() @ h.A.abs().T @ h.B.abs().sum(0).T).max()  # no entry of an update is larger
+    assert (buffer(x) - center(x)).abs().max() <= 1e-6 * size  # weights are float32
     assert held(center).A0 is None
     assert held(center).B0 is None
 

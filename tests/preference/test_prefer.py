@@ -1,5 +1,6 @@
 """`headwater prefer` from its file to its folder, killed and resumed, and what it refuses."""
 
+import errno
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from headwater.cli import app, main
 from headwater.errors import HeadwaterError
 from headwater.evaluation.intervals import t_interval
 from headwater.preference import run as prefer
+from headwater.preference import trainer
 from headwater.preference.results import good_pick_rate, late
 
 RUN = """\
@@ -192,6 +194,27 @@ def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(done, tmp_pat
             assert all(weights[0][k].equal(weights[1][k]) for k in weights[1])
     scores = [json.loads((out / "results.json").read_text())["scores"] for out in (tmp_path / "out", straight)]
     assert scores[0] == scores[1]
+
+
+def test_a_checkpoint_that_does_not_fit_is_gone_and_the_run_goes_on_from_the_one_before(run_file, monkeypatch, capsys):
+    out, fast = run_file.parent / "out", ["--set", "preference.strategies=[random]", "--set", "preference.seeds=[0]"]
+
+    def no_room(trainer, folder):
+        if trainer.state.global_step == 4:
+            Path(folder, "optimizer.pt").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(trainer, folder)
+
+    save = trainer.PreferenceTrainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(trainer.PreferenceTrainer, "_save_optimizer_and_scheduler", no_room)
+    code, _, said = invoke(capsys, run_file, *fast)
+    assert code == 2
+    assert f"the run folder {out} cannot be written: No space left on device" in said
+    assert "make room, then go on with it (training.resume_from_checkpoint: true)" in said
+    assert [path.name for path in out.glob("*/seed-0/checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    code, _, said = invoke(capsys, run_file, *fast, "--set", "training.resume_from_checkpoint=true")
+    assert code == 0, said
 
 
 def test_best_single_is_the_source_that_scores_best_on_validation_rows(run_file, monkeypatch):

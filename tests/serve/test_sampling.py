@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,16 +37,50 @@ def test_draws_follow_temperature_and_top_p():
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_seeds_draw_what_multinomial_draws(top_p):
-    logits, sampling = 3 * torch.randn(400), Sampling(temperature=1.3, top_p=top_p, seed=3)
-    p, order = torch.softmax(logits.double() / 1.3, -1).sort(descending=True)
+def test_a_seed_draws_the_token_that_its_number_falls_on(top_p):
+    logits, sampling = torch.randn(400), Sampling(temperature=1.3, top_p=top_p, seed=3)
+    logits[[0, 7, 399]] = -torch.inf
+    weights = [math.exp(z / 1.3) for z in logits.tolist()]
+    left = list(enumerate(weights))
     if top_p < 1:
-        p[p.cumsum(0) - p >= top_p] = 0
-    else:
-        p, order = p[order.argsort()], torch.arange(400)
-    ours, theirs = sampling.generator(), sampling.generator()
+        left, made_up = [], 0.0
+        for i, weight in sorted(enumerate(weights), key=lambda pair: -pair[1]):
+            if made_up < top_p * sum(weights):
+                left.append((i, weight))
+            made_up += weight
+        assert 10 < len(left) < 390
+    ours, theirs, seen = sampling.generator(), sampling.generator(), set()
     for _ in range(100):
-        assert pick(logits, sampling, ours) == order[torch.multinomial(p, 1, generator=theirs)]
+        place = float(torch.rand((), dtype=torch.float64, generator=theirs)) * sum(weight for _, weight in left)
+        passed = 0.0
+        for i, weight in left:
+            passed += weight
+            if passed > place:
+                seen.add(i)
+                assert pick(logits, sampling, ours) == i
+                break
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (1 - 2**-53, 3)])
+@pytest.mark.parametrize("top_p", [1.0, 0.999])
+def test_the_ends_of_what_can_be_drawn_are_tokens_that_can_be_had(monkeypatch, u, token, top_p):
+    monkeypatch.setattr(torch, "rand", lambda *_, dtype, **__: torch.tensor(u, dtype=dtype))
+    logits = torch.tensor([-torch.inf, 0.3, 0.2, 0.1, -torch.inf])
+    assert pick(logits, Sampling(temperature=1.0, top_p=top_p), torch.Generator()) == token
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_token_costs_one_random_number_whatever_the_vocabulary(top_p):
+    """A number for every token of a large vocabulary takes longer to draw than all the rest."""
+    after = []
+    for size in (1, 10, 5000):
+        generator = Sampling(seed=5).generator()
+        pick(torch.randn(size), Sampling(temperature=1.0, top_p=top_p), generator)
+        after.append(torch.rand((), dtype=torch.float64, generator=generator))
+    generator = Sampling(seed=5).generator()
+    torch.rand((), dtype=torch.float64, generator=generator)
+    assert after == [torch.rand((), dtype=torch.float64, generator=generator)] * 3
 
 
 def feed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[str, list[str], bool]:

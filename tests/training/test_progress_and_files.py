@@ -1,6 +1,5 @@
 """What a run shows and writes while it goes."""
 
-import json
 from io import StringIO
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ from rich.console import Console
 from headwater.errors import HeadwaterError
 from headwater.evaluation.scores import TaskScore
 from headwater.training import HeadwaterArguments
-from headwater.training.files import replace_folder, write_json, write_text
 from headwater.training.history import History
 from headwater.training.progress import ProgressDisplay, duration
 from headwater.training.table import show_scores
@@ -86,22 +84,6 @@ def test_scores_come_back_from_the_history(tmp_path):
     history.append_scores(0, {"a": score})
     assert history.scores(0) == {"a": TaskScore("a", "exact_match", 0.25, 4, 0.5, [], {"interval": [0.1, 0.6]})}
     assert history.scores(3) == {}
-
-
-def test_files_are_replaced_whole(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": (1.0, float("inf"))})
-    assert json.loads(path.read_text()) == {"a": [1.0, None]}
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    write_text(tmp_path / "y", "text")
-    for name, text in (("old", "1"), ("new", "2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(text)
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old" / "file").read_text() == "2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "x.json", "y"]
-    assert json.loads(path.read_text()) == {"a": [1.0, None]}
 
 
 def test_the_table_says_what_is_measured_and_a_sinking_loss_is_a_gain():

@@ -1,6 +1,8 @@
 """A resume that is refused, or fails, says why before anything is written; one that is granted is of the same run."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 from io import StringIO
@@ -198,6 +200,23 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_good(folder, tmp_path, m
     assert not (out / "checkpoint-4").exists()
     assert last_checkpoint(out) == out / "checkpoint-2"
     assert run(folder, out, RESUME).results["steps"] == 4
+
+
+def test_an_adapter_that_does_not_fit_leaves_no_half_of_it(folder, tmp_path, monkeypatch):
+    save = training_run.HeadwaterTrainer.save_model
+
+    def full(trainer, output_dir=None, **options):
+        if not str(output_dir).endswith(".adapter"):
+            return save(trainer, output_dir, **options)
+        Path(output_dir).mkdir()
+        (Path(output_dir) / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training_run.HeadwaterTrainer, "save_model", full)
+    with pytest.raises(HeadwaterError, match="cannot be written: No space left"):
+        run(folder, tmp_path / "out")
+    assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-4"
+    assert not [path.name for path in (tmp_path / "out").iterdir() if "adapter" in path.name]
 
 
 def test_a_checkpoint_written_anew_and_not_to_its_end_is_not_gone_on_from(folder, finished, tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def head_similarity(model: nn.Module, adapter_name: str = "default") -> dict[str
     """
     similarity = {}
     for name, held in heads(model, adapter_name).items():
-        flat = held.B.detach().flatten(1).double()
+        flat = held.B.detach().flatten(1).cpu().double()  # Apple's GPUs have no float64
         unit = nn.functional.normalize(flat, dim=1)
         similarity[name] = (unit @ unit.T).clamp(-1, 1).tolist()
     return similarity

@@ -15,7 +15,8 @@ from headwater.cli.console import show_error, show_warning
 from headwater.cli.ingredients_app import calibrate, import_, subspace
 from headwater.cli.meta_app import meta_app
 from headwater.cli.pool_app import pool_app
-from headwater.errors import HeadwaterError
+from headwater.errors import HeadwaterError, Problem
+from headwater.files import OF_WRITING
 
 app = typer.Typer(
     help="Train one LoRA adapter on many tasks, and see that they do not fight.",
@@ -382,12 +383,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = show_warning
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="headwater")
+        try:
+            app(args=None if arguments is None else list(arguments), prog_name="headwater")
+        finally:
+            if sys.stdout is not None:  # as it is where it was closed
+                sys.stdout.flush()
     except HeadwaterError as error:
         if os.environ.get("HEADWATER_DEBUG") == "1":
             raise
         show_error(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:  # most of what writes names its file; this is for the rest
+        if error.errno not in OF_WRITING or os.environ.get("HEADWATER_DEBUG") == "1":
+            raise
+        where = error.filename or "standard output or a temporary file"
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()  # or Python would try again as it ends
+        show_error(HeadwaterError(Problem(f"this cannot be written: {error.strerror}", where, "make room")))
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ from pathlib import Path
 from headwater import _peft_hook
 from headwater.cli.console import out_console
 from headwater.errors import HeadwaterError, Problem
+from headwater.files import write_text
 
 MODULE = "_headwater_peft_hook"
 PTH = "headwater-autoload.pth"
@@ -40,8 +41,8 @@ def add(folder: Path) -> list[Path]:
     """
     source = Path(_peft_hook.__file__).read_text(encoding="utf-8")
     hook, pth = folder / f"{MODULE}.py", folder / PTH
-    _write(hook, source)
-    _write(pth, f"import importlib.util as u; u.find_spec('{MODULE}') and __import__('{MODULE}').install()\n")
+    write_text(hook, source)
+    write_text(pth, f"import importlib.util as u; u.find_spec('{MODULE}') and __import__('{MODULE}').install()\n")
     return [hook, pth]
 
 
@@ -58,9 +59,3 @@ def _folders() -> list[Path]:
     if site.ENABLE_USER_SITE:
         folders.append(Path(site.getusersitepackages()))
     return folders
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -29,7 +29,7 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
     from headwater.data.tasks import load_tasks
     from headwater.evaluation.forward import pad_id
     from headwater.evaluation.scoring import sample
-    from headwater.training.files import write_json
+    from headwater.files import write_json
 
     config = found.config
     tasks = [task for task in load_tasks(config.tasks, config.base_dir) if task.train]

@@ -79,7 +79,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
         rows.append(["mean", "", "", f"{mean:.3f}", "", ""])
     out_console().print(table(["task", "metric", "rows", "score", "95 % interval", "majority"], rows))
     if output is not None:
-        from headwater.training.files import write_json
+        from headwater.files import write_json
 
         write_json(Path(output), _as_json(found, split, scores, mean))
         err_console().print(f"wrote {output}", soft_wrap=True, highlight=False)

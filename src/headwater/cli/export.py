@@ -35,7 +35,7 @@ def run(source: str, output: str, *, merge: bool, per_task: bool, rows: int, sco
     method = str(adapter_fields(found.adapter).get("peft_type", "")).lower()
 
     from headwater.export import new_folder
-    from headwater.training.files import write_json
+    from headwater.files import write_json
 
     record: dict[str, Any] = {"schema": 1, "source": source, "method": method, "base_model": found.base_model}
     with new_folder(folder) as work:

@@ -63,7 +63,7 @@ def run(
     if output is not None:
         from importlib.metadata import version
 
-        from headwater.training.files import write_json
+        from headwater.files import write_json
 
         fields = adapter_fields(found.adapter)
         document = {

@@ -69,14 +69,14 @@ def generate(
     Raises:
         HeadwaterError: no generator, an unknown task, examples that cannot be read, or no rows to choose by.
     """
+    from headwater.export import check_output
     from headwater.generate import AdapterGenerator, write_adapter
 
     if (task is None) == (examples is None):
         raise HeadwaterError(Problem("give either --task NAME or --examples FILE", "headwater meta generate"))
     folder, target = Path(source), Path(output)
     folder = folder / "generator" if (folder / "generator").is_dir() else folder
-    if target.exists():
-        raise HeadwaterError(Problem("is there already", f"--output {output}", "choose another folder"))
+    check_output(target)
     generator = AdapterGenerator.load(folder)
     how = ""
     if task is not None and best_of is None:

@@ -120,20 +120,19 @@ def merge(folder: str, weighted: Sequence[str], how: str, output: str) -> None:
     from headwater.compose import AdapterPool
     from headwater.compose.adapter import write_adapter
     from headwater.compose.merge import WAYS
-    from headwater.export import new_folder as whole_folder
-    from headwater.methods.files import saying_why
+    from headwater.export import check_output, new_folder
 
     pool = AdapterPool(folder)
     weights = _weights(weighted)
     pool.require(*weights)
     if how not in WAYS:
         raise HeadwaterError(Problem(f"unknown way {how!r}", "--how", f"one of {', '.join(WAYS)}"))
-    target = new_folder(output)
+    check_output(Path(output))
     merged = WAYS[how]([pool.load(name) for name in weights], list(weights.values()))
     if not all(t.isfinite().all() for layer in merged.layers.values() for t in (layer.A, layer.B)):
         what = "these weights are too large: the merged adapter would hold numbers that are not finite"
         raise HeadwaterError(Problem(what, "--adapter", "give smaller weights"))
-    with saying_why(target), whole_folder(target) as work:
+    with new_folder(Path(output)) as work:
         write_adapter(merged, work, pool.base_model)
     _say(f"{output}: {how} of {', '.join(f'{w:g} {name}' for name, w in weights.items())}")
 
@@ -166,21 +165,6 @@ def cluster(folder: str, names: Sequence[str], count: int, seed: int, *, as_json
         others = cosines[inside][:, outside].flatten().tolist()
         rows.append([number, ", ".join(members), *(f"{sum(p) / len(p):.3f}" if p else "" for p in (pairs, others))])
     out_console().print(table(["cluster", "adapters", "mean cosine inside", "and to the others"], rows))
-
-
-def new_folder(output: str) -> Path:
-    """The path of a folder that does not hold anything yet and can be made.
-
-    Raises:
-        HeadwaterError: it does, or it cannot.
-    """
-    from headwater.training.folder import check_writable
-
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise HeadwaterError(Problem("this is there already and not an empty folder", f"--output {output}"))
-    check_writable(path, f"--output {output}", "choose another place")
-    return path
 
 
 def _weights(weighted: Sequence[str]) -> dict[str, float]:

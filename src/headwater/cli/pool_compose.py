@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
 from headwater.cli.generate import prompt_texts
-from headwater.cli.pool import new_folder
 from headwater.errors import HeadwaterError, Problem
 
 if TYPE_CHECKING:
@@ -123,20 +122,19 @@ def tune_encoder(
     from headwater.compose import AdapterPool
     from headwater.compose.contrastive import ContrastiveSpec, fine_tune, usable_texts
     from headwater.compose.encoder import load_encoder
-    from headwater.export import new_folder as whole_folder
-    from headwater.methods.files import saying_why
+    from headwater.export import check_output, new_folder
 
     quiet_libraries()
     spec = ContrastiveSpec(epochs=epochs, learning_rate=learning_rate, temperature=temperature, seed=seed)
     pool = AdapterPool(folder)
-    target = new_folder(output)
+    check_output(Path(output))
     pool.require(*names)
     chosen = {name: pool[name].samples for name in (names or pool.names)}
     used = usable_texts(chosen)
     model = load_encoder(encoder, progress=_note)
     with err_console().status("fine-tuning the encoder"):
         loss = fine_tune(model, chosen, spec)
-    with saying_why(target), whole_folder(target) as work:
+    with new_folder(Path(output)) as work:
         model.save_pretrained(str(work))
     if left := [name for name in chosen if name not in used]:
         _note(f"without two different sample texts, and so not learnt from: {', '.join(left)}")
@@ -161,9 +159,10 @@ def flow(
     """
     from headwater.compose.flow import FlowGate, train_gates
     from headwater.evaluation.forward import pad_id
+    from headwater.export import check_output
 
     config, tasks, found = _compose(folder, scoring)
-    target = new_folder(output)
+    check_output(Path(output))
     chosen = list(names) or found.pool.names
     found.pool.require(*chosen)
     gate = FlowGate(found.pooled, chosen, start, temperature, granularity)
@@ -176,7 +175,7 @@ def flow(
             spec,
             progress=lambda step, steps, loss: status.update(f"step {step} of {steps}, loss {loss:.3f}"),
         )
-    gate.save(target, found.pool, training={**dataclasses.asdict(spec), "steps": len(losses), "losses": losses})
+    gate.save(Path(output), found.pool, training={**dataclasses.asdict(spec), "steps": len(losses), "losses": losses})
     size = sum(parameter.numel() for parameter in gate.parameters())
     used = min(spec.examples, len(rows))
     _say(f"{output}: {size:,} numbers in gates for {', '.join(chosen)}, trained on {used} rows in {len(losses)} steps")
@@ -193,9 +192,10 @@ def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: 
 
     from headwater.compose.hub import search
     from headwater.evaluation.forward import pad_id
+    from headwater.export import check_output
 
     config, tasks, found = _compose(folder, scoring)
-    target = new_folder(output)
+    check_output(Path(output))
     chosen = list(names) or found.pool.names
     found.pool.require(*chosen)
     # scipy's words about a small budget, in names that are none of headwater's options
@@ -209,7 +209,7 @@ def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: 
             spec,
             progress=lambda done, budget, best: status.update(f"evaluation {done} of {budget}, best {best:.3f}"),
         )
-    result.save(target, found.pool, search=dataclasses.asdict(spec), tasks=[task.name for task in tasks])
+    result.save(Path(output), found.pool, search=dataclasses.asdict(spec), tasks=[task.name for task in tasks])
     weights = ", ".join(f"{weight:.2f} {name}" for name, weight in result.weights.items())
     _say(f"{output}: {weights}; objective {result.objective:.3f}, optimiser {result.optimiser}")
     _score_and_show([output], found, tasks, config, scoring)
@@ -225,13 +225,15 @@ def arrow(
     """
     from headwater.compose.arrow import Arrow
     from headwater.evaluation import score_tasks
+    from headwater.export import check_output
 
     config, tasks, found = _compose(folder, scoring)
-    target = None if output is None else new_folder(output)
+    if output is not None:
+        check_output(Path(output))
     found.pool.require(*names, *general)
     routing = Arrow(found.pooled, found.pool, list(names) or None, spec, general)
-    if target is not None:
-        routing.save(target)
+    if output is not None:
+        routing.save(Path(output))
         _say(f"{output}: prototypes of {', '.join(routing.names)} at {len(routing.prototypes)} layers")
     with err_console().status("scoring") as status, routing.on():
         scores = score_tasks(
@@ -337,7 +339,7 @@ def _score_and_show(
 
 def _show(scores: dict[str, dict[str, TaskScore]], scoring: Scoring) -> None:
     from headwater.evaluation import mean_score
-    from headwater.training.files import write_json
+    from headwater.files import write_json
 
     rows: list[list[object]] = []
     record: dict[str, Any] = {"schema": 1, "split": scoring.split, "ways": {}}

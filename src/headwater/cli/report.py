@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headwater.cli.console import out_console
 from headwater.errors import HeadwaterError, Problem
+from headwater.files import NotWritten
 
 
 def run(folder: str) -> None:
@@ -36,6 +37,8 @@ def _of_whole(folder: Path, command: str, write: Callable[[Path], Path]) -> Path
     except FileNotFoundError as error:
         what = f"this run of `{command}` is not finished: {error.filename} is not there"
         raise HeadwaterError(Problem(what, str(folder), "go on with it; its end writes the report")) from error
+    except NotWritten:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"the report of this run of `{command}` cannot be made: {type(error).__name__}: {error}"
         fix = "make the folder writable; if files in it are damaged, run it again"

@@ -15,7 +15,7 @@ from headwater.compare.plan import Plan, make_plan
 from headwater.compare.run import compare
 from headwater.compare.selection import choosing_tasks
 from headwater.errors import HeadwaterError, Problem
-from headwater.training.files import write_json
+from headwater.files import write_json
 from headwater.training.run import training_arguments
 
 if TYPE_CHECKING:

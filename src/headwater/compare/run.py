@@ -21,9 +21,9 @@ from headwater.compare.summary import summarise
 from headwater.data.tasks import load_tasks
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore
+from headwater.files import write_json
 from headwater.marked_yaml import parse_document, read_document
 from headwater.report import write_comparison_report
-from headwater.training.files import write_json
 from headwater.training.folder import last_checkpoint, make_folder
 from headwater.training.history import History
 from headwater.training.memory import free_memory
@@ -255,6 +255,7 @@ def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str,
     history = History(folder / f"before-{digest}.jsonl")
     if scores := history.scores(0):
         return scores
+    history.start()  # a process that stopped while it wrote may have left half a line
     try:
         tasks = load_tasks(config.tasks, config.base_dir)
     except HeadwaterError as error:

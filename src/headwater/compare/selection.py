@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headwater.data.rows import Row
 from headwater.data.tasks import Task, input_of, load_tasks
 from headwater.errors import HeadwaterError, Problem
-from headwater.training.files import write_text
+from headwater.files import write_text
 
 if TYPE_CHECKING:
     from headwater.config import RunConfig

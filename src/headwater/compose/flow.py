@@ -28,6 +28,7 @@ from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
 from ..ops import project
+from . import ranges
 from .base import linear_layers
 from .mixed import PooledModel, Stack
 from .pool import AdapterPool
@@ -48,6 +49,9 @@ class FlowSpec:
         epochs: passes over them.
         learning_rate: the highest; the paper searches 1e-3 and 1e-4.
         batch_size: rows per step; the paper searches 2, 4 and 8.
+
+    Raises:
+        HeadwaterError: naming every number that is out of range.
     """
 
     examples: int = 200
@@ -55,6 +59,18 @@ class FlowSpec:
     learning_rate: float = 1e-3
     batch_size: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.require(
+            self,
+            {
+                "examples": ranges.at_least(1, self.examples),
+                "epochs": ranges.at_least(1, self.epochs),
+                "learning_rate": ranges.rate(self.learning_rate),
+                "batch_size": ranges.at_least(1, self.batch_size),
+                "seed": ranges.seed(self.seed),
+            },
+        )
 
 
 class FlowGate(nn.Module):
@@ -73,8 +89,8 @@ class FlowGate(nn.Module):
         weight: of each gate `(k, width of that input)`, float32. bias: `(gates, k)`, float32.
 
     Raises:
-        HeadwaterError: fewer than one adapter, names twice, an unknown start or granularity, or an adapter on a layer
-            that is in no decoder layer, unless gates are per module.
+        HeadwaterError: fewer than one adapter, names twice, an unknown start or granularity, a temperature that is not
+            above 0, or an adapter on a layer that is in no decoder layer, unless gates are per module.
     """
 
     def __init__(
@@ -95,6 +111,7 @@ class FlowGate(nn.Module):
             raise HeadwaterError(Problem(f"unknown granularity {granularity!r}", "granularity", fix))
         self.pooled, self.names, self.start, self.temperature = pooled, tuple(names), start, temperature
         self.granularity = granularity
+        ranges.require(self, {"temperature": ranges.positive(temperature)})
         self._place_of = _places(pooled, names, granularity)
         self.places = list(dict.fromkeys(self._place_of.values()))
         self._position = {place: position for position, place in enumerate(self.places)}

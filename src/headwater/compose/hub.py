@@ -21,6 +21,7 @@ from torch import nn
 
 from ..data.encode import Encoded
 from ..errors import HeadwaterError, Problem
+from . import ranges
 from .adapter import Adapter
 from .merge import fuse, require_one_shape
 from .mixed import PooledModel
@@ -45,6 +46,9 @@ class HubSpec:
         penalty: `paper` is J above; `official` what the authors' code computes, the mean token loss divided by the
             number of examples, plus 0.05 times the *mean* of |w|.
         seed: of the examples and the search. Cobyla draws nothing.
+
+    Raises:
+        HeadwaterError: naming everything that is out of range.
     """
 
     examples: int = 5
@@ -54,8 +58,15 @@ class HubSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.penalty not in ("paper", "official"):
-            raise HeadwaterError(Problem(f"unknown penalty {self.penalty!r}", "penalty", "one of paper, official"))
+        ranges.require(
+            self,
+            {
+                "examples": ranges.at_least(1, self.examples),
+                "budget": ranges.at_least(1, self.budget),
+                "penalty": (self.penalty in ("paper", "official"), "paper or official"),
+                "seed": ranges.seed(self.seed),
+            },
+        )
 
 
 @dataclass(frozen=True)

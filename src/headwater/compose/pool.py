@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..base_model import load_base_model, sha256_of
 from ..errors import HeadwaterError, Problem
+from ..files import NotWritten, saying_why, write_json
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, read_config
 from .base import BaseFingerprint
 
@@ -114,11 +115,16 @@ class AdapterPool:
         fingerprint = BaseFingerprint.of(model)
         where = Path(base_model).expanduser()
         name = str(where.resolve()) if where.exists() else base_model
-        (path / _ADAPTERS).mkdir(parents=True, exist_ok=True)
-        from ..training.files import write_json
-
-        write_json(path / _BASE, _Base(name=name, fingerprint=fingerprint).model_dump(mode="json"))
-        write_json(path / _INDEX, _Index(schema=1).model_dump(mode="json", by_alias=True))
+        try:
+            with saying_why(path):
+                (path / _ADAPTERS).mkdir(parents=True, exist_ok=True)
+            write_json(path / _BASE, _Base(name=name, fingerprint=fingerprint).model_dump(mode="json"))
+            write_json(path / _INDEX, _Index(schema=1).model_dump(mode="json", by_alias=True))
+        except NotWritten:
+            # or the folder would not be empty when there is room and it is tried again
+            (path / _BASE).unlink(missing_ok=True)
+            shutil.rmtree(path / _ADAPTERS, ignore_errors=True)
+            raise
         return cls(path)
 
     @property
@@ -192,11 +198,14 @@ class AdapterPool:
         if problems:
             raise HeadwaterError(*problems)
         target = self.path / _ADAPTERS / name
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-        try:
-            for file in _FILES:
-                shutil.copyfile(source / file, work / file)
-            work.chmod(0o755)
+        with saying_why(target):
+            beside = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent)
+        with beside:
+            work = Path(beside.name) / name  # within, because Python makes temporary folders for their owner alone
+            with saying_why(target):
+                work.mkdir()
+                for file in _FILES:
+                    shutil.copyfile(source / file, work / file)
             entry = Entry(
                 sha256={file: sha256_of(work / file) for file in _FILES},
                 rank=max(factors.rank for factors in adapter.layers.values()),
@@ -211,9 +220,11 @@ class AdapterPool:
                     raise HeadwaterError(*problems)
                 shutil.rmtree(target, ignore_errors=True)  # left over from an addition that was cut short
                 work.rename(target)
-                self._write({**self.entries, name: entry})
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+                try:
+                    self._write({**self.entries, name: entry})
+                except NotWritten:
+                    shutil.rmtree(target, ignore_errors=True)
+                    raise
         return entry
 
     def remove(self, name: str) -> None:
@@ -291,8 +302,6 @@ class AdapterPool:
             raise HeadwaterError(Problem(what, str(self.path), "try again when it has finished")) from None
 
     def _write(self, entries: dict[str, Entry]) -> None:
-        from ..training.files import write_json
-
         index = _Index(schema=1, adapters=entries)
         write_json(self.path / _INDEX, index.model_dump(mode="json", by_alias=True))
         self.entries = entries

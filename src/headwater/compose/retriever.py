@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
+from ..files import NotWritten
+from ..methods.files import write_tensors
 from .encoder import PROMPT
 
 if TYPE_CHECKING:
@@ -154,13 +155,8 @@ def _read_keys(file: Path) -> dict[str, Tensor]:
 
 
 def _write_keys(file: Path, keys: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError, SafetensorError):  # a pool that cannot be written to can be read
-        save_file({digest: key.clone() for digest, key in keys.items()}, temporary)
-        temporary.replace(file)
+    with contextlib.suppress(NotWritten):  # a pool that cannot be written to can be read
+        write_tensors(keys, file, {})
 
 
 def mixtures(found: Sequence[Found], temperature: float | None = None) -> list[dict[str, float]]:

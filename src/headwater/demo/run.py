@@ -11,8 +11,8 @@ from rich.console import Console
 
 from ..base_model import cache_dir
 from ..errors import HeadwaterError, Problem
+from ..files import write_text
 from .assets import DemoAssets, model_folder, prepare, task_entries
-from .splits import write_text
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -98,7 +98,7 @@ def demo_config(output_dir: str | Path, overrides: Sequence[str], cache: Path) -
         "tasks": task_entries(cache),
     }
     cache.mkdir(parents=True, exist_ok=True)
-    write_text(f"{packaged}\n{dump(parts)}", cache / "run.yaml")
+    write_text(cache / "run.yaml", f"{packaged}\n{dump(parts)}")
     config = load_config(cache / "run.yaml", overrides)
     # The demo's own paths are absolute; those of an override are meant from where the user stands.
     config._base_dir = Path.cwd()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..files import write_text
 
 SPLITS = ("train", "validation", "test")
 
@@ -85,20 +85,7 @@ def write_rows(examples: Sequence[Example], labels: Sequence[str], path: Path) -
         json.dumps({"prompt": e.prompt, "completion": f" {e.label}", "choices": choices}, ensure_ascii=False)
         for e in examples
     )
-    write_text("".join(f"{line}\n" for line in lines), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write UTF-8 text to a temporary name beside `path` and rename it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _allowed(pool: str) -> tuple[str, ...]:

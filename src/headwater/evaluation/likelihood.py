@@ -244,7 +244,8 @@ def completion_losses(
         )
         targets = pad([[labels[i][p] for p in scored[i]] for i in batch], -100).input_ids.to(logits.device)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        for i, row in zip(batch, losses.view_as(targets).double().sum(1).tolist(), strict=True):
+        # on the CPU, because Apple's GPUs have no float64
+        for i, row in zip(batch, losses.view_as(targets).cpu().double().sum(1).tolist(), strict=True):
             results[i] = (row, len(scored[i]))
         if on_batch is not None:
             on_batch(len(batch))

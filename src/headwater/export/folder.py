@@ -1,43 +1,36 @@
-"""Folders that are there whole or not at all."""
+"""New folders that are there whole or not at all."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import HeadwaterError, Problem
+from ..files import whole_folder
+from ..training.folder import check_writable
 
 
 def check_output(output: Path) -> None:
-    """Refuses to write where something is.
+    """Refuses to write where something is, and where no folder can be made: before the work, which may take long.
 
     Raises:
-        HeadwaterError: if `output` is a file or a folder that holds anything.
+        HeadwaterError: if `output` is a file or a folder that holds anything, or cannot be written.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise HeadwaterError(
-            Problem(f"{output} is there already", "--output", "choose another folder, or remove this one")
-        )
+    where, fix = f"--output {output}", "choose another folder"
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise HeadwaterError(Problem("this is there already and not an empty folder", where, fix))
+    check_writable(output, where, fix)
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block is through, and is removed if the block raises.
+    """A folder that takes the name `output` when the block is through, and is gone if the block raises.
 
     Raises:
-        HeadwaterError: as `check_output`.
+        HeadwaterError: as `check_output`, before and after; or if it cannot be written.
     """
     check_output(output)
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.replace(output)  # over an empty folder as well
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(output) as work:
+        yield work
+        check_output(output)  # another process may have been faster

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compose.adapter import CONFIG_FILE, WEIGHTS_FILE, config_problems, rank_and_scaling, read_config
 from ..errors import HeadwaterError, Problem
-from ..training.files import write_json
+from ..files import write_json
 
 _OUT = "PEFT loads the adapter's folder as it is; where PEFT can merge it, headwater export --merge writes the model"
 

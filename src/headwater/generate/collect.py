@@ -18,7 +18,7 @@ from ..data.mixture import MixtureSpec
 from ..data.tasks import Task
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import pad_id
-from ..training.files import replace_folder, write_json
+from ..files import whole_folder, write_json
 from ..training.progress import ProgressDisplay
 from ..training.run import add_adapter, training_arguments
 from ..training.trainer import HeadwaterTrainer
@@ -57,9 +57,8 @@ class CollectAdapters(TrainerCallback):
     ) -> None:
         left, off = divmod(state.max_steps - state.global_step, self.every)
         if off == 0 and 0 <= left < self.checkpoints and state.is_world_process_zero:
-            temporary = self.folder / ".saving"
-            model.save_pretrained(temporary)
-            replace_folder(temporary, self.folder / f"step-{state.global_step:06d}")
+            with whole_folder(self.folder / f"step-{state.global_step:06d}") as work:
+                model.save_pretrained(work)
 
 
 def collect(

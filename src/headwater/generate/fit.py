@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from ..training.files import replace_folder, write_json
+from ..files import whole_folder, write_json
 from .cvae import CVAE, can_train, cvae_loss
 from .generator import AdapterGenerator
 from .layout import Layout, Scale
@@ -133,17 +133,15 @@ def _settings(spec: MetaSpec, seed: int, normalised: Mapping[str, Tensor]) -> di
 
 
 def _save(folder: Path, settings: dict[str, Any], step: int, cvae: CVAE, optimizer: torch.optim.Optimizer) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    temporary.mkdir(exist_ok=True)
     moments = {
         f"{index}.{name}": value
         for index, entry in optimizer.state_dict()["state"].items()
         for name, value in entry.items()
     }
-    save_file({f"cvae.{name}": t.contiguous() for name, t in cvae.state_dict().items()} | moments, temporary / _STATE)
-    write_json(temporary / "state.json", {"settings": settings, "step": step})
-    replace_folder(temporary, folder)
+    tensors = {f"cvae.{name}": t.contiguous() for name, t in cvae.state_dict().items()} | moments
+    with whole_folder(folder) as work:
+        save_file(tensors, work / _STATE)
+        write_json(work / "state.json", {"settings": settings, "step": step})
 
 
 def _resume(folder: Path, settings: dict[str, Any], cvae: CVAE, optimizer: torch.optim.Optimizer) -> int:

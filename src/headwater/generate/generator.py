@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from ..training.files import replace_folder, write_json
+from ..files import whole_folder, write_json
 from .cvae import CVAE
 from .layout import Layout, Scale
 
@@ -114,10 +114,6 @@ class AdapterGenerator:
 
     def save(self, folder: Path) -> None:
         """Writes the generator's folder, whole or not at all: safetensors and JSON."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.partial")
-        temporary.mkdir(exist_ok=True)
-        save_file({name: t.detach().contiguous() for name, t in self._tensors().items()}, temporary / TENSORS)
         settings = {
             "schema": 1,
             "tasks": list(self.tasks),
@@ -130,8 +126,9 @@ class AdapterGenerator:
                 "config": self.layout.config,
             },
         }
-        write_json(temporary / SETTINGS, settings)
-        replace_folder(temporary, folder)
+        with whole_folder(folder) as work:
+            save_file({name: t.detach().contiguous() for name, t in self._tensors().items()}, work / TENSORS)
+            write_json(work / SETTINGS, settings)
 
     @classmethod
     def load(cls, folder: Path) -> AdapterGenerator:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from ..training.files import replace_folder, write_json
+from ..files import whole_folder, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What decides what the same numbers compute.
@@ -114,12 +114,9 @@ def read_adapter(folder: Path) -> tuple[Layout, Tensor]:
 
 def write_adapter(folder: Path, layout: Layout, vector: Tensor) -> None:
     """Writes a vector `(L,)` as an ordinary PEFT LoRA folder, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    temporary.mkdir(exist_ok=True)
-    write_json(temporary / CONFIG, layout.config)
-    save_file(layout.unflatten(vector), temporary / WEIGHTS, metadata={"format": "pt"})
-    replace_folder(temporary, folder)
+    with whole_folder(folder) as work:
+        write_json(work / CONFIG, layout.config)
+        save_file(layout.unflatten(vector), work / WEIGHTS, metadata={"format": "pt"})
 
 
 @dataclass(frozen=True)

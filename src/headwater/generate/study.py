@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..base_model import load_base_model
 from ..data.tasks import Task, load_tasks
 from ..evaluation.scores import TaskScore
 from ..evaluation.scoring import score_tasks
-from ..training.files import write_json, write_text
+from ..files import write_json, write_text
+from ..methods.files import write_tensors
+from ..training.folder import make_folder
 from ..training.run import add_adapter, require_one_process
 from .collect import collect, collected, mean_of, with_adapter
 from .fit import check_batches, fit, new_generator
@@ -45,7 +47,7 @@ class MetaRun:
     def collect(self) -> None:
         """Trains each task by itself and keeps its late checkpoints; notes the tasks' vectors."""
         self._check_batches()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         from ..config import dump_config
 
         write_text(self.folder / "config.yaml", dump_config(self.config))
@@ -54,9 +56,7 @@ class MetaRun:
         if self.config.model.device_map is None and self.model.device != self.config.device:
             self.model.to(self.config.device)
         vectors = {task.name: self.vector(task) for task in self.tasks}
-        temporary = self.folder / ".task_vectors"
-        save_file(vectors, temporary)
-        temporary.replace(self.folder / "task_vectors.safetensors")
+        write_tensors(vectors, self.folder / "task_vectors.safetensors", {})
 
     def _check_batches(self) -> None:
         """Refuses what no generator could be trained on, before hours of collecting."""

@@ -3,11 +3,11 @@ continued."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
+from ..files import saying_why
 
 if TYPE_CHECKING:
     from .base import LayerShape
@@ -96,37 +97,24 @@ def _read_adapter(config: Any, same: Sequence[str]) -> tuple[dict[str, Tensor], 
     return read_tensors(folder / "adapter_model.safetensors", "continue_from")
 
 
-@contextlib.contextmanager
-def saying_why(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While `path` is written.
-
-    Raises:
-        HeadwaterError: in the place of what Python and safetensors raise when it cannot be.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (
-            (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0] or type(error).__name__
-        )
-        fix = "make room, or choose another place"
-        raise HeadwaterError(Problem(f"this cannot be written: {reason}", str(path), fix)) from error
-
-
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file under a temporary name and renames it.
 
     Raises:
-        HeadwaterError: if it cannot be written.
+        NotWritten: if it cannot be.
     """
     file = Path(path)
-    temporary = file.with_name(f".{file.name}.partial")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     # cloned, because safetensors refuses tensors that share memory, as layers with one basis do
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with saying_why(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            # safetensors puts a file in its place that is for its owner alone
             save_file(own, temporary, metadata=dict(metadata))
+            temporary.chmod(mode)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)

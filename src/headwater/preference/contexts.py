@@ -55,7 +55,7 @@ def prompt_states(
             )
         finally:
             handle.remove()
-        found[batch] = caught.pop().double().cpu().numpy()
+        found[batch] = caught.pop().cpu().double().numpy()  # Apple's GPUs have no float64
     return found
 
 

@@ -23,18 +23,19 @@ from headwater.data.tasks import Task, load_tasks, overlap
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore, mean_score
 from headwater.evaluation.scoring import score_tasks
+from headwater.files import whole_folder, write_json, write_text
 from headwater.marked_yaml import parse_document
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
 from headwater.preference.results import summary
 from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
 from headwater.training.arguments import HeadwaterArguments
-from headwater.training.files import replace_folder, write_json, write_text
-from headwater.training.folder import STATE
+from headwater.training.folder import STATE, make_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
 from headwater.training.run import add_adapter, require_one_process
+from headwater.training.write_errors import explained_writes
 
 RESULT = "result.json"
 FILE = "prefer.yaml"
@@ -81,12 +82,17 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
 
     Raises:
         HeadwaterError: whatever is wrong with the file, the data, the sources or the folder; test prompts that are also
-            trained on; a run whose sources have all failed, or whose loss is not finite; TRL is not installed.
+            trained on; a run whose sources have all failed, or whose loss is not finite; a folder that cannot be
+            written; TRL is not installed.
         KeyboardInterrupt: on Ctrl-C; a checkpoint is saved first.
     """
     require_one_process("headwater prefer")
     _check_trl()
-    console = console or Console()
+    with explained_writes(Path(config.output_dir), "go on with it (training.resume_from_checkpoint: true)"):
+        return _prefer(config, console or Console())
+
+
+def _prefer(config: PreferConfig, console: Console) -> dict[str, Any]:
     output = Path(config.output_dir)
     parts = [_part(output, strategy, seed) for strategy in config.preference.strategies for seed in config.seeds]
     resume = _check_folder(config, output)
@@ -100,7 +106,7 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
     if not resume and (output / FILE).is_file():
         for path in [*_held(output), *output.glob("*/seed-*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     if not resume:
         write_text(output / FILE, dump_config(config))
         plain = RunConfig.model_validate(config.model_dump(include=set(RunConfig.model_fields), exclude_unset=True))
@@ -306,9 +312,8 @@ def _run(
     if part.strategy.startswith(SINGLE) and BEST_SINGLE in config.preference.strategies:
         held = score_tasks(trainer.model, tokenizer, tasks, config.evaluation, config.data, split="validation")
         chosen_by = {"validation": mean_score(held.values())}
-    temporary = part.folder / ".adapter"
-    trainer.model.save_pretrained(str(temporary), selected_adapters=["default"])
-    replace_folder(temporary, part.folder / "adapter")
+    with whole_folder(part.folder / "adapter") as work:
+        trainer.model.save_pretrained(str(work), selected_adapters=["default"])
     write_json(
         part.folder / RESULT,
         {
@@ -345,9 +350,8 @@ def _run_best_single(
 
 def _copy_adapter(source: Path, target: Path) -> None:
     """Copies a run's adapter into another folder, whole or not at all."""
-    temporary = target / ".adapter"
-    shutil.copytree(source / "adapter", temporary, dirs_exist_ok=True)
-    replace_folder(temporary, target / "adapter")
+    with whole_folder(target / "adapter") as work:
+        shutil.copytree(source / "adapter", work, dirs_exist_ok=True)
 
 
 def _is_complete(checkpoint: Path, trainer: Any) -> bool:

@@ -28,14 +28,15 @@ from headwater.data.tasks import Task
 from headwater.errors import HeadwaterError
 from headwater.evaluation.forward import evaluating, pad_id
 from headwater.evaluation.generate import generate_from_ids
+from headwater.files import write_json
 from headwater.preference.bandits import Picker, QuantileScale
 from headwater.preference.contexts import Projection, prompt_states
 from headwater.preference.pairs import Pair, make_pairs, mean_of_standardised
 from headwater.preference.sources import Scores, Source
 from headwater.preference.spec import PreferenceSpec
 from headwater.preference.validation import Validation
-from headwater.training.files import write_json
 from headwater.training.method_callback import MethodCallback
+from headwater.training.write_errors import whole_or_gone
 from headwater.tuner import follow_loss, is_adapted, needs_task_ids
 from headwater.tuner.context import KEYWORD
 
@@ -200,8 +201,10 @@ class PreferenceTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # trainer_state.json is written last, so a folder that has it has all of the bandit, too.
-        self.save_bandit(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with whole_or_gone(folder):
+            self.save_bandit(folder)
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

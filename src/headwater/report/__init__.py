@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from headwater.files import saying_why, write_bytes
 
 
 def write_report(run_dir: Path) -> Path:
@@ -42,20 +43,19 @@ def write_comparison_report(folder: Path) -> Path:
 
 
 def write_page(html: str, files: dict[str, bytes], folder: Path) -> Path:
-    """Writes what `html.render` gave into a folder, as `report.html` and `figures/*`, and returns the page's path."""
+    """Writes what `html.render` gave into a folder, as `report.html` and `figures/*`, and returns the page's path.
+
+    Raises:
+        headwater.files.NotWritten: if that cannot be.
+    """
     figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
+    with saying_why(figures):
+        figures.mkdir(exist_ok=True)
     for name, data in files.items():
-        _write(figures / name, data)
+        write_bytes(figures / name, data)
     page = folder / "report.html"
-    _write(page, html.encode("utf-8"))
+    write_bytes(page, html.encode("utf-8"))
     return page
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may end one comparison
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 __all__ = ["write_comparison_report", "write_page", "write_report"]

@@ -41,20 +41,22 @@ class Sampling:
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Draws a token from logits `(vocabulary,)`, the largest of which has to be finite.
 
-    Only the noise comes from the CPU, where `generator` is; the rest, in float64, stays on the logits' device, and so
+    One number is drawn, on the CPU, where `generator` is; the rest, in float64, stays on the logits' device, and so
     does the result, int64 `()`: nothing is waited for.
     """
     if sampling.temperature == 0:
         return logits.argmax()
     z = logits.double()
     p = torch.softmax((z - z.max()) / sampling.temperature, dim=-1)  # below 0 first: tiny temperatures give no infinity
-    # The largest of p_i / noise_i is i with probability p_i. So does `torch.multinomial` on a CPU, draw for draw.
-    noise = torch.empty(p.shape, dtype=p.dtype).exponential_(generator=generator).to(p.device, non_blocking=True)
+    order = None
     if sampling.top_p < 1:
-        ranked, order = p.sort(descending=True, stable=True)
-        made_up_for = ranked.cumsum(0) - ranked >= sampling.top_p  # by those before
-        return order.take(torch.div(ranked.masked_fill(made_up_for, 0), noise, out=noise).argmax())
-    return torch.div(p, noise, out=noise).argmax()
+        p, order = p.sort(descending=True, stable=True)
+        p = p.masked_fill(p.cumsum(0) - p >= sampling.top_p, 0)  # those before make it up
+    # Tokens side by side, each as wide as it is likely: the one that a random place on the whole lies in.
+    ends = p.cumsum(0)
+    u = torch.rand((), dtype=p.dtype, generator=generator).to(p.device, non_blocking=True)
+    place = torch.searchsorted(ends, u * ends[-1], right=True)  # right: past those that are as wide as nothing
+    return place if order is None else order.take(place)
 
 
 class Text:

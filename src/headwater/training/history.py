@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..evaluation.scores import TaskScore
-from .files import finite, write_text
+from ..files import finite, saying_why, write_text
 from .gate_monitor import METRICS
 from .head_monitor import HEAD_METRICS
 
@@ -38,7 +38,7 @@ class History:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Adds one line; non-finite numbers become null."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with saying_why(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(entry))
 
     def append_scores(self, step: int, scores: Mapping[str, TaskScore]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,11 +25,11 @@ from ..data.tasks import Task, load_tasks
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import pad_id
 from ..evaluation.scores import TaskScore, mean_score
+from ..files import replace_folder, write_json, write_text
 from ..marked_yaml import read_document
 from ..methods import make_config
 from ..tuner import align
 from .arguments import HeadwaterArguments
-from .files import replace_folder, write_json, write_text
 from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
@@ -173,10 +174,15 @@ def _train(config: RunConfig, console: Console | None, base_scores: Mapping[str,
         display.close()
     results = _results(config, trainer, before, after, peak)
     temporary = output / ".adapter"
-    trainer.save_model(str(temporary))  # every rank: weights that are sharded are gathered
+    try:
+        trainer.save_model(str(temporary))  # every rank: weights that are sharded are gathered
+        if first:
+            (temporary / "training_args.bin").unlink(missing_ok=True)  # pickled, and said by config.yaml
+            replace_folder(temporary, output / "adapter")
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
     if first:
-        (temporary / "training_args.bin").unlink(missing_ok=True)  # pickled, and said by config.yaml
-        replace_folder(temporary, output / "adapter")
         routing = routing_by_task(adapted, tokenizer, tasks, config.data)
         write_json(output / "analysis.json", {"head_similarity": head_similarity(adapted), **routing})
         write_json(output / "results.json", results)

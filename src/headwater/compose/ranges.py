@@ -1,0 +1,44 @@
+"""Refusing settings that are out of range, all of them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import HeadwaterError, Problem
+
+
+def require(settings: Any, should: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuses settings whose fields are not what they should be.
+
+    Args:
+        settings: whose fields are looked at.
+        should: field -> whether it is as it should be, and how that is.
+
+    Raises:
+        HeadwaterError: naming every one that is not.
+    """
+    problems = [
+        Problem(f"it is {getattr(settings, field)}, and should be {how}", field)
+        for field, (good, how) in should.items()
+        if not good
+    ]
+    if problems:
+        raise HeadwaterError(*problems)
+
+
+def at_least(least: int, value: float) -> tuple[bool, str]:
+    return value >= least, f"at least {least}"  # which NaN is not
+
+
+def seed(value: int) -> tuple[bool, str]:
+    return 0 <= value < 2**32, "from 0 to 2**32 - 1"
+
+
+def rate(value: float) -> tuple[bool, str]:
+    return 0 <= value < math.inf, "a finite number, at least 0"
+
+
+def positive(value: float) -> tuple[bool, str]:
+    return 0 < value < math.inf, "a finite number above 0"

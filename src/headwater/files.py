@@ -1,0 +1,140 @@
+"""Files and folders that are there whole or not at all, in the mode that `open` gives, and errors that name them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .errors import HeadwaterError, Problem
+
+OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+"""What only writing ends in; such an error need not name a file."""
+TEXTS = ("inline_container", "PytorchStreamWriter", "file write failed", "Error while serializing")
+"""Of torch's writer of zip files, and of safetensors'."""
+
+
+class NotWritten(HeadwaterError):  # noqa: N818  (as NotMergeable, it says what is the matter)
+    """A file or a folder could not be written; `reason` is why, in the words of whatever wrote."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str):
+        self.reason = reason
+        super().__init__(Problem(f"this cannot be written: {reason}", str(path), "make room, or choose another place"))
+
+
+def why_not_written(error: BaseException, folder: Path) -> str | None:
+    """Why `folder` or a file in it could not be written; None if that is not what the error is about."""
+    if isinstance(error, NotWritten):
+        return error.reason
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno is not None:
+            file = None if found.filename is None else Path(str(found.filename)).absolute()
+            if found.errno in OF_WRITING or (file is not None and file.is_relative_to(folder.absolute())):
+                return str(found.strerror)
+        found = found.__cause__ or found.__context__
+    said = str(error).splitlines()
+    return said[0] if said and not isinstance(error, OSError) and any(text in said[0] for text in TEXTS) else None
+
+
+@contextlib.contextmanager
+def saying_why(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While `path` is written, and nothing is read.
+
+    Raises:
+        NotWritten: in the place of what Python and safetensors raise when it cannot be.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (
+            (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0] or type(error).__name__
+        )
+        raise NotWritten(path, reason) from error
+
+
+def finite(value: Any) -> Any:
+    """`value` with non-finite floats as None, since JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `path` under a temporary name beside it, then renames.
+
+    Raises:
+        NotWritten: if it cannot be; what was there before still is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with saying_why(path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON as `write_text` does; non-finite numbers become null."""
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def open_to_readers(folder: Path) -> None:
+    """Gives a folder's files the mode that `open` gives, which the folder's own tells; safetensors leaves them to their
+    owner alone."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Puts the folder `new`, which lies beside `path`, in its place."""
+    open_to_readers(new)
+    shutil.rmtree(path, ignore_errors=True)
+    new.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `path` when the block is through and is gone if it raises.
+
+    Raises:
+        NotWritten: if it cannot be made or written; `path` is then as it was.
+    """
+    path = path.absolute()
+    with saying_why(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent)
+    with beside:
+        # within, because Python makes temporary folders for their owner alone
+        work = Path(beside.name) / path.name
+        try:
+            work.mkdir()
+            yield work
+            replace_folder(work, path)
+        except (OSError, RuntimeError, SafetensorError, NotWritten) as error:
+            reason = why_not_written(error, Path(beside.name))
+            if reason is None:
+                raise
+            raise NotWritten(path, reason) from error
