@@ -153,12 +153,14 @@ class RunConfig(BaseModel):
 
     def placed(self, error: HeadwaterError) -> HeadwaterError:
         """The same problems, with file and line where one names a key of the config or a file that the config names."""
-        files = {
+        files: dict[str, KeyPath] = {
             spec: ("tasks", index, split)
             for index, task in enumerate(self.tasks)
             for split in ("train", "validation", "test")
             if (spec := getattr(task, split))
         }
+        if self.model_name_or_path:
+            files[self.model_name_or_path] = ("model_name_or_path",)
         problems = []
         for problem in error.problems:
             if (split := files.get(problem.where)) is not None:

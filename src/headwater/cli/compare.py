@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
-from headwater.cli.train import INTERRUPTED, with_layer_names
-from headwater.errors import HeadwaterError
+from headwater.cli.train import INTERRUPTED
 
 if TYPE_CHECKING:
     from headwater.compare.plan import Plan
@@ -43,10 +42,7 @@ def run(file: str, names: str | None, options: dict[str, Any], overrides: Sequen
         given["seeds"] = parse_value(f"[{given['seeds']}]")
     if given or names is not None:
         config = choose(config, None if names is None else [n.strip() for n in names.split(",")], given)
-    try:
-        plan = make_plan(config)
-    except HeadwaterError as error:
-        raise with_layer_names(error, error.__cause__, config) from error
+    plan = make_plan(config)
     show_plan(plan, console)
     if dry_run:
         return
