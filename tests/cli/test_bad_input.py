@@ -4,9 +4,12 @@ import functools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from cli_support import headwater_process, run_main, write_run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -74,6 +77,13 @@ def test_unknown_key_names_the_nearest(headwater, run_file):
         f"{run_file}:6: training.max_stepz: unknown key `max_stepz`\n    did you mean `max_steps`?",
         f"{run_file}:2: method.num_head: unknown key `num_head`\n    did you mean `num_heads`?",
     )
+
+
+@pytest.mark.parametrize(("method", "page"), [("moe_lora", "methods/moe_lora.md"), ("lora", "config.md")])
+def test_an_unknown_key_of_a_method_names_the_page_of_its_keys(headwater, run_file, method, page):
+    done = headwater("train", run_file, "--set", f"method={{name: {method}, width: 8}}")
+    refused(done, f"--set method: method.width: unknown key `width`\n    docs/{page} lists all keys")
+    assert (ROOT / "docs" / page).is_file()
 
 
 def test_unknown_method(headwater, run_file):

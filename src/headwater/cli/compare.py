@@ -98,7 +98,8 @@ def show_summary(content: dict[str, Any], console: Console) -> None:
     else:
         said = (
             f"Mean over tasks of the scores on test rows; intervals are Student's t over {summary[0]['n']} seeds, "
-            "those of differences seed by seed. The test rows are the same in all runs; their chance is not in them."
+            "those of differences seed by seed. The test rows are the same in all runs, so their own chance is not in "
+            "the intervals."
         )
     console.print(said, highlight=False)
 
