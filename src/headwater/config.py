@@ -114,7 +114,10 @@ class RunConfig(BaseModel):
 
         # Settings that exclude each other show only when they meet; no folder is made by this.
         resume = training.get("resume_from_checkpoint")
-        HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
+        try:
+            HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
+        except ImportError as error:  # no error of pydantic's
+            raise ValueError(str(error)) from error
         return training
 
     @model_validator(mode="after")

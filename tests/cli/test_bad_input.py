@@ -136,9 +136,23 @@ def test_no_such_model(headwater, run_file):
 
 
 def test_training_keys_out_of_range(headwater, run_file):
-    keys = {"learning_rate": -1, "max_steps": 0, "per_device_train_batch_size": 0, "gradient_accumulation_steps": 0}
+    keys = dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"), 0)
+    keys |= dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), -1
+    )
     overrides = [part for key, value in keys.items() for part in ("--set", f"training.{key}={value}")]
     refused(headwater("train", run_file, *overrides), *(f"--set training.{key}: {key} is at least" for key in keys))
+    done = headwater("train", run_file, "--set", "training={num_train_epochs: 0}")
+    refused(done, "--set training: training.num_train_epochs: num_train_epochs is above 0, not 0")
+
+
+def test_what_is_not_installed(headwater, run_file, monkeypatch):
+    def missing(*args):
+        raise ModuleNotFoundError("deepspeed is not installed")
+
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.__post_init__", missing)
+    done = headwater("train", run_file, "--set", "training.deepspeed=ds.json")
+    refused(done, f"{run_file}:6: training: deepspeed is not installed")
 
 
 def test_trackers_that_are_not_there(headwater, run_file):

@@ -12,7 +12,10 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from ..errors import HeadwaterError, Problem
 
 LossNormalization = Literal["example", "token"]
-LEAST = {"learning_rate": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+LEAST = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+}
 UNLISTED = {"azure_ml", "flyte"}
 """Trackers of which transformers does not say whether they are installed."""
 
@@ -67,11 +70,14 @@ class HeadwaterArguments(TrainingArguments):
         problems = [
             Problem(f"{name} is at least {least}, not {value:g}", f"training.{name}")
             for name, least in LEAST.items()
-            if (value := getattr(self, name)) < least
+            if (value := getattr(self, name)) is not None and value < least
         ]
         if self.max_steps == 0 or self.max_steps < -1:
             fix = "leave it out to go by num_train_epochs"
             problems.append(Problem(f"max_steps is at least 1, not {self.max_steps}", "training.max_steps", fix))
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            what = f"num_train_epochs is above 0, not {self.num_train_epochs:g}"
+            problems.append(Problem(what, "training.num_train_epochs"))
         if problems:
             raise HeadwaterError(*problems)
         if self.eval_steps and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:

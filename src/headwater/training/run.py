@@ -140,16 +140,21 @@ def _train(
     history = History(output / "history.jsonl")
     display, interrupt = ProgressDisplay(console), SaveOnInterrupt()
     scorer = Scorer(tokenizer, tasks, config.evaluation, config.data, history if first else None, display)
-    trainer = HeadwaterTrainer(
-        adapted,
-        args,
-        train=encoded,
-        pad_token_id=pad_id(tokenizer),
-        mixture=mixture,
-        weights={task.name: task.weight for task in tasks},
-        evaluator=scorer.during,
-        callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
-    )
+    try:
+        trainer = HeadwaterTrainer(
+            adapted,
+            args,
+            train=encoded,
+            pad_token_id=pad_id(tokenizer),
+            mixture=mixture,
+            weights={task.name: task.weight for task in tasks},
+            evaluator=scorer.during,
+            callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
+        )
+    except HeadwaterError:
+        raise
+    except (ValueError, ImportError, OSError) as error:  # what the settings want is not there
+        raise HeadwaterError(Problem(str(error), "training")) from error
     if resume is not None:
         check_checkpoint(trainer, resume)
     start = _Start(config, args, resume, history, held)
@@ -239,36 +244,42 @@ def add_adapter(model: nn.Module, method: dict[str, Any], **options: Any) -> nn.
         options: further arguments of `peft.get_peft_model`.
 
     Raises:
-        HeadwaterError: if the method does not fit the model, or one of `target_modules` is the name of no layer.
+        HeadwaterError: if the method does not fit the model, or one of `target_modules` or `modules_to_save` is the
+            name of no layer.
     """
     fields = {"task_type": "CAUSAL_LM", **method}
     config = make_config(fields.pop("name"), **fields)
     targets = getattr(config, "target_modules", None)
     layers = [name for name, _ in model.named_modules()]
     # PEFT is content with one that is found, so that a mistyped one beside it would be lost without a word.
-    names = targets if isinstance(targets, list | set) else []
-    lost = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
-    if lost:
-        raise _no_layer(f"is called {' or '.join(map(repr, sorted(lost)))}", model)
+    for field in ("target_modules", "modules_to_save"):
+        names = getattr(config, field, None) or ()
+        names = () if isinstance(names, str) else names
+        lost = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+        if lost:
+            raise _no_layer(f"is called {' or '.join(map(repr, sorted(lost)))}", model, field)
     try:
         return get_peft_model(model, config, **options)
     except HeadwaterError:
         raise
     except ValueError as error:
         if str(error).startswith(("Target modules", "No modules were targeted")):
-            raise _no_layer(f"matches {targets!r}", model) from error
+            shown = targets if isinstance(targets, str | None) else sorted(targets)
+            chosen = getattr(config, "layers_to_transform", None)
+            among = "" if chosen is None else f" among layers {chosen}"
+            raise _no_layer(f"matches {shown!r}{among}", model, "target_modules") from error
         raise HeadwaterError(Problem(str(error), "method")) from error
 
 
-def _no_layer(what: str, model: Any) -> HeadwaterError:
+def _no_layer(what: str, model: Any, field: str) -> HeadwaterError:
     output = model.get_output_embeddings()
     names = dict.fromkeys(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not output
     )
-    fix = f"its linear layers are: {', '.join(names)}; or give all-linear"
-    return HeadwaterError(Problem(f"no layer of the model {what}", "method.target_modules", fix))
+    fix = f"its linear layers are: {', '.join(names)}" + ("; or give all-linear" if field == "target_modules" else "")
+    return HeadwaterError(Problem(f"no layer of the model {what}", f"method.{field}", fix))
 
 
 def _settle_best(args: HeadwaterArguments, given: Mapping[str, Any], tasks: Sequence[Task]) -> None:
