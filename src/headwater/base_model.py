@@ -207,8 +207,7 @@ def _resolve(name_or_path: str) -> str:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".gguf") or name_or_path.count("/") > 1:
-            where = f"model_name_or_path: {name_or_path}"
-            raise HeadwaterError(Problem("no such file or folder", where, f"looked for {path.absolute()}"))
+            raise HeadwaterError(Problem("no such file or folder", name_or_path, f"looked for {path.absolute()}"))
         return name_or_path
     if path.is_file():
         return str(dequantise_gguf(path))

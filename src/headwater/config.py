@@ -114,7 +114,10 @@ class RunConfig(BaseModel):
 
         # Settings that exclude each other show only when they meet; no folder is made by this.
         resume = training.get("resume_from_checkpoint")
-        HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
+        try:
+            HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
+        except ImportError as error:  # no error of pydantic's
+            raise ValueError(str(error)) from error
         return training
 
     @model_validator(mode="after")
@@ -153,12 +156,14 @@ class RunConfig(BaseModel):
 
     def placed(self, error: HeadwaterError) -> HeadwaterError:
         """The same problems, with file and line where one names a key of the config or a file that the config names."""
-        files = {
+        files: dict[str, KeyPath] = {
             spec: ("tasks", index, split)
             for index, task in enumerate(self.tasks)
             for split in ("train", "validation", "test")
             if (spec := getattr(task, split))
         }
+        if self.model_name_or_path:
+            files[self.model_name_or_path] = ("model_name_or_path",)
         problems = []
         for problem in error.problems:
             if (split := files.get(problem.where)) is not None:

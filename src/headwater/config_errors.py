@@ -123,15 +123,17 @@ def _unknown_key(path: KeyPath, where: str, model: type[BaseModel], data: Any) -
     known = _known_keys(model, path[:-1], data)
     if len(path) == 1 and key not in known and key in _known_keys(model, ("training",), data):
         return Problem(f"unknown key `{key}`", where, f"write it under training: as training.{key}")
-    return _nearest("key", key, known, where)
+    of_ours = path[:1] == ("method",) and method_name(data["method"]) != "lora"
+    page = f"methods/{method_name(data['method'])}.md" if of_ours else "config.md"
+    return _nearest("key", key, known, where, page)
 
 
-def _nearest(kind: str, name: Any, known: Sequence[str], where: str) -> Problem:
+def _nearest(kind: str, name: Any, known: Sequence[str], where: str, page: str = "config.md") -> Problem:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6) or _abbreviated(str(name), known)
     if close:
         fix = f"did you mean `{close[0]}`?"
     else:
-        fix = f"known here: {', '.join(known)}" if len(known) <= 20 else "docs/config.md lists all keys"
+        fix = f"known here: {', '.join(known)}" if len(known) <= 20 else f"docs/{page} lists all keys"
     return Problem(f"unknown {kind} `{name}`", where, fix)
 
 

@@ -122,7 +122,10 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     except IsADirectoryError:
         inside = _neighbours(Path(path) / "any")
         raise HeadwaterError(Problem("this is a folder; a YAML file is needed here", source, inside)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise HeadwaterError(Problem("the file is not UTF-8 text", f"{source}:{line}", "save it as UTF-8")) from None
+    except OSError as error:
         raise HeadwaterError(Problem(f"the file cannot be read: {error}", source)) from None
     return parse_document(text, source)
 

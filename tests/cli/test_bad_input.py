@@ -2,10 +2,14 @@
 
 import functools
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from cli_support import headwater_process, run_main, write_run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -58,6 +62,7 @@ def test_malformed_rows_of_all_tasks_in_one_go(run_file):
     done = headwater_process("data", "check", "run.yaml", cwd=run_file.parent)
     refused(done, "animals-train.jsonl:2", "animals-train.jsonl:3", "completion", "colours-train.jsonl:1")
     assert done.out == ""
+    assert done.err.startswith("error: ")  # and not with what libraries say as they are imported
 
 
 def test_empty_task(headwater, run_file):
@@ -74,6 +79,13 @@ def test_unknown_key_names_the_nearest(headwater, run_file):
     )
 
 
+@pytest.mark.parametrize(("method", "page"), [("moe_lora", "methods/moe_lora.md"), ("lora", "config.md")])
+def test_an_unknown_key_of_a_method_names_the_page_of_its_keys(headwater, run_file, method, page):
+    done = headwater("train", run_file, "--set", f"method={{name: {method}, width: 8}}")
+    refused(done, f"--set method: method.width: unknown key `width`\n    docs/{page} lists all keys")
+    assert (ROOT / "docs" / page).is_file()
+
+
 def test_unknown_method(headwater, run_file):
     refused(
         headwater("train", run_file, "--set", "method.name=rloar"), "unknown method `rloar`", "did you mean `rlora`?"
@@ -84,8 +96,14 @@ def test_unknown_method(headwater, run_file):
 def test_target_module_not_found_lists_those_that_exist(headwater, run_file, method):
     done = headwater("train", run_file, "--set", f"method={{name: {method}, target_modules: [query, fc1]}}")
     names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-    refused(done, "--set method: method.target_modules: no layer of", "['query', 'fc1']", names)
+    refused(done, "--set method: method.target_modules: no layer of", "'fc1' or 'query'", names)
     assert "lm_head" not in done.err
+
+
+@pytest.mark.parametrize("method", ["rlora", "lora"])
+def test_an_expression_that_no_layer_matches(headwater, run_file, method):
+    done = headwater("train", run_file, "--set", f"method={{name: {method}, target_modules: '.*query'}}")
+    refused(done, "--set method: method.target_modules: no layer of", "matches '.*query'", "q_proj, k_proj")
 
 
 def test_no_heads(headwater, run_file):
@@ -112,7 +130,44 @@ def test_a_folder_that_holds_a_run(headwater, run_file):
 
 def test_no_such_model(headwater, run_file):
     done = headwater("train", run_file, "--set", "model_name_or_path=./no/model")
-    refused(done, "./no/model")
+    refused(done, "--set model_name_or_path: ./no/model: no such file or folder")
+    run_file.with_name("model").joinpath("config.json").unlink()
+    refused(headwater("train", run_file), f"{run_file}:1: model_name_or_path: {run_file.parent}/model: no config.json")
+
+
+def test_training_keys_out_of_range(headwater, run_file):
+    keys = dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"), 0)
+    keys |= dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), -1
+    )
+    overrides = [part for key, value in keys.items() for part in ("--set", f"training.{key}={value}")]
+    refused(headwater("train", run_file, *overrides), *(f"--set training.{key}: {key} is at least" for key in keys))
+    done = headwater("train", run_file, "--set", "training={num_train_epochs: 0}")
+    refused(done, "--set training: training.num_train_epochs: num_train_epochs is above 0, not 0")
+
+
+def test_what_is_not_installed(headwater, run_file, monkeypatch):
+    def missing(*args):
+        raise ModuleNotFoundError("deepspeed is not installed")
+
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.__post_init__", missing)
+    done = headwater("train", run_file, "--set", "training.deepspeed=ds.json")
+    refused(done, f"{run_file}:6: training: deepspeed is not installed")
+
+
+def test_trackers_that_are_not_there(headwater, run_file):
+    done = headwater("train", run_file, "--set", "training.report_to=[tensorbord, swanlab]")
+    refused(done, "--set training.report_to: unknown tracker 'tensorbord'", "report_to: swanlab is not installed")
+
+
+def test_no_task_to_train_on(headwater, run_file):
+    run_file.write_text(re.sub(r"train: \S+ ", "", run_file.read_text()))
+    refused(headwater("train", run_file), f"{run_file}:3: tasks: no task has training rows")
+
+
+def test_a_file_in_another_encoding(headwater, run_file):
+    run_file.write_bytes(run_file.read_bytes().replace(b"colours,", b"f\xe4rben,"))
+    refused(headwater("train", run_file), f"{run_file}:5: the file is not UTF-8 text\n    save it as UTF-8")
 
 
 def test_all_problems_of_a_file_are_named(headwater, run_file):
@@ -124,7 +179,7 @@ def test_data_check_names_every_row_and_train_says_how_to_see_them(headwater, ru
     for name in ("animals-train", "colours-train"):
         run_file.with_name(f"{name}.jsonl").write_text('{"prompt": "x"}\n' * 30)
     every = [f"{name}-train.jsonl:{line}:" for name in ("animals", "colours") for line in range(1, 31)]
-    refused(headwater("data", "check", run_file), *every, lines=60)
+    refused(headwater("data", "check", run_file), *every, lines=61)
     done = refused(headwater("train", run_file), "animals-train.jsonl: and 20 more problems")
     assert done.err.count("`headwater data check FILE` names them all") == 1
 

@@ -68,8 +68,9 @@ def test_messages():
     ("fields", "said"),
     [
         ({}, "the row has no fields"),
-        ({"question": "q", "answer": "a"}, "the row has question, answer"),
-        ({"prompt": "p"}, "field 'completion' is missing"),
+        ({"question": "q", " answer": "a"}, "the row has 'question', ' answer'"),
+        ({str(n): "" for n in range(999)}, "33', '34..."),
+        ({"prompt": "p", "answer": "a"}, "field 'completion' is missing; the row has 'prompt', 'answer'"),
         ({"completion": "p"}, "field 'prompt' is missing"),
         ({"prompt": "p", "text": "t"}, "field 'completion' is missing"),
         ({"prompt": 3, "completion": "c"}, "field 'prompt' is a number, not text"),
@@ -145,7 +146,7 @@ def test_template():
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"q": "x", "answer": "y"}, "asks for field 'question'; the row has q, answer"),
+        ({"q": "x", "answer": "y"}, "asks for field 'question'; the row has 'q', 'answer'"),
         ({"question": None, "answer": "y"}, "field 'question' is null"),
         ({"question": "x", "answer": []}, "does not fit"),
     ],

@@ -109,7 +109,7 @@ def test_experts_that_a_task_does_not_use_are_left_out(tiny_llama, tmp_path):
     assert {A.shape[0] for A, _ in as_plain_lora(model, task=1).values()} == {2 * 4}
     with torch.no_grad(), headwater.task_ids(model, 1):
         expected = model(input_ids=tokens()).logits
-    write_plain_lora(model, saved(tmp_path / "adapter", model), tmp_path / "plain", task=1)
+    write_plain_lora(model, str(saved(tmp_path / "adapter", model)), str(tmp_path / "plain"), task=1)
     plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
     torch.testing.assert_close(plain(tokens()).logits, expected, atol=2e-5, rtol=1e-4)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -190,6 +191,17 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_from_it(finished, folder,
     assert steps == [2, 4, 6, 8, 10, 12]
 
 
+def test_a_folder_that_another_process_trains_in_is_left_alone(folder, tmp_path):
+    (tmp_path / "history.jsonl").write_text("its own\n")
+    short = ("training.max_steps=1", "training.eval_steps=null")
+    with FileLock(tmp_path / ".lock"), pytest.raises(HeadwaterError, match="output_dir: another process trains in"):
+        run(folder, tmp_path, *short)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "history.jsonl"]
+    assert (tmp_path / "history.jsonl").read_text() == "its own\n"
+    assert run(folder, tmp_path, *short)[0].results["steps"] == 1  # it has ended
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_plain_lora_and_best_model(folder, tmp_path):
     result, _ = run(
         folder,
@@ -209,6 +221,19 @@ def test_plain_lora_and_best_model(folder, tmp_path):
     assert analysis["head_similarity"] == {}
 
 
+@pytest.mark.parametrize("metric", [None, "notes"])
+def test_the_best_model_by_a_loss_is_that_of_the_lowest(folder, tmp_path, metric):
+    tasks = json.dumps([{"name": "notes", "train": str(folder / "colour.jsonl"), "metric": "loss"}])
+    tasks = tasks.replace('"metric"', f'"test": {json.dumps(str(folder / "colour.jsonl"))}, "metric"')
+    keys = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "max_steps": 3, "learning_rate": 0.1}
+    chosen = [f"training.metric_for_best_model={metric}"] if metric else []
+    run(folder, tmp_path, f"tasks={tasks}", *(f"training.{key}={json.dumps(keys[key])}" for key in keys), *chosen)
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    losses = [line["eval_notes"] for line in state["log_history"] if "eval_notes" in line]
+    assert len(set(losses)) == 3
+    assert state["best_metric"] == min(losses)
+
+
 def test_a_local_base_model_is_recorded_by_its_whole_path(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     short = ("training.max_steps=1", "training.eval_steps=null", "model_name_or_path=base")
@@ -225,6 +250,11 @@ def test_a_local_base_model_is_recorded_by_its_whole_path(folder, tmp_path, monk
         ("training.resume_from_checkpoint=true", "there is no checkpoint"),
         ("training.resume_from_checkpoint=nowhere", "nowhere is no checkpoint folder"),
         ("method.target_modules=[w_proj]", "w_proj"),
+        ("method.target_modules=[q_proj, gate, up_prj]", "no layer of the model is called 'gate' or 'up_prj'"),
+        ("method.modules_to_save=[lm_haed]", "method.modules_to_save: no layer of the model is called 'lm_haed'"),
+        ("method.layers_to_transform=[99]", r"'up_proj'\] among layers \[99\]"),
+        ("training={max_steps: 1, fsdp: full_shard, use_cpu: true}", "training: .*only works in distributed training"),
+        ("training={max_steps: 1, metric_for_best_model: colours}", "no score is called 'colours'\n    one of: colour"),
         ("method={name: lora, target_modules: [w_proj]}", "w_proj"),
         ("method.r=64", "rank 64 is larger"),
         ("training.optim=adamw_apex_fused", "apex"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -382,6 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before torch is loaded: waiting threads that spin make training several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = show_warning
+    # It recommends a kernel for 4-bit weights on CPUs as PEFT imports it, whatever is run.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         try:
             app(args=None if arguments is None else list(arguments), prog_name="headwater")

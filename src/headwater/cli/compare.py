@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
-from headwater.cli.train import INTERRUPTED, with_layer_names
-from headwater.errors import HeadwaterError
+from headwater.cli.train import INTERRUPTED
 
 if TYPE_CHECKING:
     from headwater.compare.plan import Plan
@@ -43,10 +42,7 @@ def run(file: str, names: str | None, options: dict[str, Any], overrides: Sequen
         given["seeds"] = parse_value(f"[{given['seeds']}]")
     if given or names is not None:
         config = choose(config, None if names is None else [n.strip() for n in names.split(",")], given)
-    try:
-        plan = make_plan(config)
-    except HeadwaterError as error:
-        raise with_layer_names(error, error.__cause__, config) from error
+    plan = make_plan(config)
     show_plan(plan, console)
     if dry_run:
         return
@@ -102,7 +98,8 @@ def show_summary(content: dict[str, Any], console: Console) -> None:
     else:
         said = (
             f"Mean over tasks of the scores on test rows; intervals are Student's t over {summary[0]['n']} seeds, "
-            "those of differences seed by seed. The test rows are the same in all runs; their chance is not in them."
+            "those of differences seed by seed. The test rows are the same in all runs, so their own chance is not in "
+            "the intervals."
         )
     console.print(said, highlight=False)
 

@@ -41,7 +41,7 @@ def run_check(file: str, overrides: Sequence[str], *, as_json: bool) -> None:
         ]
         for task in found
     ]
-    console.print(table(["task", "metric", *splits, "majority", "in train too"], rows))
+    console.print(table(["task", "metric", *splits, "always the same answer", "in train too"], rows))
     for task in found:
         for warning in task["warnings"]:
             console.print(Text.assemble((f"{task['task']}: ", "bold"), (warning, "yellow")))

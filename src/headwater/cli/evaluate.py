@@ -77,7 +77,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
     mean = mean_score(scores.values())
     if mean is not None:
         rows.append(["mean", "", "", f"{mean:.3f}", "", ""])
-    out_console().print(table(["task", "metric", "rows", "score", "95 % interval", "majority"], rows))
+    out_console().print(table(["task", "metric", "rows", "score", "95 % interval", "always the same answer"], rows))
     if output is not None:
         from headwater.files import write_json
 

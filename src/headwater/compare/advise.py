@@ -59,6 +59,9 @@ def advise(
 
     if len(set(seeds)) < 2:
         raise HeadwaterError(Problem("one seed gives no interval", "--seeds", "give at least two, e.g. 0,1,2"))
+    if method == "lora":
+        fix = "name another; `headwater methods` lists them"
+        raise HeadwaterError(Problem("plain LoRA is what a method is compared with", "--method lora", fix))
     started = time.perf_counter()
     output = Path(config.output_dir) / "advice"
     tasks = choosing_tasks(config, output / "tasks")

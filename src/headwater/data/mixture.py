@@ -49,7 +49,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float], spec: MixtureSpec) ->
         HeadwaterError: no task has a training row, or weights differ while batches are balanced.
     """
     if not any(sizes):
-        raise HeadwaterError(Problem("no task has training rows", fix="give at least one task a `train` file"))
+        raise HeadwaterError(Problem("no task has training rows", "tasks", "give at least one task a `train` file"))
     if spec.batching == "balanced":
         if len(set(weights)) > 1:
             what = "balanced batches give every task an equal share, but the tasks' weights differ"

@@ -20,6 +20,7 @@ SHOWN = 20
 CHECK = "`headwater data check FILE` names them all"
 
 FORMATS = "prompt and completion; messages; instruction and output; text"
+RENAME = 'or keep your names, and say in the task how they make a row: prompt: "{question}", completion: " {answer}"'
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _fill(fields: Mapping[str, Any], template: RowTemplate) -> tuple[Row | None,
     try:
         return parse_row(template.fill(fields))
     except KeyError as error:
-        what = f"the task's template asks for field {error}; the row has {', '.join(map(str, fields))}"
+        what = f"the task's template asks for field {error}; the row has {_names(fields)}"
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         what = f"the row does not fit the task's template: {error}"
     return None, [Problem(what)]
@@ -182,8 +183,7 @@ def parse_row(fields: Mapping[str, Any]) -> tuple[Row | None, list[Problem]]:
     elif "text" in fields:
         row = Row("", _text(fields, "text", errors, may_be_empty=False))
     else:
-        held = ", ".join(map(str, fields)) or "no fields"
-        return None, [Problem(f"the row has {held}", fix=f"name the fields {FORMATS}")]
+        return None, [Problem(f"the row has {_names(fields)}", fix=f"name the fields {FORMATS}; {RENAME}")]
     row = replace(row, choices=_choices(fields, row, errors))
     return (None, errors) if errors else (row, [])
 
@@ -248,8 +248,10 @@ def _text(
     fields: Mapping[str, Any], name: str, errors: list[Problem], place: str = "", *, may_be_empty: bool = True
 ) -> str:
     label = f"{place}: field '{name}'" if place else f"field '{name}'"
-    if name not in fields:
+    if name not in fields and place:
         errors.append(Problem(f"{label} is missing"))
+    elif name not in fields:
+        errors.append(Problem(f"{label} is missing; the row has {_names(fields)}", fix=f"rename one, {RENAME}"))
     elif not isinstance(value := fields[name], str):
         errors.append(Problem(f"{label} is {kind(value)}, not text"))
     elif not value and not may_be_empty:
@@ -287,6 +289,13 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _short(value: Any, width: int = 60) -> str:
-    text = repr(value)
+def _names(fields: Mapping[str, Any]) -> str:
+    return _cut(", ".join(repr(str(name)) for name in fields), 200) or "no fields"
+
+
+def _short(value: Any) -> str:
+    return _cut(repr(value), 60)
+
+
+def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -209,7 +209,7 @@ def generate_text(
         if not good
     ]
     if task_index is None and needs_task_ids(model):
-        problems.append(Problem("the adapter goes by task, and no task was given", fix="Name one of its tasks."))
+        problems.append(Problem("the adapter goes by task, and no task was given", fix="Name one (--task NAME)."))
     places, fix = (
         [f"prompt {i + 1}" for i in range(len(rows))],
         "Shorten the prompt, or lower max_new_tokens (--max-new-tokens).",

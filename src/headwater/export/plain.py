@@ -7,6 +7,7 @@ The scaling is in B and every layer has the same rank: servers that ignore keys 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def as_plain_lora(
 
 def write_plain_lora(
     model: nn.Module,
-    adapter: Path,
-    folder: Path,
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     *,
     gates: Mapping[str, Tensor] | None = None,
     task: int | None = None,
@@ -74,6 +75,7 @@ def write_plain_lora(
     Returns:
         The rank.
     """
+    adapter, folder = Path(adapter), Path(folder)
     layers = as_plain_lora(model, gates=gates, task=task)
     tensors = {
         f"base_model.model.{name}.lora_{letter}.weight": tensor

@@ -38,7 +38,11 @@ def curves_section(comparison: Comparison) -> Section:
         alt = f"Held-out scores over steps of {names_text(comparison.labels)}."
         blocks.append(FigureBlock("evaluation", caption, alt, lambda w: figures.method_curves(scores, fills, w)))
     if not blocks:
-        blocks.append(Note("The folders of the runs are not here or hold no history."))
+        blocks.append(
+            Note(
+                "The folders of the runs are not here, or hold no history: runs shorter than logging_steps log nothing."
+            )
+        )
     return Section("curves", "Learning curves", blocks)
 
 

@@ -6,11 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from ..errors import HeadwaterError, Problem
 
 LossNormalization = Literal["example", "token"]
+LEAST = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+}
+UNLISTED = {"azure_ml", "flyte"}
+"""Trackers of which transformers does not say whether they are installed."""
 
 
 @dataclass
@@ -31,7 +38,8 @@ class HeadwaterArguments(TrainingArguments):
         overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
 
     Raises:
-        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values.
+        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values, a number is too small, or a
+            tracker of `report_to` is unknown or not installed.
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
 
@@ -59,6 +67,32 @@ class HeadwaterArguments(TrainingArguments):
         if not isinstance(self.padding_free, bool | None):
             what = f"padding_free is true or false, not {self.padding_free!r}"
             raise HeadwaterError(Problem(what, "training.padding_free", "leave it out for the default"))
+        problems = [
+            Problem(f"{name} is at least {least}, not {value:g}", f"training.{name}")
+            for name, least in LEAST.items()
+            if (value := getattr(self, name)) is not None and value < least
+        ]
+        if self.max_steps == 0 or self.max_steps < -1:
+            fix = "leave it out to go by num_train_epochs"
+            problems.append(Problem(f"max_steps is at least 1, not {self.max_steps}", "training.max_steps", fix))
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            what = f"num_train_epochs is above 0, not {self.num_train_epochs:g}"
+            problems.append(Problem(what, "training.num_train_epochs"))
+        if problems:
+            raise HeadwaterError(*problems)
         if self.eval_steps and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             self.eval_strategy = "steps"
         super().__post_init__()
+        if problems := [problem for name in self.report_to or () if (problem := _without(name)) is not None]:
+            raise HeadwaterError(*problems)
+
+
+def _without(tracker: str) -> Problem | None:
+    """Why a tracker cannot be reported to; None if it can."""
+    where = "training.report_to"
+    if tracker not in INTEGRATION_TO_CALLBACK:
+        fix = f"one of: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}"
+        return Problem(f"unknown tracker {tracker!r}", where, fix)
+    if tracker in {*get_available_reporting_integrations(), *UNLISTED}:
+        return None
+    return Problem(f"{tracker} is not installed", where, "install it, or set report_to to none")

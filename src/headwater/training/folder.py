@@ -6,12 +6,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..errors import HeadwaterError, Problem
 from .arguments import HeadwaterArguments
 
 STATE = "trainer_state.json"
+LOCK = ".lock"
 WORTH_KEEPING = ("adapter", "results.json", "comparison.json")
 ELSEWHERE = "choose another folder: --set output_dir=FOLDER"
 REPLACED = (*WORTH_KEEPING, "analysis.json", "conflict.json", "report.html", "figures", "history.jsonl", "config.yaml")
@@ -135,9 +140,30 @@ def make_folder(output: Path) -> None:
         raise HeadwaterError(Problem(what, "output_dir", ELSEWHERE)) from None
 
 
-def clear_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
-    """Makes the folder; takes an earlier run's files out of it, unless that run is resumed. Other files stay."""
+@contextmanager
+def lock_folder(output: Path) -> Iterator[None]:
+    """Makes the folder and keeps it for this process; where the file system has no locks, it only makes it.
+
+    Raises:
+        HeadwaterError: if another process trains in it.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        with suppress(NotImplementedError):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise HeadwaterError(Problem(f"another process trains in {output}", "output_dir", ELSEWHERE)) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before it is let go, so that it is never the file that another process holds
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def clear_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
+    """Takes an earlier run's files out of it, unless that run is resumed. Other files stay."""
     if is_of(resume, output):
         return
     for path in [*(output / name for name in REPLACED), *(_held(output) if overwrite else [])]:

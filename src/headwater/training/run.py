@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft import get_peft_model
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..analysis.routing import head_similarity, routing_by_task
@@ -30,7 +32,7 @@ from ..marked_yaml import read_document
 from ..methods import make_config
 from ..tuner import align
 from .arguments import HeadwaterArguments
-from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of
+from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of, lock_folder
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
 from .progress import ProgressDisplay
@@ -85,18 +87,21 @@ def train(
             that cannot be written; a checkpoint that was trained with other things; a loss that is not finite.
         KeyboardInterrupt: on Ctrl-C; during training a checkpoint of the current step is saved first.
     """
-    with explained_writes(Path(config.output_dir)):
-        return _train(config, console, base_scores)
+    with explained_writes(Path(config.output_dir)), ExitStack() as held:
+        return _train(config, console, base_scores, held)
 
 
 class _Start(TrainerCallback):
     """Begins the run folder, once: what an earlier run left there is replaced, or, where that run is resumed, kept.
 
-    A resumed run's files change only when training begins, for by then its checkpoint is loaded.
+    A resumed run's files change only when training begins, for by then its checkpoint is loaded. Until `held` is left,
+    no other process can begin the folder.
     """
 
-    def __init__(self, config: RunConfig, args: HeadwaterArguments, resume: Path | None, history: History):
-        self.config, self.args, self.resume, self.history = config, args, resume, history
+    def __init__(
+        self, config: RunConfig, args: HeadwaterArguments, resume: Path | None, history: History, held: ExitStack
+    ):
+        self.config, self.args, self.resume, self.history, self.held = config, args, resume, history, held
         self.done = args.process_index != 0
 
     def now(self) -> None:
@@ -106,6 +111,7 @@ class _Start(TrainerCallback):
         from ..config import dump_config
 
         output = Path(self.args.output_dir)
+        self.held.enter_context(lock_folder(output))
         clear_folder(output, resume=self.resume, overwrite=self.args.overwrite_output_dir)
         write_text(output / "config.yaml", dump_config(self.config))
         self.history.start(self.resume if is_of(self.resume, output) else None)
@@ -114,13 +120,16 @@ class _Start(TrainerCallback):
         self.now()
 
 
-def _train(config: RunConfig, console: Console | None, base_scores: Mapping[str, TaskScore] | None) -> RunResult:
+def _train(
+    config: RunConfig, console: Console | None, base_scores: Mapping[str, TaskScore] | None, held: ExitStack
+) -> RunResult:
     args = training_arguments(config)
     output = Path(args.output_dir)
     resume = checkpoint_to_resume(args)
     check_folder(output, resume=resume, overwrite=args.overwrite_output_dir)
     check_continued_tasks(config)
     tasks = load_tasks(config.tasks, config.base_dir)
+    _settle_best(args, config.training, tasks)
     model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
     encoded = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in tasks}
     mixture = mixture_of(config, args.per_device_train_batch_size)
@@ -134,19 +143,24 @@ def _train(config: RunConfig, console: Console | None, base_scores: Mapping[str,
     history = History(output / "history.jsonl")
     display, interrupt = ProgressDisplay(console), SaveOnInterrupt()
     scorer = Scorer(tokenizer, tasks, config.evaluation, config.data, history if first else None, display)
-    trainer = HeadwaterTrainer(
-        adapted,
-        args,
-        train=encoded,
-        pad_token_id=pad_id(tokenizer),
-        mixture=mixture,
-        weights={task.name: task.weight for task in tasks},
-        evaluator=scorer.during,
-        callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
-    )
+    try:
+        trainer = HeadwaterTrainer(
+            adapted,
+            args,
+            train=encoded,
+            pad_token_id=pad_id(tokenizer),
+            mixture=mixture,
+            weights={task.name: task.weight for task in tasks},
+            evaluator=scorer.during,
+            callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
+        )
+    except HeadwaterError:
+        raise
+    except (ValueError, ImportError, OSError) as error:  # what the settings want is not there
+        raise HeadwaterError(Problem(str(error), "training")) from error
     if resume is not None:
         check_checkpoint(trainer, resume)
-    start = _Start(config, args, resume, history)
+    start = _Start(config, args, resume, history, held)
     trainer.add_callback(start)
     goes_on = is_of(resume, output)
     if not goes_on:
@@ -206,8 +220,6 @@ def training_arguments(config: RunConfig) -> HeadwaterArguments:
         HeadwaterError: on keys that do not exist and settings that exclude each other.
     """
     keys = {key: value for key, value in config.training.items() if key not in ("output_dir", "seed")}
-    if keys.get("load_best_model_at_end") and "metric_for_best_model" not in keys:
-        keys["metric_for_best_model"] = "mean"
     try:
         return HeadwaterArguments(output_dir=config.output_dir, seed=config.seed, **keys)
     except HeadwaterError:
@@ -259,16 +271,63 @@ def add_adapter(model: nn.Module, method: dict[str, Any], **options: Any) -> nn.
         options: further arguments of `peft.get_peft_model`.
 
     Raises:
-        HeadwaterError: if the method does not fit the model.
+        HeadwaterError: if the method does not fit the model, or one of `target_modules` or `modules_to_save` is the
+            name of no layer.
     """
     fields = {"task_type": "CAUSAL_LM", **method}
     config = make_config(fields.pop("name"), **fields)
+    targets = getattr(config, "target_modules", None)
+    layers = [name for name, _ in model.named_modules()]
+    # PEFT is content with one that is found, so that a mistyped one beside it would be lost without a word.
+    for field in ("target_modules", "modules_to_save"):
+        names = getattr(config, field, None) or ()
+        names = () if isinstance(names, str) else names
+        lost = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+        if lost:
+            raise _no_layer(f"is called {' or '.join(map(repr, sorted(lost)))}", model, field)
     try:
         return get_peft_model(model, config, **options)
     except HeadwaterError:
         raise
     except ValueError as error:
+        if str(error).startswith(("Target modules", "No modules were targeted")):
+            shown = targets if isinstance(targets, str | None) else sorted(targets)
+            chosen = getattr(config, "layers_to_transform", None)
+            among = "" if chosen is None else f" among layers {chosen}"
+            raise _no_layer(f"matches {shown!r}{among}", model, "target_modules") from error
         raise HeadwaterError(Problem(str(error), "method")) from error
+
+
+def _no_layer(what: str, model: Any, field: str) -> HeadwaterError:
+    output = model.get_output_embeddings()
+    names = dict.fromkeys(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    )
+    fix = f"its linear layers are: {', '.join(names)}" + ("; or give all-linear" if field == "target_modules" else "")
+    return HeadwaterError(Problem(f"no layer of the model {what}", f"method.{field}", fix))
+
+
+def _settle_best(args: HeadwaterArguments, given: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+    """Which score the best model is chosen by: unless the file says, the mean, or the loss where there is no mean.
+
+    Raises:
+        HeadwaterError: if there is no such score.
+    """
+    if args.metric_for_best_model is None:
+        return
+    metrics = {task.name: task.metric for task in tasks if task.validation or task.test}
+    losses = [metric == "loss" for metric in metrics.values()]
+    known = [*metrics, *(["loss"] if any(losses) else []), *(["mean"] if not all(losses) else [])]
+    usual = known[-1] if known and args.load_best_model_at_end else "loss"  # the plateau of a schedule is the loss's
+    name = given.get("metric_for_best_model", usual).removeprefix("eval_")
+    if name not in known:
+        fix = f"one of: {', '.join(known)}" if known else "give the tasks validation or test rows"
+        raise HeadwaterError(Problem(f"no score is called {name!r}", "training.metric_for_best_model", fix))
+    args.metric_for_best_model = name
+    if "greater_is_better" not in given:  # transformers goes by the end of the name, which for a task says nothing
+        args.greater_is_better = metrics.get(name, name) != "loss"
 
 
 def _say_what_is_trained(
