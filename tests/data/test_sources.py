@@ -120,9 +120,8 @@ def test_items_of_a_json_list_are_not_taken_for_lines(tmp_path):
     rows = [{"prompt": str(i)} for i in range(12)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows))
-    assert [line.partition(": field")[0] for line in said(path).splitlines()] == [
-        f"{path}: item {i}" for i in range(1, 13)
-    ]
+    places = [line.partition(": field")[0] for line in said(path).splitlines()]
+    assert [place for place in places if place.startswith(str(path))] == [f"{path}: item {i}" for i in range(1, 13)]
     assert Row("", "", source="b.json", line=2).where == "b.json: item 2"
 
 
