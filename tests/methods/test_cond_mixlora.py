@@ -255,9 +255,7 @@ def test_two_adapters_made_from_one_config_choose_by_themselves(tiny_llama):
     move(model, 1).eval().base_model.set_adapter(["default", "other"])
     written = {"input_ids": torch.tensor([[4, 5, 6], [7, 8, 9]]), "max_new_tokens": 6, "do_sample": False}
     found, plain = (
-        torch.stack(
-            model.generate(**written, use_cache=cache, output_logits=True, return_dict_in_generate=True).logits
-        )
+        torch.stack(model.generate(**written, use_cache=cache, output_logits=True, return_dict_in_generate=True).logits)
         for cache in (True, False)
     )
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)

@@ -328,7 +328,7 @@ def _settle_best(args: HeadwaterArguments, given: Mapping[str, Any], tasks: Sequ
         fix = f"one of: {', '.join(known)}" if known else "give the tasks validation or test rows"
         raise HeadwaterError(Problem(f"no score is called {name!r}", "training.metric_for_best_model", fix))
     args.metric_for_best_model = name
-    if given.get("greater_is_better") is None:  # transformers goes by the end of the name, which for a task says nothing
+    if given.get("greater_is_better") is None:  # transformers goes by the name's end, which for a task says nothing
         args.greater_is_better = metrics.get(name, name) != "loss"
 
 
