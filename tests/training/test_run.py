@@ -317,6 +317,10 @@ def test_a_finished_run_is_only_replaced_when_asked(folder, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(HeadwaterError, match="its attention is 'eager'"):  # a run that cannot be replaces nothing
         run(folder, tmp_path, overwrite, "training.padding_free=true", "model.attn_implementation=eager")
+    chain = "method={name: cola, r: 4, num_links: 2, knots: [99], target_modules: [up_proj]}"
+    for steps in ("training.max_steps=2", "training.max_steps=-1"):  # 2 steps, and what the epochs have
+        with pytest.raises(HeadwaterError, match=r"the last link would begin after step 99, but the run has \d+ steps"):
+            run(folder, tmp_path, overwrite, chain, steps, "training.num_train_epochs=2")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     run(folder, tmp_path, overwrite, "training.max_steps=1", "training.save_strategy=no")
     assert not list(tmp_path.glob("checkpoint-*"))

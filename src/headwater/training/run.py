@@ -35,6 +35,7 @@ from .arguments import HeadwaterArguments
 from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of, lock_folder
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
+from .method_callback import check_steps, method_layers
 from .progress import ProgressDisplay
 from .resume import check_checkpoint
 from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
@@ -166,6 +167,7 @@ def _train(
     trainer.add_callback(start)
     goes_on = is_of(resume, output)
     if not goes_on:
+        check_steps(method_layers(adapted), trainer.total_steps())
         start.now()
     _say_what_is_trained(console, config, tasks, encoded, trainer)
     try:
