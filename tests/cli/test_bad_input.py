@@ -142,6 +142,8 @@ def test_training_keys_out_of_range(headwater, run_file):
     )
     overrides = [part for key, value in keys.items() for part in ("--set", f"training.{key}={value}")]
     refused(headwater("train", run_file, *overrides), *(f"--set training.{key}: {key} is at least" for key in keys))
+    done = headwater("train", run_file, "--set", "training.learning_rate=.nan")
+    refused(done, "--set training.learning_rate: learning_rate is at least 0, not nan")
     done = headwater("train", run_file, "--set", "training={num_train_epochs: 0}")
     refused(done, "--set training: training.num_train_epochs: num_train_epochs is above 0, not 0")
 

@@ -248,6 +248,19 @@ def test_property_6_one_generation_does_not_remember_another(tiny_llama):
     assert torch.equal(together, again)
 
 
+def test_two_adapters_made_from_one_config_choose_by_themselves(tiny_llama):
+    config = make_config("cond_mixlora", r=r, num_factors=E, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("other", config)
+    move(model, 1).eval().base_model.set_adapter(["default", "other"])
+    written = {"input_ids": torch.tensor([[4, 5, 6], [7, 8, 9]]), "max_new_tokens": 6, "do_sample": False}
+    found, plain = (
+        torch.stack(model.generate(**written, use_cache=cache, output_logits=True, return_dict_in_generate=True).logits)
+        for cache in (True, False)
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_property_7_pairing_matters_and_the_order_of_the_pools_does_not():
     model, x = model_of(router="ifs"), noise(3, 4, d_in)
     expected, p = model(x), parameters(model)

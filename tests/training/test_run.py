@@ -1,10 +1,12 @@
 """`train` from a config to a run folder."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from io import StringIO
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from headwater.config import load_config
+from headwater.data.tasks import load_tasks
 from headwater.errors import HeadwaterError
+from headwater.training import run as training_run
 from headwater.training import train
+from headwater.training.folder import lock_folder
 from headwater.training.gate_monitor import METRICS
 from headwater.training.head_monitor import HEAD_METRICS
 from headwater.training.history import History
@@ -221,6 +226,42 @@ def test_plain_lora_and_best_model(folder, tmp_path):
     assert analysis["head_similarity"] == {}
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_trained_on(folder, tmp_path, monkeypatch, code):
+    def flock(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # filelock's, that it has a way of its own
+        with lock_folder(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ended_while_this_one_loaded_is_left_alone(folder, tmp_path, monkeypatch):
+    load = training_run.load_base_model
+
+    def slowly(*args, **options):
+        (tmp_path / "results.json").write_text("its own")
+        return load(*args, **options)
+
+    monkeypatch.setattr(training_run, "load_base_model", slowly)
+    with pytest.raises(HeadwaterError, match="holds a run already"):
+        run(folder, tmp_path, "training.max_steps=1", "training.eval_steps=null")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("best", [{}, {"metric_for_best_model": None, "greater_is_better": None}])
+def test_the_best_model_is_by_default_that_of_the_highest_mean(folder, tmp_path, best):
+    """A key that is there without a value is one that is not there."""
+    config = load_config(folder / "run.yaml", [f"output_dir={tmp_path}"])
+    given = {**config.training, "load_best_model_at_end": True, "save_steps": 4, **best}
+    args = training_run.training_arguments(config.model_copy(update={"training": given}))
+    training_run._settle_best(args, given, load_tasks(config.tasks, config.base_dir))
+    assert (args.metric_for_best_model, args.greater_is_better) == ("mean", True)
+
+
 @pytest.mark.parametrize("metric", [None, "notes"])
 def test_the_best_model_by_a_loss_is_that_of_the_lowest(folder, tmp_path, metric):
     tasks = json.dumps([{"name": "notes", "train": str(folder / "colour.jsonl"), "metric": "loss"}])
@@ -276,6 +317,10 @@ def test_a_finished_run_is_only_replaced_when_asked(folder, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(HeadwaterError, match="its attention is 'eager'"):  # a run that cannot be replaces nothing
         run(folder, tmp_path, overwrite, "training.padding_free=true", "model.attn_implementation=eager")
+    chain = "method={name: cola, r: 4, num_links: 2, knots: [99], target_modules: [up_proj]}"
+    for steps in ("training.max_steps=2", "training.max_steps=-1"):  # 2 steps, and what the epochs have
+        with pytest.raises(HeadwaterError, match=r"the last link would begin after step 99, but the run has \d+ steps"):
+            run(folder, tmp_path, overwrite, chain, steps, "training.num_train_epochs=2")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     run(folder, tmp_path, overwrite, "training.max_steps=1", "training.save_strategy=no")
     assert not list(tmp_path.glob("checkpoint-*"))

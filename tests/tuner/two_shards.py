@@ -59,9 +59,8 @@ def work(rank: int, folder: Path, rows: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {}
     for name in rows:
-        for flat in (
-            (False, True) if name != "moe_lora-by-task" else (False,)
-        ):  # FSDP1 has another layer's gate in shards
+        # FSDP1 has another layer's gate in shards
+        for flat in (False, True) if name != "moe_lora-by-task" else (False,):
             gradients = backward(BY_ID[name], make_tiny_llama(), rank, flat=flat)
             found |= {f"{name}{1 if flat else 2}/{key}": g.contiguous() for key, g in gradients.items()}
     if rank == 0:

@@ -14,6 +14,7 @@ multiplied by p / stop_gradient(p), which is 1 in the forward and lets the route
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ class CondMixLoraBranch(Branch):
     def __init__(self, config: CondMixLoraConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
         E, r, d_in = config.num_factors, shape.r, shape.in_features
-        self.r, self.config = r, config
+        self.r, self.config = r, copy.copy(config)  # its own: `mix` remembers by it, and adapters may share one
         self.A = nn.Parameter(kaiming(E, d_in, generator))
         self.B = nn.Parameter(torch.zeros(E, shape.out_features))
         routers = {"router_A": kaiming(E, d_in, generator)}

@@ -60,14 +60,13 @@ def continued_tensors(config: Any, shape: LayerShape, same: Sequence[str] = ()) 
 
         def finish() -> None:
             if held:
-                name = min(held).removeprefix("base_model.model.").split(branch)[0]
-                raise HeadwaterError(
-                    Problem(
-                        f"it has layers that this adapter has not, which would be lost; the first is {name}",
-                        "continue_from",
-                        "use its target_modules",
-                    )
-                )
+                key = min(held, key=lambda key: (branch not in key, key))
+                name, of_layer, _ = key.removeprefix("base_model.model.").partition(branch)
+                what, fix = ("layers that this adapter has not", "use its target_modules")
+                if not of_layer:
+                    what, fix = "modules trained in whole", "continue an adapter that has none, nor a classifier's head"
+                what = f"it has {what}, which would be lost; the first is {name}"
+                raise HeadwaterError(Problem(what, "continue_from", fix))
             config.continued_sha256 = sha
 
         shape.shared["continued"] = held

@@ -70,7 +70,7 @@ class HeadwaterArguments(TrainingArguments):
         problems = [
             Problem(f"{name} is at least {least}, not {value:g}", f"training.{name}")
             for name, least in LEAST.items()
-            if (value := getattr(self, name)) is not None and value < least
+            if (value := getattr(self, name)) is not None and not value >= least
         ]
         if self.max_steps == 0 or self.max_steps < -1:
             fix = "leave it out to go by num_train_epochs"

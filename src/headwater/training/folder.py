@@ -150,10 +150,11 @@ def lock_folder(output: Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / LOCK)
     try:
-        with suppress(NotImplementedError):
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise HeadwaterError(Problem(f"another process trains in {output}", "output_dir", ELSEWHERE)) from None
+    except (OSError, NotImplementedError):
+        pass  # whatever else is the matter, the first file that is written will say
     try:
         yield
     finally:

@@ -43,10 +43,7 @@ class MethodCallback(GateCallback):
         super().on_train_begin(args, state, control, model)
         # Found once: to walk over all modules takes a millisecond, and layers that come later are not trained.
         self._layers = method_layers(model)
-        for branch in active_branches(self._layers):
-            check = getattr(branch, "before_training", None)
-            if check is not None:
-                check(state.max_steps)
+        check_steps(self._layers, state.max_steps)
         factors = (getattr(branch, "learning_rate_factor", None) for branch in active_branches(self._layers))
         factor = next((f for f in factors if f is not None), None)
         if factor is None:
@@ -77,6 +74,18 @@ class MethodCallback(GateCallback):
                 changed = after_step(state.global_step, state.max_steps) or changed
         if changed and optimizer is not None:
             optimizer.state.clear()
+
+
+def check_steps(layers: Iterable[MethodLayer], total_steps: int) -> None:
+    """Asks the active branches whether a run of so many steps can be.
+
+    Raises:
+        HeadwaterError: if one refuses.
+    """
+    for branch in active_branches(layers):
+        check = getattr(branch, "before_training", None)
+        if check is not None:
+            check(total_steps)
 
 
 def method_layers(model: nn.Module | None) -> list[MethodLayer]:

@@ -35,6 +35,7 @@ from .arguments import HeadwaterArguments
 from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of, lock_folder
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
+from .method_callback import check_steps, method_layers
 from .progress import ProgressDisplay
 from .resume import check_checkpoint
 from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
@@ -112,6 +113,8 @@ class _Start(TrainerCallback):
 
         output = Path(self.args.output_dir)
         self.held.enter_context(lock_folder(output))
+        # Another process may have begun and ended a run here since the first look.
+        check_folder(output, resume=self.resume, overwrite=self.args.overwrite_output_dir)
         clear_folder(output, resume=self.resume, overwrite=self.args.overwrite_output_dir)
         write_text(output / "config.yaml", dump_config(self.config))
         self.history.start(self.resume if is_of(self.resume, output) else None)
@@ -164,6 +167,7 @@ def _train(
     trainer.add_callback(start)
     goes_on = is_of(resume, output)
     if not goes_on:
+        check_steps(method_layers(adapted), trainer.total_steps())
         start.now()
     _say_what_is_trained(console, config, tasks, encoded, trainer)
     try:
@@ -321,12 +325,12 @@ def _settle_best(args: HeadwaterArguments, given: Mapping[str, Any], tasks: Sequ
     losses = [metric == "loss" for metric in metrics.values()]
     known = [*metrics, *(["loss"] if any(losses) else []), *(["mean"] if not all(losses) else [])]
     usual = known[-1] if known and args.load_best_model_at_end else "loss"  # the plateau of a schedule is the loss's
-    name = given.get("metric_for_best_model", usual).removeprefix("eval_")
+    name = (given.get("metric_for_best_model") or usual).removeprefix("eval_")
     if name not in known:
         fix = f"one of: {', '.join(known)}" if known else "give the tasks validation or test rows"
         raise HeadwaterError(Problem(f"no score is called {name!r}", "training.metric_for_best_model", fix))
     args.metric_for_best_model = name
-    if "greater_is_better" not in given:  # transformers goes by the end of the name, which for a task says nothing
+    if given.get("greater_is_better") is None:  # transformers goes by the name's end, which for a task says nothing
         args.greater_is_better = metrics.get(name, name) != "loss"
 
 

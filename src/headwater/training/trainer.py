@@ -195,11 +195,7 @@ class HeadwaterTrainer(Trainer):
     def _restore_if_complete(self, checkpoint: str) -> bool:
         """Takes the weights of a checkpoint that has all steps: Trainer would add one more."""
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        self.get_train_dataloader()
-        steps = self.args.max_steps
-        if steps <= 0:
-            steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-        if state.global_step < steps:
+        if state.global_step < self.total_steps():
             return False
         self._load_from_checkpoint(checkpoint)
         self.state = state
@@ -230,6 +226,13 @@ class HeadwaterTrainer(Trainer):
         found = self.sampler.realised_shares(place["epoch"] * len(self.sampler) + place["batches"])
         keys = {"rows": "rows", "row_share": "row_shares", "tokens": "tokens", "token_share": "token_shares"}
         return {name: {key: found[source][i] for key, source in keys.items()} for i, name in enumerate(self.task_names)}
+
+    def total_steps(self) -> int:
+        """How many optimiser steps the run has."""
+        self.get_train_dataloader()  # which counts the batches
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:

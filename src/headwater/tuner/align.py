@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
-from ..ops import attach_loss
+from ..ops import attach_loss, widened
 from ..ops.alignment import kl_alignment, kl_alignment_per_position, membership, mmd_alignment, over_pairs, sample
 from .context import Context
 from .layer import MethodLayer
@@ -82,7 +82,7 @@ class AlignLoss:
         """The unweighted loss of one layer; 0 where fewer than two tasks have two rows and 4 r tokens each."""
         num_tasks = call.highest_task() + 1
         task_of_row = call.task_of_row(num_tasks).to(z.device)
-        z = z.float() if z.dtype != torch.float64 else z
+        z = widened(z)
         counted = self.counted(call)
         counted = None if counted is None else counted.to(z.device)
         member = membership(call.task_of_token().to(z.device), counted, num_tasks).to(z.dtype)

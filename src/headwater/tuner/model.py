@@ -45,9 +45,8 @@ class MethodModel(BaseTuner):
             (p for p in (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds"))) if p is not None), None
         )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                context.use(None)
-            )  # a forward that Ctrl-C ended has left its state: no hook tells of it
+            # A forward that Ctrl-C ended has left its state: no hook tells of it.
+            stack.enter_context(context.use(None))
             if ids is not None:
                 stack.enter_context(context.task_ids(ids))
             if isinstance(prompts, Tensor):
