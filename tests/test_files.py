@@ -1,5 +1,6 @@
 """What is written is there whole or not at all, readable as other files are, and an error names it."""
 
+import errno
 import json
 import os
 import stat
@@ -98,6 +99,9 @@ def test_a_file_that_cannot_be_made_in_a_whole_folder_is_named_by_the_folders_na
 def test_what_cannot_be_read_meanwhile_is_not_said_to_be_unwritable(tmp_path):
     with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "it"):
         (tmp_path / "nowhere").read_text()
+    with pytest.raises(OSError, match="Input/output") as caught, whole_folder(tmp_path / "it"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/a/broken/disk")
+    assert not isinstance(caught.value, HeadwaterError)
     with pytest.raises(HeadwaterError, match="another reason"), whole_folder(tmp_path / "it"):
         raise HeadwaterError("another reason")
     assert not list(tmp_path.iterdir())

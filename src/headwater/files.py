@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from .errors import HeadwaterError, Problem
 
-OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What only writing ends in; such an error need not name a file."""
 TEXTS = ("inline_container", "PytorchStreamWriter", "file write failed", "Error while serializing")
 """Of torch's writer of zip files, and of safetensors'."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,3 +91,18 @@ def test_no_room_for_what_is_printed(unbuffered):
         "error: standard output or a temporary file: this cannot be written: No space left on device",
         "    make room",
     ]
+
+
+def test_no_room_and_no_output(monkeypatch, capsys):
+    """With standard output closed, as by `>&-`, Python has none."""
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file")
+
+    module = importlib.import_module("headwater.cli.app")
+    monkeypatch.setattr(module, "app", full)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as caught:
+        module.main([])
+    assert caught.value.code == 2
+    assert "/full/file: this cannot be written: No space left on device" in capsys.readouterr().err

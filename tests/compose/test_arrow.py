@@ -305,3 +305,8 @@ def test_settings_that_are_refused(pool):
     ]
     with pytest.raises(HeadwaterError, match="no adapters"):
         Arrow(model_of(pool), pool, [])
+    with pytest.raises(HeadwaterError, match="temperature: it is inf"):
+        ArrowSpec(temperature=float("inf"))  # which JSON could not keep
+    for names, general in ((["plain", "plain"], []), (["plain"], ["rs", "rs"])):
+        with pytest.raises(HeadwaterError, match=r"the adapters are (plain, plain|rs, rs)\n.*name each once"):
+            Arrow(model_of(pool), pool, names, general=general)

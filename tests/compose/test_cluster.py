@@ -36,6 +36,11 @@ def rewritten(name, adapter, noise=0.0, scaling=1.0):
     return Adapter(name, layers)
 
 
+def test_rounding_gives_no_cosine_above_one():
+    same = [Adapter(name, drawn(name, seed).layers) for seed in range(20) for name in ("a", "b")]
+    assert similarity(same).abs().max() <= 1
+
+
 def test_similarities_are_cosines_of_the_updates(tmp_path):
     pool = make_pool(tmp_path)  # ranks, scalings and layers differ
     adapters = [pool.load(name) for name in pool.names]

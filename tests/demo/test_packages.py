@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from headwater.demo import packages
-from headwater.demo.packages import Package, fetch
+from headwater.demo.packages import Package, fetch, verify
 from headwater.errors import HeadwaterError
 
 BACKEND = """
@@ -94,6 +94,11 @@ def test_a_kept_file_that_changed_is_refused(index, tmp_path):
     (problem,) = caught.value.problems
     assert problem.where == str(path)
     assert f"expected {wheel.sha256}, got {got}" in problem.what
+
+
+def test_a_kept_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(HeadwaterError, match="this file cannot be read: Is a directory"):
+        verify(tmp_path, "0" * 64)
 
 
 def test_every_package_that_is_gone_is_named_with_the_way_without_it(index, tmp_path):

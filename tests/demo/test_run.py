@@ -9,6 +9,7 @@ from rich.console import Console
 
 from headwater.demo import run
 from headwater.demo.assets import DemoAssets, Source, model_folder, task_entries
+from headwater.demo.packages import fetch
 from headwater.demo.run import demo_config, run_demo
 from headwater.errors import HeadwaterError
 
@@ -45,6 +46,14 @@ def test_the_packaged_run_is_sound(tmp_path):
     assert config.output_dir == str(tmp_path / "out")
     assert [task.train for task in config.tasks] == [entry["train"] for entry in task_entries(tmp_path / "cache")]
     assert len(config.tasks) >= 5
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HeadwaterError, match="file/cache: this cannot be written: Not a directory"):
+        demo_config(tmp_path / "out", [], tmp_path / "file" / "cache")
+    with pytest.raises(HeadwaterError, match="file/cache: this cannot be written: Not a directory"):
+        fetch([], tmp_path / "file" / "cache", progress=print)
 
 
 def test_overrides_are_meant_from_where_the_user_stands(tmp_path, monkeypatch):

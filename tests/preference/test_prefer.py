@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import files_end_after
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 from headwater.cli import app, main
 from headwater.errors import HeadwaterError
 from headwater.evaluation.intervals import t_interval
+from headwater.files import NotWritten
 from headwater.preference import run as prefer
 from headwater.preference import trainer
 from headwater.preference.results import good_pick_rate, late
@@ -215,6 +217,15 @@ def test_a_checkpoint_that_does_not_fit_is_gone_and_the_run_goes_on_from_the_one
     monkeypatch.undo()
     code, _, said = invoke(capsys, run_file, *fast, "--set", "training.resume_from_checkpoint=true")
     assert code == 0, said
+
+
+def test_a_copy_of_an_adapter_that_does_not_fit_is_said(tmp_path):
+    (tmp_path / "one" / "adapter").mkdir(parents=True)
+    (tmp_path / "one" / "adapter" / "weights").write_bytes(b"x" * 1000)
+    (tmp_path / "two").mkdir()
+    with files_end_after(100), pytest.raises(NotWritten, match="File too large"):
+        prefer._copy_adapter(tmp_path / "one", tmp_path / "two")
+    assert not list((tmp_path / "two").iterdir())
 
 
 def test_best_single_is_the_source_that_scores_best_on_validation_rows(run_file, monkeypatch):

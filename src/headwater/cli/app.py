@@ -404,7 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         where = error.filename or "standard output or a temporary file"
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except OSError:
             _drop_output()  # or Python would try again as it ends
         show_error(HeadwaterError(Problem(f"this cannot be written: {error.strerror}", where, "make room")))

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
 from ..methods.call import Call
+from . import ranges
 from .adapter import Adapter
 from .merge import concat, fuse, require_one_shape, require_same_ranks
 from .mixed import PooledModel, Stack
@@ -64,18 +65,16 @@ class ArrowSpec:
     subtract: Literal["updates", "factors"] = "updates"
 
     def __post_init__(self) -> None:
-        choices = {"input_norm": NORMS, "combine": COMBINE, "subtract": SUBTRACT}
-        problems = [
-            *([] if self.top_k >= 1 else [Problem(f"top_k is {self.top_k}, below 1", "top_k")]),
-            *([] if self.temperature > 0 else [Problem(f"{self.temperature} is not above 0", "temperature")]),
-            *(
-                Problem(f"{getattr(self, field)!r} is none of {', '.join(known)}", field)
-                for field, known in choices.items()
-                if getattr(self, field) not in known
-            ),
-        ]
-        if problems:
-            raise HeadwaterError(*problems)
+        ranges.require(
+            self,
+            {
+                "top_k": ranges.at_least(1, self.top_k),
+                "temperature": ranges.positive(self.temperature),
+                "input_norm": ranges.one_of(NORMS, self.input_norm),
+                "combine": ranges.one_of(COMBINE, self.combine),
+                "subtract": ranges.one_of(SUBTRACT, self.subtract),
+            },
+        )
 
 
 def prototype(A: Tensor, B: Tensor) -> Tensor:
@@ -97,8 +96,8 @@ class Arrow:
             its adapters as they are: the difference is made anew whenever it is needed, and never saved.
 
     Raises:
-        HeadwaterError: there is nothing to route among, a general adapter is also one of `names`, or adapters differ in
-            rank or shape where factors are mixed or subtracted.
+        HeadwaterError: there is nothing to route among, an adapter is named twice, a general one is also one of
+            `names`, or adapters differ in rank or shape where factors are mixed or subtracted.
     """
 
     def __init__(
@@ -110,9 +109,11 @@ class Arrow:
         general: Sequence[str] = (),
     ):
         self.pooled, self.pool, self.spec, self.general = pooled, pool, spec or ArrowSpec(), tuple(general)
-        self.names = tuple([n for n in pool.names if n not in general] if names is None else names)
+        self.names = tuple([n for n in pool.names if n not in self.general] if names is None else names)
         if not self.names:
             raise HeadwaterError(Problem("there are no adapters to route among", str(pool.path)))
+        ranges.require_once(self.names)
+        ranges.require_once(self.general)
         if both := [name for name in self.names if name in self.general]:
             what = f"{', '.join(both)} would be taken off itself: it is general, and routed to as well"
             raise HeadwaterError(Problem(what, "general", "name an adapter as one of the two"))

@@ -36,7 +36,7 @@ def similarity(adapters: Sequence[Adapter]) -> Tensor:
         inner += member.T @ ((down @ down.T) * (up @ up.T)) @ member
     lengths = inner.diagonal().clamp_min(0).sqrt()
     known = lengths > 0
-    return torch.where(known.outer(known), inner / lengths.outer(lengths), 0.0)
+    return torch.where(known.outer(known), inner / lengths.outer(lengths), 0.0).clamp(-1, 1)  # against rounding
 
 
 def cluster(adapters: Sequence[Adapter], count: int, *, seed: int = 0) -> list[list[str]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..base_model import cache_dir
 from ..demo.packages import Package, fetch
 from ..errors import HeadwaterError, Problem
-from ..files import saying_why
+from ..files import NotWritten, saying_why
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,6 +31,7 @@ INSTRUCTION = "Represent the sentence for similar task retrieval: "
 PROMPT = "retrieval"
 """The key of the instruction among an encoder's prompts, which are saved with it."""
 _ANOTHER = "name another encoder: a folder, or a hub name, whose weights are all safetensors"
+_ONE_AT_A_TIME = threading.Lock()
 _CONVERT = (
     'python -c "import torch; from safetensors.torch import save_file; '
     "save_file(torch.load('pytorch_model.bin', map_location='cpu', weights_only=True), 'model.safetensors')\""
@@ -56,8 +56,7 @@ def load_encoder(name: str = "", *, progress: Callable[[str], None] = print) -> 
         what = "retrieval needs the sentence-transformers package"
         raise HeadwaterError(Problem(what, fix="pip install 'headwater[pool]'")) from None
     cache = cache_dir() / "encoders"
-    with saying_why(cache):
-        source = name or str(_packaged(cache, progress))
+    source = name or str(_packaged(cache, progress))
     try:
         with _never_unpickling():
             encoder = SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
@@ -89,11 +88,12 @@ def _never_unpickling() -> Iterator[None]:
         fix = f"if you trust where it is from, convert it in its folder: {_CONVERT}"
         raise HeadwaterError(Problem(what, str(file), fix))
 
-    load, torch.load = torch.load, refuse  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.load = load
+    with _ONE_AT_A_TIME:  # or one that ends would put back what another has put there
+        load, torch.load = torch.load, refuse  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.load = load
 
 
 def _packaged(cache: Path, progress: Callable[[str], None]) -> Path:
@@ -102,18 +102,16 @@ def _packaged(cache: Path, progress: Callable[[str], None]) -> Path:
         return folder
     try:
         wheel = fetch([MINILM], cache, progress=progress)[MINILM]
+    except NotWritten:
+        raise
     except HeadwaterError as error:
         raise HeadwaterError(*(replace(problem, fix=_ANOTHER) for problem in error.problems)) from None
-    work = Path(tempfile.mkdtemp(prefix=".minilm-", dir=cache))
-    try:
-        with zipfile.ZipFile(wheel) as outer:
-            packed = io.BytesIO(outer.read("all_minilm_l6_v2/model.zip"))
-        with zipfile.ZipFile(packed) as inner:
-            inner.extractall(work)
-        os.chmod(work, 0o755)
+    with zipfile.ZipFile(wheel) as outer:
+        packed = io.BytesIO(outer.read("all_minilm_l6_v2/model.zip"))
+    with saying_why(folder), tempfile.TemporaryDirectory(prefix=".minilm-", dir=cache) as beside:
+        work = Path(beside) / folder.name  # within, because Python makes temporary folders for their owner alone
+        zipfile.ZipFile(packed).extractall(work)
         if not folder.exists():
             work.rename(folder)
-        wheel.unlink()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    wheel.unlink(missing_ok=True)  # another process may have been as fast
     return folder

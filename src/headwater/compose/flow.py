@@ -102,16 +102,20 @@ class FlowGate(nn.Module):
         granularity: Granularity = "layer",
     ):
         super().__init__()
-        if not names or len(set(names)) < len(names):
-            raise HeadwaterError(Problem(f"the adapters to mix are {', '.join(names) or 'none'}", fix="name each once"))
+        if not names:
+            raise HeadwaterError(Problem("there are no adapters to mix"))
+        ranges.require_once(names)
         if start is not None and start not in names:
             raise HeadwaterError(Problem(f"the start {start!r} is not among the adapters {', '.join(names)}", "start"))
-        if granularity not in get_args(Granularity):
-            fix = f"one of {', '.join(get_args(Granularity))}"
-            raise HeadwaterError(Problem(f"unknown granularity {granularity!r}", "granularity", fix))
         self.pooled, self.names, self.start, self.temperature = pooled, tuple(names), start, temperature
         self.granularity = granularity
-        ranges.require(self, {"temperature": ranges.positive(temperature)})
+        ranges.require(
+            self,
+            {
+                "temperature": ranges.positive(temperature),
+                "granularity": ranges.one_of(get_args(Granularity), granularity),
+            },
+        )
         self._place_of = _places(pooled, names, granularity)
         self.places = list(dict.fromkeys(self._place_of.values()))
         self._position = {place: position for position, place in enumerate(self.places)}

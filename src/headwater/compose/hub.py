@@ -63,7 +63,7 @@ class HubSpec:
             {
                 "examples": ranges.at_least(1, self.examples),
                 "budget": ranges.at_least(1, self.budget),
-                "penalty": (self.penalty in ("paper", "official"), "paper or official"),
+                "penalty": ranges.one_of(("paper", "official"), self.penalty),
                 "seed": ranges.seed(self.seed),
             },
         )
@@ -125,11 +125,12 @@ def search(
         progress: called after each evaluation with its number, the budget and the best J so far.
 
     Raises:
-        HeadwaterError: nevergrad is missing or does not know the optimiser, there are no rows, the adapters differ in
-            layers, ranks or scalings, or no loss is finite.
+        HeadwaterError: nevergrad is missing or does not know the optimiser, there are no rows, adapters are named twice
+            or differ in layers, ranks or scalings, or no loss is finite.
     """
     from ..evaluation.forward import evaluating
 
+    ranges.require_once(names)
     optimiser = _optimiser(len(names), spec)
     if not rows:
         raise HeadwaterError(Problem("there are no rows to search on"))
@@ -150,7 +151,7 @@ def search(
                 objective = 1e9
             optimiser.tell(asked, objective)
             evaluations.append({"weights": weights, "loss": value, "objective": objective})
-            best = min(evaluations, key=lambda e: e["objective"])
+            best = min(evaluations, key=lambda e: (not np.isfinite(e["loss"]), e["objective"]))
             progress(done, spec.budget, best["objective"])
     if not np.isfinite(best["loss"]):
         raise HeadwaterError(Problem("no weights that were tried gave a finite loss", fix="check the adapters"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import HeadwaterError, Problem
@@ -28,8 +28,19 @@ def require(settings: Any, should: Mapping[str, tuple[bool, str]]) -> None:
         raise HeadwaterError(*problems)
 
 
+def require_once(names: Sequence[str]) -> None:
+    """Raises HeadwaterError if an adapter is named twice."""
+    if len(set(names)) < len(names):
+        raise HeadwaterError(Problem(f"the adapters are {', '.join(names)}", fix="name each once"))
+
+
 def at_least(least: int, value: float) -> tuple[bool, str]:
     return value >= least, f"at least {least}"  # which NaN is not
+
+
+def one_of(known: Collection[str], value: str) -> tuple[bool, str]:
+    *before, last = known
+    return value in known, f"{', '.join(before)} or {last}"
 
 
 def seed(value: int) -> tuple[bool, str]:

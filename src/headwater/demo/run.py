@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..base_model import cache_dir
 from ..errors import HeadwaterError, Problem
-from ..files import write_text
+from ..files import saying_why, write_text
 from .assets import DemoAssets, model_folder, prepare, task_entries
 
 if TYPE_CHECKING:
@@ -74,12 +74,13 @@ def fetch_demo(folder: str | Path, *, progress: Callable[[str], None]) -> None:
     assets = prepare(cache, progress=progress)
     for name, target in (("model", assets.model_path), ("tasks", cache / "tasks")):
         link = Path(folder) / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if link.is_symlink():
-            link.unlink()
-        if link.exists():
-            raise HeadwaterError(Problem("something is in the place of the demo's link", str(link), "move it away"))
-        link.symlink_to(Path(str(target)).resolve(), target_is_directory=True)
+        with saying_why(link):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if link.is_symlink():
+                link.unlink()
+            if link.exists():
+                raise HeadwaterError(Problem("something is in the place of the demo's link", str(link), "move it away"))
+            link.symlink_to(Path(str(target)).resolve(), target_is_directory=True)
 
 
 def demo_config(output_dir: str | Path, overrides: Sequence[str], cache: Path) -> RunConfig:
@@ -97,7 +98,8 @@ def demo_config(output_dir: str | Path, overrides: Sequence[str], cache: Path) -
         "output_dir": str(output_dir),
         "tasks": task_entries(cache),
     }
-    cache.mkdir(parents=True, exist_ok=True)
+    with saying_why(cache):
+        cache.mkdir(parents=True, exist_ok=True)
     write_text(cache / "run.yaml", f"{packaged}\n{dump(parts)}")
     config = load_config(cache / "run.yaml", overrides)
     # The demo's own paths are absolute; those of an override are meant from where the user stands.

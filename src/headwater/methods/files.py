@@ -6,18 +6,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
-from ..files import saying_why
+from ..files import saying_why, write_bytes
 
 if TYPE_CHECKING:
     from .base import LayerShape
@@ -103,20 +102,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
         NotWritten: if it cannot be.
     """
     file = Path(path)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     # cloned, because safetensors refuses tensors that share memory, as layers with one basis do
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with saying_why(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.touch()
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-            # safetensors puts a file in its place that is for its owner alone
-            save_file(own, temporary, metadata=dict(metadata))
-            temporary.chmod(mode)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_bytes(file, save(own, metadata=dict(metadata)))  # not by `save_file`, whose files are for their owner alone
 
 
 def pack_bits(mask: Tensor) -> Tensor:
