@@ -12,7 +12,7 @@ texts each, all from training rows, and scores held-out test rows:
   prompt templates ("Tweet: ...") taken off, which makes it a question of content;
 - `known`: every way of composing, on the same rows;
 - `new`: every task treated as new, its own adapter out of the pool: the ways again, and LoRA-Flow and LoRAHub fitted
-  on some of its training rows.
+  on some of its training rows; each way against the model without an adapter, row by row.
 
 Nothing is chosen by looking at test rows: all settings are the defaults.
 """
@@ -25,6 +25,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import binomtest
 
 from headwater.base_model import load_base_model
 from headwater.cli.pool import sample_texts
@@ -135,6 +137,12 @@ def summary(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
     return {"mean": sum(correct) / len(correct), "n": len(correct), "interval": list(interval(correct)), "tasks": tasks}
 
 
+def won_and_lost(scores: TaskScore, base: TaskScore) -> dict[str, int]:
+    """How many rows are right where the base model is wrong, and the other way round."""
+    pairs = list(zip(scores.correct, base.correct, strict=True))
+    return {"won": sum(a > b for a, b in pairs), "lost": sum(a < b for a, b in pairs)}
+
+
 def new_task(found: Composition, task: Task, options: Any) -> dict[str, Any]:
     """A task whose own adapter is out of the pool: what the others make of it, fitted on its training rows or not.
 
@@ -149,14 +157,13 @@ def new_task(found: Composition, task: Task, options: Any) -> dict[str, Any]:
     rows = encode_rows(task.train, found.tokenizer, data, 0)[0]
     fill, model = pad_id(found.tokenizer), found.pooled.model
 
-    def score(ready: Any) -> dict[str, Any]:
+    def score(ready: Any) -> Mapping[str, TaskScore]:
         with ready:
-            scored = score_tasks(model, found.tokenizer, [task], evaluation, data, max_rows=options.rows)
-        return summary(scored)
+            return score_tasks(model, found.tokenizer, [task], evaluation, data, max_rows=options.rows)
 
     outside = Composition(found.pool, found.pooled, found.tokenizer, found.retriever, exclude_own=True)
     ways = {
-        name: summary(score_way(way, outside, [task], evaluation, data, max_rows=options.rows))
+        name: score_way(way, outside, [task], evaluation, data, max_rows=options.rows)
         for name, way in {"start": start, **{way: way for way in ("base", "own", *RETRIEVED)}}.items()
     }
     ways["uniform"] = score(found.pooled.rows([dict.fromkeys(names, 1 / len(names))]))
@@ -171,18 +178,24 @@ def new_task(found: Composition, task: Task, options: Any) -> dict[str, Any]:
         "start": start,
         "hub": {"weights": hub.weights, "optimiser": hub.optimiser, "objective": hub.objective},
         "flow": {"examples": spec.examples, "epochs": spec.epochs, "first": losses[0], "last": losses[-1]},
-        "ways": ways,
+        "ways": {
+            way: {**summary(scored), **won_and_lost(scored[task.name], ways["base"][task.name])}
+            for way, scored in ways.items()
+        },
     }
 
 
 def together(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Each way over the rows of all new tasks."""
+    """Each way over the rows of all new tasks; p is of the exact McNemar test against the base model."""
     found = {}
     for way in next(iter(parts.values()))["ways"]:
+        won, lost = (sum(part["ways"][way][what] for part in parts.values()) for what in ("won", "lost"))
+        p = binomtest(won, won + lost).pvalue if won + lost else 1.0
         tasks = {name: part["ways"][way]["tasks"][name] for name, part in parts.items()}
         hits = [float(i < round(task["value"] * task["n"])) for task in tasks.values() for i in range(task["n"])]
         mean = {"mean": sum(hits) / len(hits), "n": len(hits), "interval": list(interval(hits))}
-        found[way] = {**mean, "tasks": {name: task["value"] for name, task in tasks.items()}}
+        against = {"won": won, "lost": lost, "p": float(p)}
+        found[way] = {**mean, **against, "tasks": {name: task["value"] for name, task in tasks.items()}}
     return found
 
 

@@ -61,6 +61,9 @@ def test_pool_quality(model_folder, tmp_path, monkeypatch, capsys):
     for way, whole in found["new tasks together"].items():
         means = [part["ways"][way]["mean"] for part in found["new tasks"].values()]
         assert (whole["n"], whole["mean"]) == (12, pytest.approx(sum(means) / 3))
+        base = found["new tasks together"]["base"]["mean"]
+        assert whole["won"] - whole["lost"] == pytest.approx(12 * (whole["mean"] - base))
+        assert 0 < whole["p"] <= 1
     assert str(tmp_path) not in file.read_text()
     del found["ways"]["fusion"]
     found["ways"]["mixture"]["n"] = -1
