@@ -8,6 +8,16 @@ import torch
 from .helpers import adapt, assert_same, config, gradients, task_kwargs, tokens, train_loss
 
 
+def gradients_and_loss(row, model):
+    """The gradients of a step, and the loss of the same step before its backward."""
+    torch.manual_seed(0)
+    train_loss(row, model).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(0)
+    return expected, train_loss(row, model)
+
+
 def test_the_mode_is_that_of_the_forward(row, tiny_llama):
     """A model that is evaluated before its backward keeps auxiliary losses and dropout."""
     model = adapt(row, tiny_llama()).train()
@@ -28,12 +38,7 @@ def test_what_is_not_trained_any_more_gets_nothing(how, row, tiny_llama):
     model = adapt(row, tiny_llama()).train()
     if how == "switched":
         model.add_adapter("other", config(row, tiny_llama()))
-    torch.manual_seed(0)
-    train_loss(row, model).backward()
-    expected = gradients(model)
-    model.zero_grad()
-    torch.manual_seed(0)
-    loss = train_loss(row, model)
+    expected, loss = gradients_and_loss(row, model)
     if how == "switched":
         model.set_adapter("other")
     else:
@@ -48,12 +53,7 @@ def test_what_is_not_trained_any_more_gets_nothing(how, row, tiny_llama):
 def test_it_is_of_the_weights_of_the_forward_or_refused(base, row, tiny_llama):
     """As autograd's own is; a step of an optimiser in between would else give gradients of no weights at all."""
     model = adapt(row, tiny_llama().to(base)).train()
-    torch.manual_seed(0)
-    train_loss(row, model).backward()
-    expected = gradients(model)
-    model.zero_grad()
-    torch.manual_seed(0)
-    loss = train_loss(row, model)
+    expected, loss = gradients_and_loss(row, model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
