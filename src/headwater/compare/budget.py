@@ -15,7 +15,7 @@ from torch import nn
 from headwater.base_model import shape_of
 from headwater.errors import HeadwaterError, Problem
 from headwater.methods.registry import make_config, method
-from headwater.training.run import add_adapter
+from headwater.training.adapter import add_adapter
 
 if TYPE_CHECKING:
     from headwater.config import RunConfig

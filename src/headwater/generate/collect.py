@@ -19,8 +19,9 @@ from ..data.tasks import Task
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import pad_id
 from ..files import whole_folder, write_json
+from ..training.adapter import add_adapter
 from ..training.progress import ProgressDisplay
-from ..training.run import add_adapter, training_arguments
+from ..training.run import training_arguments
 from ..training.trainer import HeadwaterTrainer
 from .layout import Layout, read_adapter
 

@@ -18,8 +18,9 @@ from ..evaluation.scores import TaskScore
 from ..evaluation.scoring import score_tasks
 from ..files import write_json, write_text
 from ..methods.files import write_tensors
+from ..training.adapter import add_adapter
 from ..training.folder import make_folder
-from ..training.run import add_adapter, require_one_process
+from ..training.run import require_one_process
 from .collect import collect, collected, mean_of, with_adapter
 from .fit import check_batches, fit, new_generator
 from .generator import AdapterGenerator

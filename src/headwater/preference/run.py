@@ -29,12 +29,13 @@ from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Singl
 from headwater.preference.results import summary
 from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
+from headwater.training.adapter import add_adapter
 from headwater.training.arguments import HeadwaterArguments
 from headwater.training.folder import STATE, make_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
-from headwater.training.run import add_adapter, require_one_process
+from headwater.training.run import require_one_process
 from headwater.training.write_errors import explained_writes
 
 RESULT = "result.json"
