@@ -146,6 +146,18 @@ def test_training_keys_out_of_range(headwater, run_file):
     refused(done, "--set training.learning_rate: learning_rate is at least 0, not nan")
     done = headwater("train", run_file, "--set", "training={num_train_epochs: 0}")
     refused(done, "--set training: training.num_train_epochs: num_train_epochs is above 0, not 0")
+    overrides = ("--set", "training.adam_beta1=1", "--set", "training.num_train_epochs=.inf")
+    refused(headwater("train", run_file, *overrides), "adam_beta1 is below 1, not 1", "num_train_epochs is finite")
+
+
+def test_an_optimizer_or_schedule_that_cannot_be_made_replaces_no_run(headwater, run_file):
+    (run_file.parent / "run" / "adapter").mkdir(parents=True)
+    over = ("--set", "training.overwrite_output_dir=true")
+    done = headwater("train", run_file, *over, "--set", "training.optim=galore_adamw")
+    refused(done, "--set training.optim: ", "galore")
+    done = headwater("train", run_file, *over, "--set", "training.lr_scheduler_kwargs={foo: 1}")
+    refused(done, "training.lr_scheduler_type: ", "unexpected keyword argument 'foo'")
+    assert (run_file.parent / "run" / "adapter").is_dir()
 
 
 def test_what_is_not_installed(headwater, run_file, monkeypatch):

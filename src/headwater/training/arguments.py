@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -12,10 +13,13 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from ..errors import HeadwaterError, Problem
 
 LossNormalization = Literal["example", "token"]
+SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), 0),
+    **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha", "data_seed", "save_steps", "logging_steps", *SHARES), 0),
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
 }
+BELOW = {**dict.fromkeys(SHARES, 1), "num_train_epochs": math.inf, "learning_rate": math.inf}
 UNLISTED = {"azure_ml", "flyte"}
 """Trackers of which transformers does not say whether they are installed."""
 
@@ -38,7 +42,7 @@ class HeadwaterArguments(TrainingArguments):
         overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
 
     Raises:
-        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values, a number is too small, or a
+        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values, a number is out of range, or a
             tracker of `report_to` is unknown or not installed.
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
@@ -71,6 +75,11 @@ class HeadwaterArguments(TrainingArguments):
             Problem(f"{name} is at least {least}, not {value:g}", f"training.{name}")
             for name, least in LEAST.items()
             if (value := getattr(self, name)) is not None and not value >= least
+        ]
+        problems += [
+            Problem(f"{name} is {'finite' if top == math.inf else f'below {top}'}, not {value:g}", f"training.{name}")
+            for name, top in BELOW.items()
+            if (value := getattr(self, name)) >= top
         ]
         if self.max_steps == 0 or self.max_steps < -1:
             fix = "leave it out to go by num_train_epochs"

@@ -160,6 +160,7 @@ def _train(
         raise HeadwaterError(Problem(str(error), "training")) from error
     if resume is not None:
         check_checkpoint(trainer, resume)
+    trainer.check_optimizer()
     start = _Start(config, args, resume, history, held)
     trainer.add_callback(start)
     goes_on = is_of(resume, output)

@@ -234,6 +234,22 @@ class HeadwaterTrainer(Trainer):
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
 
+    def check_optimizer(self) -> None:
+        """Makes optimizer and schedule once, for nothing: transformers reads some of their settings only then.
+
+        Raises:
+            HeadwaterError: if they cannot be made.
+        """
+        where = "training.optim"
+        try:
+            self.create_optimizer()
+            where = "training.lr_scheduler_type"
+            self.create_scheduler(self.total_steps())
+        except (TypeError, ValueError, ImportError) as error:
+            raise HeadwaterError(Problem(str(error), where)) from error
+        finally:
+            self.optimizer = self.lr_scheduler = None
+
     @property
     def steps_per_epoch(self) -> int:
         return max(math.ceil(self.batches_per_epoch / self.args.gradient_accumulation_steps), 1)
