@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -311,6 +312,15 @@ def test_batches_that_cannot_be_normalised_are_refused_before_anything_is_collec
         assert (code, output.exists()) == ((2, False) if refused else (0, True)), err
         assert ("meta.rows_per_task to 2" in err) == refused
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["collect", "train"])
+def test_a_folder_that_another_process_is_at_is_left_alone(meta_folder, tmp_path, capsys, command):
+    with FileLock(tmp_path / ".lock"):
+        code, _, err = meta(capsys, command, meta_folder / "meta.yaml", "--set", f"output_dir={tmp_path}")
+    assert code == 2
+    assert "another process trains in" in err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_small_sizes_have_a_unit_that_shows_them():

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from full_disk import files_end_after
 from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
@@ -353,6 +354,15 @@ def test_what_it_refuses(run_file, capsys, overrides, said):
     assert said in err
     assert "Traceback" not in err
     assert not (run_file.parent / "out").exists()
+
+
+def test_a_folder_that_another_process_is_at_is_left_alone(run_file, capsys):
+    (run_file.parent / "out").mkdir()
+    with FileLock(run_file.parent / "out" / ".lock"):
+        code, _, err = invoke(capsys, run_file)
+    assert code == 2
+    assert "another process trains in" in err
+    assert [path.name for path in (run_file.parent / "out").iterdir()] == [".lock"]
 
 
 def test_sources_and_the_base_model_are_where_training_will_be(run_file, monkeypatch, capsys):

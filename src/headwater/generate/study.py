@@ -19,7 +19,7 @@ from ..evaluation.scoring import score_tasks
 from ..files import write_json, write_text
 from ..methods.files import write_tensors
 from ..training.adapter import add_adapter
-from ..training.folder import make_folder
+from ..training.folder import lock_folder
 from ..training.run import require_one_process
 from .collect import collect, collected, mean_of, with_adapter
 from .fit import check_batches, fit, new_generator
@@ -48,7 +48,10 @@ class MetaRun:
     def collect(self) -> None:
         """Trains each task by itself and keeps its late checkpoints; notes the tasks' vectors."""
         self._check_batches()
-        make_folder(self.folder)
+        with lock_folder(self.folder):
+            self._collect()
+
+    def _collect(self) -> None:
         from ..config import dump_config
 
         write_text(self.folder / "config.yaml", dump_config(self.config))
@@ -74,7 +77,12 @@ class MetaRun:
 
     def train(self) -> dict[str, Any]:
         """Collects what is missing, trains the generator, scores what it writes; returns `results.json`."""
-        self.collect()
+        self._check_batches()
+        with lock_folder(self.folder):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
+        self._collect()
         names = [task.name for task in self.tasks]
         layout, weights = collected(self.folder / "collect", names)
         vectors = load_file(self.folder / "task_vectors.safetensors")

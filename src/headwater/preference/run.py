@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
 from headwater.training.adapter import add_adapter
 from headwater.training.arguments import HeadwaterArguments
-from headwater.training.folder import STATE, make_folder
+from headwater.training.folder import STATE, lock_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
@@ -89,11 +90,12 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
     """
     require_one_process("headwater prefer")
     _check_trl()
-    with explained_writes(Path(config.output_dir), "go on with it (training.resume_from_checkpoint: true)"):
-        return _prefer(config, console or Console())
+    writes = explained_writes(Path(config.output_dir), "go on with it (training.resume_from_checkpoint: true)")
+    with ExitStack() as held, writes:
+        return _prefer(config, console or Console(), held)
 
 
-def _prefer(config: PreferConfig, console: Console) -> dict[str, Any]:
+def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str, Any]:
     output = Path(config.output_dir)
     parts = [_part(output, strategy, seed) for strategy in config.preference.strategies for seed in config.seeds]
     resume = _check_folder(config, output)
@@ -104,10 +106,10 @@ def _prefer(config: PreferConfig, console: Console) -> dict[str, Any]:
     model, tokenizer = load_to_run(config.model_name_or_path, device, **config.model.model_dump())
     sources = make_sources(config.preference.sources, config.data, config.base_dir, model.device)
 
+    held.enter_context(lock_folder(output))
     if not resume and (output / FILE).is_file():
         for path in [*_held(output), *output.glob("*/seed-*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    make_folder(output)
     if not resume:
         write_text(output / FILE, dump_config(config))
         plain = RunConfig.model_validate(config.model_dump(include=set(RunConfig.model_fields), exclude_unset=True))

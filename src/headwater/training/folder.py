@@ -145,9 +145,9 @@ def lock_folder(output: Path) -> Iterator[None]:
     """Makes the folder and keeps it for this process; where the file system has no locks, it only makes it.
 
     Raises:
-        HeadwaterError: if another process trains in it.
+        HeadwaterError: if another process trains in it, or it cannot be made.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     lock = FileLock(output / LOCK)
     try:
         lock.acquire(timeout=0)
