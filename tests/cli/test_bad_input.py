@@ -157,6 +157,8 @@ def test_an_optimizer_or_schedule_that_cannot_be_made_replaces_no_run(headwater,
     refused(done, "--set training.optim: ", "galore")
     done = headwater("train", run_file, *over, "--set", "training.lr_scheduler_kwargs={foo: 1}")
     refused(done, "training.lr_scheduler_type: ", "unexpected keyword argument 'foo'")
+    polynomial = ("--set", "training.lr_scheduler_type=polynomial", "--set", "training.lr_scheduler_kwargs={power: a}")
+    refused(headwater("train", run_file, *over, *polynomial), "training.lr_scheduler_type: ", "unsupported operand")
     assert (run_file.parent / "run" / "adapter").is_dir()
 
 

@@ -244,7 +244,10 @@ class HeadwaterTrainer(Trainer):
         try:
             self.create_optimizer()
             where = "training.lr_scheduler_type"
-            self.create_scheduler(self.total_steps())
+            steps = self.total_steps()
+            schedule = self.create_scheduler(steps)
+            for rate in getattr(schedule, "lr_lambdas", ()):  # some settings are read first past the warm-up
+                rate(steps - 1)
         except (TypeError, ValueError, ImportError) as error:
             raise HeadwaterError(Problem(str(error), where)) from error
         finally:
