@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,24 @@ def test_the_claim_page_s_learning_rates_are_those_of_the_runs(name):
     for method, rates in found.items():
         row = " | ".join(f"{rates[rate]['mean']:.3f}" for rate in sorted(rates))
         assert f"| {method} | {row} |" in text
+
+
+def test_the_table_of_scales_is_that_of_the_runs():
+    text = (study_page.PAGES / "claim-gpu.md").read_text(encoding="utf-8").replace("`use_rslora: ", "`")
+    names = {
+        "hydralora": "HydraLoRA",
+        "hydralora+rslora": "HydraLoRA, `true`",
+        "rlora-rslora": "R-LoRA, `false`",
+        "rlora": "R-LoRA",
+        "lora": "LoRA",
+        "lora-scaled": "LoRA, `lora_alpha: 102`",
+    }
+    rows = dict(re.findall(r"^\| ([^|]+) \| \d\.\d\d \| [CG]PU \|(.*)\|$", text, re.M))
+    found = json.loads((measure.RESULTS / "claim_scale.json").read_text(encoding="utf-8"))["runs"]
+    assert {run["method"] for run in found} == set(names)
+    for method, name in names.items():
+        losses = {run["seed"]: f"{run['loss']:.3f}" for run in found if run["method"] == method}
+        assert [cell.strip() for cell in rows[name].split("|")] == [losses.get(seed, "") for seed in (0, 1)]
 
 
 def test_the_readme_s_table_of_costs_is_what_was_measured():
