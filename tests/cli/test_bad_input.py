@@ -176,6 +176,14 @@ def test_trackers_that_are_not_there(headwater, run_file):
     refused(done, "--set training.report_to: unknown tracker 'tensorbord'", "report_to: swanlab is not installed")
 
 
+def test_what_torch_compile_does_not_know(headwater, run_file):
+    backend, mode = "training.torch_compile_backend=inducter", "training.torch_compile_mode=fast"
+    done = headwater("train", run_file, "--set", backend, "--set", mode)
+    refused(done, "training.torch_compile_backend: unknown backend 'inducter'", "one of: cudagraphs, inductor")
+    refused(done, "training.torch_compile_mode: unknown mode 'fast'", "max-autotune")
+    assert not (run_file.parent / "run").exists()
+
+
 def test_no_task_to_train_on(headwater, run_file):
     run_file.write_text(re.sub(r"train: \S+ ", "", run_file.read_text()))
     refused(headwater("train", run_file), f"{run_file}:3: tasks: no task has training rows")

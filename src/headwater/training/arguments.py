@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch._dynamo
+import torch._inductor
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
@@ -42,8 +44,8 @@ class HeadwaterArguments(TrainingArguments):
         overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
 
     Raises:
-        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values, a number is out of range, or a
-            tracker of `report_to` is unknown or not installed.
+        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values, a number is out of range, a
+            tracker of `report_to` is unknown or not installed, or torch.compile knows no such backend or mode.
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
 
@@ -92,7 +94,10 @@ class HeadwaterArguments(TrainingArguments):
         if self.eval_steps and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             self.eval_strategy = "steps"
         super().__post_init__()
-        if problems := [problem for name in self.report_to or () if (problem := _without(name)) is not None]:
+        problems = [problem for name in self.report_to or () if (problem := _without(name)) is not None]
+        if self.torch_compile:
+            problems += _uncompilable(self.torch_compile_backend, self.torch_compile_mode)
+        if problems:
             raise HeadwaterError(*problems)
 
 
@@ -105,3 +110,15 @@ def _without(tracker: str) -> Problem | None:
     if tracker in {*get_available_reporting_integrations(), *UNLISTED}:
         return None
     return Problem(f"{tracker} is not installed", where, "install it, or set report_to to none")
+
+
+def _uncompilable(backend: str | None, mode: str | None) -> list[Problem]:
+    """What torch.compile would refuse at the first step."""
+    modes = list(torch._inductor.list_mode_options())
+    problems = []
+    if backend not in torch._dynamo.list_backends(exclude_tags=()):
+        where, fix = "training.torch_compile_backend", f"one of: {', '.join(torch._dynamo.list_backends())}"
+        problems.append(Problem(f"unknown backend {backend!r}", where, fix))
+    if mode is not None and mode not in modes:
+        problems.append(Problem(f"unknown mode {mode!r}", "training.torch_compile_mode", f"one of: {', '.join(modes)}"))
+    return problems
