@@ -275,6 +275,14 @@ def test_tasks_missing_or_unknown_are_refused(tasks, message):
         by_task()(noise(2, 5, d_in), **({} if tasks is None else {"headwater_task_ids": tasks}))
 
 
+def test_an_unknown_task_is_none_of_the_known_ones_when_compiled():
+    """Ids are not read there, so that nothing waits for an accelerator; -1 must not count from the end."""
+    model = torch.compile(by_task().eval(), backend="eager")
+    for task in (3, -1):
+        with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
+            model(noise(2, 5, d_in), headwater_task_ids=torch.tensor([task, 0]))
+
+
 def test_the_task_gate_is_one_for_the_whole_model_and_survives_a_file(tiny_llama, tmp_path):
     """In the released code each layer holds, and counts, a gate of its own that is never used."""
     fields = {"target_modules": ["q_proj", "up_proj"], "router": "task", "num_tasks": 3, "num_experts": 4, "r": 2}

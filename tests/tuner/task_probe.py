@@ -26,6 +26,7 @@ class TaskProbeBranch(Branch):
     def __init__(self, config: TaskProbeConfig, shape: LayerShape, generator: torch.Generator):
         super().__init__(config, shape, generator)
         self.penalty, self.num_tasks = config.penalty, config.num_tasks
+        self.has_losses = self.penalty > 0
         self.A = nn.Parameter(kaiming(shape.r, shape.in_features, generator))
         self.B = nn.Parameter(torch.zeros(shape.r, shape.out_features))
         self.table = nn.Parameter(1 + normal(1.0, config.num_tasks, shape.r, generator=generator))

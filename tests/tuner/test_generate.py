@@ -117,3 +117,25 @@ def test_without_a_task_type_the_context_manager_still_works(row, tiny_llama):
     with pytest.raises(ValueError, match="headwater_task_ids"):
         model.generate(input_ids=x, headwater_task_ids=torch.tensor([0, 1]), **LENGTH)
     assert torch.equal(logits(row, model), logits(row, adapt(row, tiny_llama())))
+
+
+def test_ids_for_some_of_the_prompts_are_not_guessed(model, row):
+    x = tokens(rows=4)
+    for ids in ([0, 1], [0, 1, 2]):
+        with pytest.raises(headwater.HeadwaterError, match=f"{len(ids)} task ids do not fit a batch of 4 rows"):
+            model.generate(input_ids=x, headwater_task_ids=torch.tensor(ids), **LENGTH)
+        with pytest.raises(headwater.HeadwaterError, match="do not fit"), headwater.task_ids(model, ids):
+            model.generate(input_ids=x, **LENGTH)
+    one = model.generate(input_ids=x, headwater_task_ids=torch.tensor([1]), do_sample=False, **LENGTH)
+    each = model.generate(input_ids=x, headwater_task_ids=torch.ones(4).long(), do_sample=False, **LENGTH)
+    assert torch.equal(one, each)
+
+
+def test_a_prompt_in_chunks_is_written_on_alike_or_refused(model, row):
+    x = tokens(rows=2, length=9)
+    expected = generate(row, model, x, do_sample=False)
+    if row.name == "cond_mixlora":
+        with pytest.raises(headwater.HeadwaterError, match=r"prefill_chunk_size: .*whole prompt"):
+            generate(row, model, x, do_sample=False, prefill_chunk_size=4)
+    else:
+        assert torch.equal(generate(row, model, x, do_sample=False, prefill_chunk_size=4), expected)

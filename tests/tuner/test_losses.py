@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import headwater
 from headwater.tuner import MethodLayer, context_of
 
 from .helpers import LAYERS, TARGETS, adapt, assert_near, assert_same, gradients
-from .penalised import PENALTY, batch, explicit_penalty, make, train_one_step
+from .penalised import PENALTY, ROW, Rows, batch, explicit_penalty, make, train_one_step
 from .rows import BY_ID
 
 
@@ -120,6 +129,72 @@ def test_several_forwards_then_one_backward(tiny_llama, mode):
         model.enable_input_require_grads()
     sum(model(**batch(seed)).loss for seed in range(2)).backward()
     assert_near(gradients(model), expected)
+
+
+def test_what_is_given_by_position_counts_as_by_keyword(tiny_llama, expected):
+    model, data = make(tiny_llama, task_type=None), batch()
+    ids, mask = data.pop("input_ids"), data.pop("attention_mask")
+    model(ids, mask, **data).loss.backward()
+    assert_near(gradients(model), expected)
+
+
+def test_labels_of_a_token_classifier_are_not_shifted():
+    """Its loss is of every label, so a batch that holds all of the step's labels is the whole step."""
+    found = []
+    for learned in ({}, {"num_items_in_batch": torch.tensor(20)}):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        base = BertForTokenClassification(BertConfig(vocab_size=300, num_labels=3, **sizes))
+        model = adapt(ROW, base, **ROW.no_dropout, target_modules=["query"], task_type="TOKEN_CLS")
+        x = torch.arange(20).view(4, 5)
+        model(input_ids=x, labels=x % 3, headwater_task_ids=torch.tensor([0]), **learned).loss.backward()
+        found.append(gradients(model))
+    assert_near(*found)
+
+
+def test_a_layer_that_runs_at_several_depths_has_the_loss_of_their_mean():
+    for depth in (1, 3):
+        torch.manual_seed(0)
+        sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        base = AlbertForMaskedLM(AlbertConfig(vocab_size=300, num_hidden_layers=depth, **sizes))
+        fields = {**ROW.no_dropout, "target_modules": ["query"], "task_type": None}
+        model = adapt(ROW, base, stirred=False, **fields).train()  # B is zero, so no run changes the next one's x
+        layer = next(m for m in model.modules() if isinstance(m, MethodLayer))
+        seen = []
+        layer.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].detach()))
+        x = torch.arange(20).view(4, 5)
+        output = model(input_ids=x, headwater_task_ids=torch.tensor([0]))
+        (output.logits.sum() * 0).backward()  # what is left is the loss's own
+        A = layer.branches["default"].A.detach().requires_grad_()
+        (PENALTY * sum((h.flatten(0, 1) @ A.T).square().sum(-1).mean() for h in seen) / depth).backward()
+        assert len(seen) == depth
+        torch.testing.assert_close(layer.branches["default"].A.grad, A.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_label_smoothing_needs_the_labels_told(tiny_llama, tmp_path, accumulation):
+    """The stock Trainer then takes `labels` out of the batch, but says how many the whole step has."""
+    steps = []
+    for told in (True, False):
+        model = make(tiny_llama)
+        rows = [{**row, **({"headwater_labels": row["labels"]} if told else {})} for row in Rows([0])]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulation, report_to=[], use_cpu=True,
+            gradient_accumulation_steps=accumulation, max_steps=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0,
+            lr_scheduler_type="constant", remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
+            label_smoothing_factor=0.1,
+        )  # fmt: skip
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(model, arguments, train_dataset=rows).train()
+        assert any("a batch came without its labels" in str(w.message) for w in caught) != told
+        moved = {name: start[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        steps.append(moved["base_model.model.model.layers.0.mlp.up_proj.taskprobe_branch.default.A"])
+    if accumulation == 1:
+        torch.testing.assert_close(*steps)
+    else:
+        assert steps[1].norm() > 2 * steps[0].norm()
 
 
 def test_padding_adds_nothing(tiny_llama, expected):

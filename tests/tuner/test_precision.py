@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel
@@ -227,6 +228,16 @@ def test_an_offloaded_base_has_its_adapter_where_it_runs(saved_base, tmp_path, r
     torch.testing.assert_close(logits(row, whole), adapted, atol=1e-5, rtol=1e-5)
     if row.mergeable:
         torch.testing.assert_close(logits(row, model.merge_and_unload()), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_an_offloaded_adapter_computes_the_same(row, tiny_llama):
+    """Each layer's tensors are there for as long as it runs."""
+    model = adapt(row, tiny_llama())
+    expected = logits(row, model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for name, p in model.named_parameters() if "_branch." in name)
+    assert torch.equal(logits(row, model), expected)
+    assert torch.equal(logits(row, model), expected)
 
 
 def test_a_partly_quantised_base_is_left_whole_by_a_refused_merge(saved_base):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 
 import headwater
 
@@ -152,3 +153,24 @@ def test_config_goes_through_json(row, tmp_path):
 def test_a_rank_larger_than_the_layer_is_refused_by_name(row, tiny_llama, fields):
     with pytest.raises(headwater.HeadwaterError, match=r"rank \d+ is larger than layer model\.layers\.0\.mlp"):
         adapt(row, tiny_llama(), **fields, **row.large_rank)
+
+
+@pytest.mark.parametrize("around", ["meta", "float64", "bfloat16"])
+def test_starts_the_same_whatever_torch_makes_tensors_of_by_default(row, tiny_llama, around):
+    base, settings = tiny_llama(), config(row, tiny_llama())
+    expected = get_peft_model_state_dict(get_peft_model(tiny_llama(), settings))
+    try:
+        if around != "meta":
+            torch.set_default_dtype(getattr(torch, around))
+        with torch.device("meta") if around == "meta" else contextlib.nullcontext():
+            model = get_peft_model(base, config(row, tiny_llama()) if row.ingredient is None else settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(get_peft_model_state_dict(model), expected)
+
+
+def test_a_start_without_a_seed_is_drawn_on_the_cpu(tiny_llama):
+    base = tiny_llama()
+    with torch.device("meta"):
+        model = get_peft_model(base, headwater.RLoraConfig(r=2, target_modules=["q_proj"]))
+    assert not any(p.is_meta for p in model.parameters())

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import MambaConfig, MambaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import headwater
@@ -16,6 +16,7 @@ from .helpers import adapt, assert_same, base_weights, logits, task_kwargs, toke
 from .rows import BY_ID, ROWS
 
 ROW = BY_ID["rlora"]
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 every_row = pytest.mark.parametrize(  # a file that an adapter is made from is of the layers of another one
     "row", [row for row in ROWS if row.ingredient is None], ids=lambda row: row.id
 )
@@ -198,3 +199,38 @@ def test_layers_that_pytorchs_own_blocks_go_around_are_not_adapted():
             assert not torch.allclose(model(x), changed, atol=0.01)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+@every_row
+def test_all_linear_in_some_of_the_layers(row, tiny_llama, tmp_path):
+    fields = {**row.no_dropout, "layers_to_transform": [1]}
+    model = adapt(row, tiny_llama(), target_modules="all-linear", **fields)
+    named = adapt(row, tiny_llama(), target_modules=sorted(LINEAR), **fields)
+    where = {m.name.rpartition(".")[0] for m in model.modules() if isinstance(m, MethodLayer)}
+    assert where == {"model.layers.1.self_attn", "model.layers.1.mlp"}
+    assert torch.equal(logits(row, model), logits(row, named))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(row, PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(row, model))
+
+
+def test_all_linear_in_layers_that_are_not_there_is_refused(tiny_llama):
+    for fields in ({"layers_to_transform": 7}, {"layers_to_transform": [1], "layers_pattern": "h"}):
+        base = tiny_llama()
+        with pytest.raises(headwater.HeadwaterError, match="no linear layer is in layers"):
+            adapt(ROW, base, target_modules="all-linear", **fields)
+        assert adapted(base) == set()
+
+
+def test_a_layer_that_carries_peft_s_own_adapter_is_refused_or_left_out(tiny_llama):
+    """Both would be saved under names that hold only where both are."""
+    base = tiny_llama()
+    base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "plain")
+    config = headwater.MLoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    with pytest.raises(headwater.HeadwaterError, match=r"q_proj carries an adapter of another kind already \(lora\)"):
+        base.add_adapter(config, "ours")
+    assert adapted(base) == set()
+    base = tiny_llama()
+    base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "plain")
+    with pytest.warns(UserWarning, match="leaves out what cannot carry the adapter: .*q_proj carries"):
+        base.add_adapter(headwater.MLoraConfig(r=2, target_modules="all-linear"), "ours")
+    assert adapted(base) == LINEAR - {"q_proj"}

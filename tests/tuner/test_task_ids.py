@@ -252,3 +252,24 @@ def test_a_part_of_the_model_that_runs_by_itself_goes_by_the_ids_around_it():
         features(images, [0, 1, 2])
     with pytest.raises(headwater.HeadwaterError, match="none was given"):
         model.get_image_features(pixel_values=images)
+
+
+@pytest.mark.parametrize("ids", [["first", "second"], "0", {"a": 1}, None])
+def test_ids_that_are_no_numbers_are_named(model, ids):
+    message = r"one integer per row, shape \(batch,\), not "
+    with pytest.raises(headwater.HeadwaterError, match=message), headwater.task_ids(model, ids):
+        pass
+    if ids is not None:
+        with pytest.raises(headwater.HeadwaterError, match=message):
+            model(input_ids=tokens(), headwater_task_ids=ids)
+
+
+def test_the_active_adapter_decides_whether_ids_are_needed(tiny_llama):
+    base = tiny_llama()
+    for name, method in (("with", "mtl_lora"), ("without", "rlora")):
+        targets = ["up_proj"] if name == "with" else ["q_proj"]
+        extra = {"num_tasks": 3} if name == "with" else {}
+        base.add_adapter(headwater.make_config(method, target_modules=targets, **extra), name)
+    for name in ("with", "without"):
+        base.set_adapter(name)
+        assert needs_task_ids(base) == (name == "with")

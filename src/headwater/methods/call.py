@@ -57,6 +57,7 @@ class State:
         gradient: what the training loss gets as its own gradient, known in backward: the factor of a gradient scaler,
             one over the number of accumulated batches, or the like. A guess until then, and where nobody tells.
         losses: name -> [sum over layers, detached; number of layers].
+        runs: layer -> how often it ran, where there are losses: some models run one layer at several depths.
         task_range: lowest and highest task id, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
         outer: of an encoder's state, the whole model's; None where it runs by itself.
@@ -75,6 +76,7 @@ class State:
     loss_scale: float | Tensor = 1.0
     gradient: float | Tensor = 1.0
     losses: dict[str, list[Any]] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None
     closed: bool = False
     outer: State | None = None
@@ -262,7 +264,8 @@ class Call:
         self.log_loss(name, loss)
 
     def weighted(self, loss: Tensor, weight: float) -> Tensor:
-        """`weight * loss` as a part of the training loss: scaled as that is, before backward and in it."""
+        """`weight * loss` as a part of the training loss: scaled as that is, before backward and in it, and averaged
+        over the layer's runs in this forward."""
         state = self.state
         if state is None:
             return loss * weight
@@ -270,7 +273,7 @@ class Call:
         scale = scale.to(loss.device) if isinstance(scale, Tensor) else scale
         if torch.compiler.is_compiling():  # nothing of a compiled forward can be told in its backward
             return loss * weight * scale * state.gradient
-        return following(loss * weight * scale, lambda: (state.outer or state).gradient)
+        return following(loss * weight * scale, lambda: (state.outer or state).gradient / state.runs.get(self.name, 1))
 
     def log_loss(self, name: str, loss: Tensor) -> None:
         """Logs `loss`, averaged over layers, under `name`."""

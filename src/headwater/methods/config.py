@@ -93,7 +93,7 @@ class MethodConfig(PeftConfig):
             ),
             Problem("cannot be used when `target_modules` is a regular expression", "layers_to_transform")
             if isinstance(self.target_modules, str)
-            and self.target_modules != "all-linear"
+            and self.target_modules.lower() != "all-linear"
             and (self.layers_to_transform is not None or self.layers_pattern is not None)
             else None,
             Problem("needs `layers_to_transform`, which says which layers", "layers_pattern")

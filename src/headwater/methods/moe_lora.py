@@ -12,6 +12,7 @@ All experts' ranks are one matmul, gated as blocks: no expert is visited by itse
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -301,11 +303,14 @@ class MoeLoraBranch(ExpertsBranch):
     def task_logits(self, task: Tensor) -> Tensor:
         held = self.__dict__.pop("_whole", None)  # what `mixes` gave, or stands for it
         embedding, gate = (widened(t) for t in held or self._task_tensors())
-        return F.linear(embedding[task.to(gate.device)], gate)
+        return F.linear(embedding.index_select(0, task.to(gate.device)), gate)  # [-1] would be the last task
 
     def _task_tensors(self) -> tuple[Tensor, Tensor]:
         owner = self._gate_owner[0]
-        return whole(owner.task_embedding), whole(owner.task_gate)
+        # offloaded, they are on the meta device outside their own layer's forward
+        here = align_module_device(owner) if owner.task_gate.is_meta else contextlib.nullcontext()
+        with here:
+            return whole(owner.task_embedding), whole(owner.task_gate)
 
     def mixes(self) -> tuple[Tensor, ...]:
         own = super().mixes()

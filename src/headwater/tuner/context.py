@@ -10,6 +10,7 @@ import contextlib
 import functools
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ _CROSS = re.compile(
     r"(.*\.)?(k|v|key|value|k_proj|v_proj|key_proj|value_proj)$",
     re.IGNORECASE,
 )
+_UNTOLD = (
+    "a batch came without its labels, as with label smoothing: which part of the optimiser step it is cannot be told, "
+    "so auxiliary losses count in full in every batch; let the collator add `headwater_labels`, a copy of `labels`"
+)
 _CACHES = ("past_key_values", "cache_params")  # of attention, of Mamba's kin
 _OTHER_INPUTS = ("input_features", "input_values", "pixel_values")
 
@@ -36,7 +41,8 @@ _OTHER_INPUTS = ("input_features", "input_values", "pixel_values")
 class Context:
     """Shared by a model's adapted layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self._names = names  # of what the model's forward takes, in its order
         self._local = threading.local()
         self.observers: list[Observer] = []
         self.merging: list[Observer] = []  # those that are shown what a merge takes
@@ -50,7 +56,7 @@ class Context:
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers
         kept = ("align", "loss_scale", "branches_need_state", "branches_need_batch")
-        return Context, (), {name: getattr(self, name) for name in kept}
+        return Context, (self._names,), {name: getattr(self, name) for name in kept}
 
     @property
     def needs_state(self) -> bool:
@@ -94,8 +100,13 @@ class Context:
             self._local.ids = before
 
     @contextlib.contextmanager
-    def generating(self, prompt_length: int) -> Iterator[None]:
-        """Marks the first `prompt_length` positions of every forward inside as the prompt."""
+    def generating(self, prompts: int, prompt_length: int) -> Iterator[None]:
+        """Marks the first `prompt_length` positions of every forward inside as the prompt.
+
+        Raises:
+            HeadwaterError: if there are task ids, and neither one nor one for each of `prompts`.
+        """
+        _fit_ids(getattr(self._local, "ids", None), prompts, repeat=False)
         before, self._local.prompt_length = getattr(self._local, "prompt_length", None), prompt_length
         try:
             yield
@@ -108,24 +119,28 @@ class Context:
         ids = kwargs.pop(KEYWORD, None)
         around = ids is None  # what `task_ids` says, which is for generation as well
         ids = getattr(self._local, "ids", None) if around else _as_ids(ids)
+        told = kwargs.pop(LABELS, None)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         # a trainer that computes the loss itself gives no `labels` to the model, but may still tell us which they are
-        labels = kwargs.pop(LABELS, kwargs.get("labels"))
-        total = kwargs.get("num_items_in_batch")
+        labels = given.get("labels") if told is None else told
+        total = given.get("num_items_in_batch")
+        if total is not None and labels is None and learning and self.needs_batch and not torch.compiler.is_compiling():
+            warnings.warn(_UNTOLD, stacklevel=2)
         generating = getattr(self._local, "prompt_length", None)
-        mask, decoder = kwargs.get("attention_mask"), has_encoder(module)
-        batch, length = _size(args, kwargs)
+        mask, decoder = given.get("attention_mask"), has_encoder(module)
+        batch, length = _size(args, given)
         if decoder:  # the encoder's part is `open_encoder`'s
             labels = None if isinstance(labels, Tensor) and labels.is_floating_point() else labels  # of a classifier
-            given = (kwargs.get("decoder_input_ids"), kwargs.get("decoder_inputs_embeds"), *args[2:3], labels)
-            written = next((t for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
+            candidates = (given.get("decoder_input_ids"), given.get("decoder_inputs_embeds"), labels)
+            written = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 1), None)
             if written is not None:  # else the model shifts what the encoder reads
-                batch, length, mask = written.shape[0], written.shape[1], kwargs.get("decoder_attention_mask")
+                batch, length, mask = written.shape[0], written.shape[1], given.get("decoder_attention_mask")
         shape = (batch, length)
-        packed = Packed(kwargs[LENGTHS]) if LENGTHS in kwargs else None  # attention needs them, too, so they stay
+        packed = Packed(given[LENGTHS]) if LENGTHS in given else None  # attention needs them, too, so they stay
         if packed is not None:
             batch, length = len(packed.lengths), max(packed.lengths)
         valid = _valid(mask, length)
-        cache: Any = next((c for name in _CACHES if (c := kwargs.get(name)) is not None), None)
+        cache: Any = next((c for name in _CACHES if (c := given.get(name)) is not None), None)
         repeat = generating is not None or cache is not None or (around and not learning)
         fitted = _fit_ids(ids, batch, repeat=repeat)
         state = State(batch, length, fitted, valid, packed=packed, loss_scale=self.loss_scale)
@@ -138,16 +153,16 @@ class Context:
             if valid is None and cache is not None and state.begins:
                 valid = state.valid = _valid_in_prompt(mask, length)
         if isinstance(labels, Tensor) and labels.shape == shape:
-            learned = labels != -100
+            learned, classifies = labels != -100, type(module).__name__.endswith(_CLASSIFIERS)
             if decoder:
                 state.valid = learned if valid is None else valid
-            elif not type(module).__name__.endswith(_CLASSIFIERS):
+            elif not classifies:
                 state.prompt = ~learned if valid is None else ~learned & valid
             if total is not None:
                 # The loss is normalised by the tokens of the whole optimiser step; this is the micro-batch's share. By
                 # default (`average_tokens_across_devices`) that step is all ranks', whose gradients are then averaged,
                 # so the trainer multiplies its loss by their number.
-                state.loss_scale = (learned if decoder else learned[:, 1:]).sum() / total
+                state.loss_scale = (learned if decoder or classifies else learned[:, 1:]).sum() / total
                 state.gradient = float(_ranks())
         elif generating and length and state.begins and not decoder:
             device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
@@ -159,7 +174,7 @@ class Context:
             self._local.wanted = state.stacks.wanted
             carries = carries or bool(state.stacks.made)  # so that a checkpoint's second forward finds them
         if decoder:
-            state.read = _state_beside(state, args, kwargs)
+            state.read = _state_beside(state, args, given)
         self._local.state = state
         if carries and (module.training or learning):
             if self._checkpointing is None:  # found once: to walk over all modules takes milliseconds
@@ -249,6 +264,8 @@ class Context:
             state = State(shape[0], 0, _fit_ids(ids, shape[0], repeat=False))
         if state is not None and state.read is not None and _CROSS.search(name):
             state = state.read
+        if state is not None and self.needs_batch and not state.closed:
+            state.runs[name] = state.runs.get(name, 0) + 1
         return Call(name, shape, state, self.observers, self.merging, self.align)
 
 
@@ -263,17 +280,16 @@ def _ranks() -> int:
 
 
 def _as_ids(ids: Any) -> Tensor:
-    ids = torch.as_tensor(ids)
-    if ids.dim() == 0:
-        ids = ids.reshape(1)
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
-        raise HeadwaterError(
-            Problem(
-                f"task ids are one integer per row, shape (batch,), not {tuple(ids.shape)} of {ids.dtype}",
-                KEYWORD,
-            )
-        )
-    return ids.long()
+    what = "task ids are one integer per row, shape (batch,)"
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:  # names of tasks, None
+        raise HeadwaterError(Problem(f"{what}, not {ids!r}", KEYWORD)) from error
+    if found.dim() == 0:
+        found = found.reshape(1)
+    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool or found.numel() == 0:
+        raise HeadwaterError(Problem(f"{what}, not {tuple(found.shape)} of {found.dtype}", KEYWORD))
+    return found.long()
 
 
 def has_encoder(model: Any) -> bool:
@@ -283,13 +299,12 @@ def has_encoder(model: Any) -> bool:
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Rows and positions of what a model reads; 0 positions of sound or pixels, 0 rows where nothing is known."""
-    for name in ("input_ids", "inputs_embeds"):
-        given = kwargs.get(name)
-        given = args[0] if given is None and args and name == "input_ids" else given
+    texts = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    others = [t.shape[0] for name in _OTHER_INPUTS if isinstance(t := kwargs.get(name), Tensor) and t.dim() > 1]
+    for given in texts if others else (*texts, *args[:1]):  # a forward may call its text as it likes
         if isinstance(given, Tensor) and given.dim() > 1:
             return given.shape[0], given.shape[1]
-    rows = (t.shape[0] for name in _OTHER_INPUTS if isinstance(t := kwargs.get(name), Tensor) and t.dim() > 1)
-    return next(rows, 0), 0
+    return next(iter(others), 0), 0
 
 
 def _positions_in(cache: Any) -> int | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from .targets import rank_of, settle_targets
 
 _CONTEXT = "_headwater_context"
 _HOOKS = "_headwater_hooks"
+_CHUNKS = "prefill_chunk_size"
 
 
 class MethodModel(BaseTuner):
@@ -38,9 +40,18 @@ class MethodModel(BaseTuner):
         return self.model(*args, **kwargs)  # PEFT 0.20 calls model.forward, which skips the hooks that open the context
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`; takes `headwater_task_ids`, one per prompt."""
+        """The base model's `generate`; takes `headwater_task_ids`, one per prompt or one for all.
+
+        Raises:
+            HeadwaterError: if there are others than that, or what is generated with needs whole prompts and
+                `prefill_chunk_size` cuts them.
+        """
         ids = kwargs.pop(KEYWORD, None)
         context = context_of(self.model)
+        settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        if self.method.branch.by_prompt and kwargs.get(_CHUNKS, getattr(settings, _CHUNKS, None)):
+            what = f"{self.method.title} goes by a row's whole prompt, and would see the first chunk of it alone"
+            raise HeadwaterError(Problem(what, _CHUNKS, "leave it out"))
         prompts = next(
             (p for p in (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds"))) if p is not None), None
         )
@@ -50,7 +61,7 @@ class MethodModel(BaseTuner):
             if ids is not None:
                 stack.enter_context(context.task_ids(ids))
             if isinstance(prompts, Tensor):
-                stack.enter_context(context.generating(prompts.shape[1]))
+                stack.enter_context(context.generating(*prompts.shape[:2]))
             return self.model.generate(*args, **kwargs)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +195,8 @@ def add_branch(
     on_meta = weight is not None and weight.device.type == "meta"
     known_weight = None if weight is None or on_meta else weight.detach()
     shape = LayerShape(layer.name, d_in, d_out, r, alpha, known_weight, on_meta, shared)
-    branch = method.branch(config, shape, generator_for(config, layer.name))
+    with torch.device("cpu"), _float32():  # whatever torch makes tensors of by default where it is called
+        branch = method.branch(config, shape, generator_for(config, layer.name))
     device = _device_of(base)
     if device is not None and not any(p.device.type == "meta" for p in branch.parameters()):
         branch.to(device)
@@ -195,11 +207,21 @@ def add_branch(
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 
+@contextlib.contextmanager
+def _float32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def generator_for(config: MethodConfig, what: str) -> torch.Generator:
     """Draws the start of `what`, a layer: its name, not its turn, decides, so that the same layer starts the same
     whatever else is targeted."""
     seed = config.init_seed
-    drawn = int(torch.randint(2**62, ())) if seed is None else zlib.crc32(f"{seed} {what}".encode())
+    drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else zlib.crc32(f"{seed} {what}".encode())
     return torch.Generator().manual_seed(drawn)
 
 
@@ -217,7 +239,7 @@ def _device_of(base: nn.Module) -> torch.device | None:
 def install_context(model: nn.Module) -> Context:
     """The base model's forward context, made and hooked up if it has none yet."""
     if _CONTEXT not in model.__dict__:
-        context = Context()
+        context = Context(tuple(inspect.signature(type(model).forward).parameters)[1:])
         model.__dict__[_CONTEXT] = context
         model.__dict__[_HOOKS] = (
             model.register_forward_pre_hook(context.open, with_kwargs=True),
@@ -280,8 +302,9 @@ def needs_task_ids(model: nn.Module) -> bool:
     layer = next((m for m in model.modules() if isinstance(m, MethodLayer)), None)
     if layer is None:
         return False
-    config = getattr(model, "peft_config", {})
-    return any(isinstance(c, MethodConfig) and c.needs_task_ids for c in config.values())
+    configs = getattr(model, "peft_config", {})
+    active = (configs.get(name) for name in layer.active_adapters)
+    return any(isinstance(config, MethodConfig) and config.needs_task_ids for config in active)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -24,6 +30,7 @@ _BYPASSED = {
     "jamba": {"dt_proj"},
     "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
 }
+_CARRIES = "carries"
 # What PEFT trains in whole for a task, and writes into `modules_to_save` only after the layers are adapted.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -41,7 +48,13 @@ def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> 
         # PEFT takes what only ends on such a name, as "pre_classifier" does, for trained in whole as well
         whole = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
         meant = {*(config.target_modules or ()), *_adapted_layers(model)}
-        config.target_modules = {name for name in meant if not name.endswith(whole)}
+        meant = {name for name in meant if not name.endswith(whole)}
+        config.target_modules = {name for name in meant if _in_layers(config, name)}
+        if meant and not config.target_modules:
+            config.target_modules = chosen
+            of = f" of {config.layers_pattern}" if config.layers_pattern else ""
+            what = f"no linear layer is in layers {config.layers_to_transform}{of}"
+            raise HeadwaterError(Problem(what, "layers_to_transform", "layers count from 0"))
     unfit = _unfit(tuner, config, model)
     if not unfit:
         return
@@ -52,6 +65,16 @@ def settle_targets(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> 
     config.target_modules = set(config.target_modules or ()) - unfit.keys()
     left_out = "; ".join(problem.what for problem in problems)
     warnings.warn(f"target_modules='all-linear' leaves out what cannot carry the adapter: {left_out}", stacklevel=2)
+
+
+def _in_layers(config: MethodConfig, name: str) -> bool:
+    """Whether `layers_to_transform` means a layer. PEFT does not ask where a layer is named in full."""
+    if config.layers_to_transform is None:
+        return True
+    parent, _, last = name.rpartition(".")
+    named_by_its_end = copy.copy(config)
+    named_by_its_end.target_modules = {last}
+    return bool(parent and check_target_module_exists(named_by_its_end, name))
 
 
 def rank_of(config: MethodConfig, name: str) -> int:
@@ -67,7 +90,7 @@ def _adapted_layers(model: Any) -> list[str]:
 
 def _unfit(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> dict[str, tuple[Any, ...]]:
     """Layers that are meant and cannot carry the adapter, and why: their rank and sizes, a hint where they are gone
-    around, or what they are where that is no linear layer."""
+    around, or what they are: no linear layer, or one that carries an adapter of another tuner."""
     bypassed, hints = _BYPASSED.get(getattr(getattr(model, "config", None), "model_type", ""), set()), _hints(model)
     unfit: dict[str, tuple[Any, ...]] = {}
     inside: tuple[str, ...] = ()  # the last adapted layer; its parts come right behind it
@@ -76,7 +99,9 @@ def _unfit(tuner: BaseTuner, config: MethodConfig, model: nn.Module) -> dict[str
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (f"{name}.",)
-        if name.rpartition(".")[2] in bypassed or id(module) in hints:
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MethodLayer):
+            unfit[name] = (_CARRIES, type(module).__module__.split(".")[-2])
+        elif name.rpartition(".")[2] in bypassed or id(module) in hints:
             unfit[name] = (hints.get(id(module), ""),)
         elif (sizes := _sizes(module)) is None:
             unfit[name] = ("", type(module).__name__)
@@ -124,6 +149,11 @@ def _problems(config: MethodConfig, unfit: dict[str, tuple[Any, ...]], model: nn
         if len(sizes) == 1:
             what = f"layer {names[0]} cannot be adapted: the model reads its weight and goes around it{more}"
             problems.append(Problem(what, "target_modules", f"leave it out, exclude_modules: [{leave_out}]{sizes[0]}"))
+            continue
+        if sizes[0] == _CARRIES:  # its adapter's tensors would be saved under names that no other model has
+            what = f"{names[0]} carries an adapter of another kind already ({sizes[1]}){more}"
+            fix = f"leave it out, exclude_modules: [{leave_out}], or adapt a model of its own"
+            problems.append(Problem(what, "target_modules", fix))
             continue
         if len(sizes) == 2:
             what = f"{names[0]} is no linear layer but a {sizes[1]}, which cannot be adapted{more}"
