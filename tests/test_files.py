@@ -38,6 +38,40 @@ def test_files_are_replaced_whole(tmp_path):
     assert json.loads(path.read_text()) == {"a": [1.0, None]}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_what_it_points_to_is_written(tmp_path, there):
+    file, folder = tmp_path / "elsewhere" / "real.json", tmp_path / "elsewhere" / "real"
+    file.parent.mkdir()
+    if there:
+        file.write_text("old")
+        folder.mkdir()
+    (tmp_path / "x.json").symlink_to("elsewhere/real.json")
+    (tmp_path / "made").symlink_to("elsewhere/real", target_is_directory=True)
+    write_json(tmp_path / "x.json", {"a": 1})
+    in_a_whole_folder(tmp_path / "made")
+    for name in ("x.json", "made"):
+        assert (tmp_path / name).is_symlink()
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in folder.iterdir()] == ["a.safetensors"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["real", "real.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "made", "x.json"]
+
+
+def test_a_pipe_is_written_into_and_stays_one(tmp_path):
+    """As `/dev/stdout` and other devices, which nothing may take the place of."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            write_text(tmp_path / name, "text")
+            assert os.read(reader, 100) == b"text"
+        finally:
+            os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_tensors_are_as_readable_as_other_files(tmp_path, umask):
     """safetensors makes files for their owner alone, and Python temporary folders."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>{% endfor %}"
@@ -30,6 +30,14 @@ def make_tiny_llama(seed: int = 0, *, vocab_size: int = 300, **overrides) -> Lla
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides})).eval()
+
+
+def make_tiny_gpt2(seed: int = 0, **overrides) -> GPT2LMHeadModel:
+    """A random float32 GPT-2 of the same sizes, whose positions are learned. `overrides` go to `GPT2Config`."""
+    fields = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 256, "eos_token_id": 257}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(GPT2Config(**{**fields, **overrides})).eval()
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:

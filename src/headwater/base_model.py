@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import HeadwaterError, Problem
 from .files import open_to_readers
+from .paths import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: ``$HEADWATER_CACHE``, else ``~/.cache/headwater``. May not exist yet."""
+    """The folder for what can be made again: ``$HEADWATER_CACHE``, else ``~/.cache/headwater``. May not exist yet.
+
+    Raises:
+        HeadwaterError: ``$HEADWATER_CACHE`` begins with a home folder that nobody has.
+    """
     chosen = os.environ.get("HEADWATER_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "headwater"
+    return expanded(chosen, "HEADWATER_CACHE") if chosen else Path.home() / ".cache" / "headwater"
 
 
 def sha256_of(path: Path) -> str:
@@ -132,7 +137,7 @@ def shape_of(name_or_path: str, *, trust_remote_code: bool = False) -> PreTraine
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path, name_or_path)
     name = str(dequantise_gguf(path)) if path.is_file() else name_or_path
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -204,8 +209,8 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
 
 def _resolve(name_or_path: str) -> str:
     """A hub id unchanged, or the path of a folder that transformers can load."""
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
+    path = expanded(name_or_path, name_or_path)
+    if not os.path.exists(path):  # Path.exists raises on long names
         if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".gguf") or name_or_path.count("/") > 1:
             raise HeadwaterError(Problem("no such file or folder", name_or_path, f"looked for {path.absolute()}"))
         return name_or_path

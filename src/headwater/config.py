@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -31,6 +32,8 @@ from headwater.data.tasks import TaskSpec
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.spec import EvaluationSpec
 from headwater.marked_yaml import Document, KeyPath, apply_overrides, dump, read_document
+from headwater.paths import expanded
+from headwater.seeds import Seed
 from headwater.tuner.align import AlignSpec
 
 if TYPE_CHECKING:
@@ -87,7 +90,7 @@ class RunConfig(BaseModel):
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     compare: CompareSpec | None = None
     output_dir: str = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
     _document: Document = PrivateAttr(default_factory=lambda: Document({}))
@@ -96,6 +99,12 @@ class RunConfig(BaseModel):
     @classmethod
     def _local_model_is_absolute(cls, name: str) -> str:
         return _absolute(Path.cwd(), name)
+
+    @field_validator("output_dir", mode="after")
+    @classmethod
+    def _home_is_written_out(cls, folder: str) -> str:
+        # transformers does that in its arguments, and whoever else reads it must mean the same folder
+        return str(expanded(folder)) if folder.startswith("~") else folder
 
     @field_validator("method", mode="after")
     @classmethod
@@ -116,7 +125,7 @@ class RunConfig(BaseModel):
         resume = training.get("resume_from_checkpoint")
         try:
             HeadwaterArguments(**{**training, "resume_from_checkpoint": None if isinstance(resume, bool) else resume})
-        except ImportError as error:  # no error of pydantic's
+        except (ImportError, TypeError) as error:  # no errors of pydantic's
             raise ValueError(str(error)) from error
         return training
 
@@ -235,7 +244,8 @@ def changed(config: RunConfig, sections: dict[str, Any], places: dict[KeyPath, s
 def _checked(document: Document, base_dir: Path, model: type[RunConfig], problems: Sequence[Problem] = ()) -> RunConfig:
     name = document.data.get("model_name_or_path")
     if isinstance(name, str):
-        document.data["model_name_or_path"] = _absolute(_base(document, ("model_name_or_path",), base_dir), name)
+        with contextlib.suppress(HeadwaterError):  # the field's own check will say it, beside all else that is wrong
+            document.data["model_name_or_path"] = _absolute(_base(document, ("model_name_or_path",), base_dir), name)
     try:
         config = model.model_validate(document.data)
     except ValidationError as error:
@@ -244,7 +254,8 @@ def _checked(document: Document, base_dir: Path, model: type[RunConfig], problem
         raise HeadwaterError(*problems)
     config._base_dir, config._document = base_dir, document
     for field in _files_of(config.method):
-        config.method[field] = _absolute(_base(document, ("method", field), base_dir), config.method[field])
+        path = ("method", field)
+        config.method[field] = _absolute(_base(document, path, base_dir), config.method[field], document.where(path))
     return config
 
 
@@ -274,7 +285,7 @@ def dump_config(config: RunConfig) -> str:
     return dump(data)
 
 
-def _absolute(base: Path, name: str) -> str:
-    """A local path made absolute; a hub name, which is no path here, unchanged."""
-    path = base / Path(name).expanduser()
-    return str(path.absolute()) if name and path.exists() else name
+def _absolute(base: Path, name: str, where: str = "") -> str:
+    """A local path made absolute; a hub name, which is no path here, unchanged. `where` is that of an error."""
+    path = base / expanded(name, where)
+    return str(path.absolute()) if name and os.path.exists(path) else name  # Path.exists raises on long names

@@ -75,18 +75,27 @@ def finite(value: Any) -> Any:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `path` under a temporary name beside it, then renames.
+    """Writes `path` under a temporary name beside it, then renames; a link stays, and what it points to is written.
 
     Raises:
         NotWritten: if it cannot be; what was there before still is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with saying_why(path):
+        if path.exists() and not path.is_file():  # a device or a pipe is written into: nothing may take its place
+            path.write_bytes(data)
+            return
+        path = _behind_links(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_bytes(data)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _behind_links(path: Path) -> Path:
+    """Where a path leads; `Path.resolve` raises where links run in circles."""
+    return Path(os.path.realpath(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,20 +128,23 @@ def replace_folder(new: Path, path: Path) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` when the block is through and is gone if it raises.
 
+    Where `path` is a link it stays one, and the folder is where it points to.
+
     Raises:
         NotWritten: if it cannot be made or written; `path` is then as it was.
     """
     path = path.absolute()
+    target = _behind_links(path)
     with saying_why(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
     with beside:
         # within, because Python makes temporary folders for their owner alone
-        work = Path(beside.name) / path.name
+        work = Path(beside.name) / target.name
         try:
             work.mkdir()
             yield work
-            replace_folder(work, path)
+            replace_folder(work, target)
         except (OSError, RuntimeError, SafetensorError, NotWritten) as error:
             reason = why_not_written(error, Path(beside.name))
             if reason is None:

@@ -61,3 +61,12 @@ def test_batches_too_small_to_compare_are_refused(train):
     done = train("align={kind: kl, tokens: answers}")
     assert done.code == 2
     assert "align.tokens" in done.err
+
+
+@pytest.mark.parametrize("strategy", ["temperature", "weights"])
+def test_shares_that_balanced_batches_cannot_have_are_refused(train, strategy):
+    done = train("align={kind: kl}", f"mixture={{strategy: {strategy}}}", "training.per_device_train_batch_size=3")
+    assert done.code == 2
+    assert "--set mixture: mixture.strategy: with align every batch has an equal share of each task" in done.err
+    assert "use at least 4 rows" in done.err
+    assert train("align={kind: kl}", f"mixture={{strategy: {strategy}, batching: mixed}}", name="mixed")

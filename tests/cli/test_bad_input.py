@@ -218,11 +218,42 @@ def test_a_folder_in_the_place_of_the_file(headwater, run_file):
     refused(headwater("train", folder), f"{folder}: this is a folder", "YAML files there: run.yaml")
 
 
-@pytest.mark.parametrize("where", ["run.yaml", "run.yaml/below", "/proc/headwater"])
+@pytest.mark.parametrize("where", ["run.yaml", "run.yaml/below", "/proc/headwater", "n" * 300, "a/" + "n" * 300])
 def test_an_output_folder_that_cannot_be(headwater, run_file, where):
-    for command in (["train", run_file], ["compare", run_file, "--methods", "lora,rlora"]):
+    for command in (["train", run_file], ["compare", run_file, "--methods", "lora,rlora"], ["advise", run_file]):
         done = headwater(*command, "--set", f"output_dir={run_file.parent / where}")
         refused(done, "--set output_dir: ", where, "choose another folder")
+    for checkpoint, said in (("true", "there is no checkpoint in"), ("none", "none is no checkpoint folder")):
+        resume = ["--set", f"training.resume_from_checkpoint={checkpoint}"]
+        refused(headwater("train", run_file, "--set", f"output_dir={run_file.parent / where}", *resume), said)
+
+
+def test_names_of_300_characters(headwater, run_file):
+    name = "n" * 300
+    refused(headwater("train", run_file, "--set", f"model_name_or_path=./{name}"), "no such file or folder")
+    done = headwater("train", run_file, "--set", f"tasks.0.train={name}.jsonl")
+    refused(done, f"--set tasks.0.train: {name}.jsonl: ")
+
+
+def test_a_home_folder_that_nobody_has(headwater, run_file, monkeypatch):
+    said = "no home folder is known for `~nouser9`"
+    for key in ("model_name_or_path", "tasks.0.train", "output_dir"):
+        refused(headwater("train", run_file, "--set", f"{key}=~nouser9/m"), f"--set {key}: ", said)
+    done = headwater("subspace", "--model", "~nouser9/m", "--output", run_file.parent / "s.safetensors")
+    refused(done, f"error: ~nouser9/m: {said}")
+    refused(headwater("demo", "--output-dir", "~nouser9/m"), said)
+    monkeypatch.setenv("HEADWATER_CACHE", "~nouser9/cache")
+    refused(headwater("demo"), f"HEADWATER_CACHE: {said}")
+
+
+def test_seeds_that_are_none(headwater, run_file):
+    said = "from 0 to 2**32 - 1"
+    for command in ("compare", "advise"):
+        done = headwater(command, run_file, "--seeds", "0,4294967296")
+        refused(done, "--seeds", f"{said}, not 4294967296")
+    for seed in ("-1", "99999999999999999999"):
+        done = headwater("generate", run_file.parent, "-p", "x", "--seed", seed)
+        refused(done, f"--seed: should be {said}, not {seed}")
 
 
 @pytest.mark.parametrize(
@@ -295,6 +326,28 @@ def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
     refused(headwater("evaluate", run, "--tasks", tmp_path / "none.yaml"), "none.yaml: there is no such file")
     refused(headwater("evaluate", run, "-o", tmp_path / "no" / "s.json"), "the folder of this file does not exist")
     refused(headwater("generate", run, "-p", "x", "--task", "animal"), "unknown task `animal`", "animals, colours")
+
+
+def test_overrides_that_scoring_has_no_use_for_are_refused(headwater, run_file, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    adapter(run / "adapter", run_file.parent / "model")
+    shutil.copy(run_file, run / "config.yaml")
+    for name in run_file.parent.glob("*.jsonl"):
+        shutil.copy(name, run)
+    wrong = ["method.r=99", "method={name: lora}", "seed=3", "training.learning_rate=1", "output_dir=x"]
+    kept = ["training.use_cpu=true", "training={use_cpu: true}", "evaluation={batch_size: 2}", "model.dtype=float32"]
+    options = [part for override in wrong for part in ("--set", override)]
+    for more in ([], ["--tasks", run_file], ["--lm-eval", "bbh", "--set", "data.max_length=9"]):
+        where = [*wrong, *more[3:]]
+        refused(headwater("evaluate", run, *options, *more), *(f"--set {one}: this has no effect" for one in where))
+    options = [part for override in kept for part in ("--set", override)]
+    for more in ([], ["--tasks", run_file]):
+        refused(headwater("evaluate", run, *options, "--split", "validation", *more), "no task has validation rows")
+    refused(headwater("evaluate", run, "--set", "evaluatoin.batch_size=2"), "did you mean `evaluation`?")
+    alone = adapter(tmp_path / "alone", run_file.parent / "model")
+    done = headwater("evaluate", alone, "--lm-eval", "bbh", "--set", "evaluation.batch_size=2")
+    refused(done, "the adapter alone has no config to override")
 
 
 @pytest.mark.parametrize(

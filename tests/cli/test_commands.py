@@ -16,6 +16,8 @@ from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from headwater.cli import app
+from headwater.cli.adapters import locate
+from headwater.cli.evaluate import _what_to_score
 from headwater.config import RECOMMENDED, load_config
 
 
@@ -82,7 +84,14 @@ def test_evaluate_an_adapter_folder_on_a_tasks_file(headwater, trained, tmp_path
     assert score["value"] == pytest.approx(loss.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("section", "normalization"), [("", "bytes"), ("evaluation: {batch_size: 2}\n", "none")])
+@pytest.mark.parametrize(
+    ("section", "normalization"),
+    [
+        ("", "bytes"),
+        ("evaluation: {batch_size: 2}\n", "bytes"),
+        ("evaluation: {choice_normalization: tokens}\n", "tokens"),
+    ],
+)
 def test_a_tasks_file_leaves_to_the_run_what_it_does_not_say(headwater, trained, tmp_path, section, normalization):
     shutil.copytree(trained, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
@@ -94,6 +103,61 @@ def test_a_tasks_file_leaves_to_the_run_what_it_does_not_say(headwater, trained,
     assert headwater("evaluate", tmp_path / "run", "--tasks", file, "-o", tmp_path / "s.json").code == 0
     detail = json.loads((tmp_path / "s.json").read_text())["tasks"]["new"]["detail"]
     assert detail["normalization"] == normalization
+
+
+def test_a_key_of_a_section_leaves_the_runs_other_keys_as_they_are(headwater, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text().replace("choice_normalization: none", "choice_normalization: bytes")
+    config.write_text(text.replace("chat_template: auto", "chat_template: always"))
+    rows = f"{trained.parent}/animals-test.jsonl"
+    (tmp_path / "tasks.yaml").write_text(
+        f"tasks: [{{name: tokens, test: {rows}, metric: loss}}, {{name: choice, test: {rows}}}]\n"
+    )
+    found = []
+    for overrides in ([], ["data.max_length=512", "evaluation.batch_size=8"], ["data.chat_template=never"]):
+        options = [part for override in overrides for part in ("--set", override)]
+        command = ["evaluate", tmp_path / "run", "--tasks", tmp_path / "tasks.yaml", *options]
+        assert headwater(*command, "-o", tmp_path / "s.json").code == 0
+        scores = json.loads((tmp_path / "s.json").read_text())["tasks"]
+        assert scores["choice"]["detail"]["normalization"] == "bytes"
+        found.append(scores["tokens"]["value"])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert abs(found[2] - found[0]) > 1e-3
+    with (tmp_path / "tasks.yaml").open("a") as file:
+        file.write("training: {max_steps: 3}\n")
+    config = _what_to_score(locate(str(tmp_path / "run")), str(tmp_path / "tasks.yaml"), [])
+    assert (config.training["max_steps"], config.training["use_cpu"]) == (3, True)
+
+
+def test_another_base_model_is_the_one_that_is_scored(headwater, trained, tmp_path):
+    """Of the same shape, since the adapter has to fit; with a tasks file as without."""
+    torch.manual_seed(8)
+    make_tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "tasks.yaml").write_text(
+        f"model_name_or_path: some/model\n"
+        f"tasks: [{{name: colours, test: {trained.parent}/colours-test.jsonl, metric: loss}}]\n"
+    )
+    shutil.copytree(trained / "adapter", tmp_path / "bare")
+    other = ["--set", f"model_name_or_path={tmp_path / 'model'}"]
+    found = []
+    for source, options in (
+        (trained, []),
+        (trained, ["--tasks", tmp_path / "tasks.yaml"]),  # what that names is not the run's
+        (trained, other),
+        (trained, ["--tasks", tmp_path / "tasks.yaml", *other]),
+        (tmp_path / "bare", ["--tasks", tmp_path / "tasks.yaml", *other]),
+    ):
+        done = headwater("evaluate", source, *options, "-o", tmp_path / "s.json")
+        assert done.code == 0, done.err
+        scores = json.loads((tmp_path / "s.json").read_text())
+        found.append((scores["tasks"]["colours"]["value"], scores["base_model"]))
+    assert found[0] == found[1]
+    assert found[2] == found[3] == found[4]
+    assert found[0][1] == str(trained.parent / "model")
+    assert found[2][1] == str(tmp_path / "model")
+    assert abs(found[0][0] - found[2][0]) > 0.01
 
 
 def test_evaluate_takes_overrides_and_splits(headwater, trained):
@@ -173,6 +237,12 @@ def test_generate_answers_each_line_of_standard_input(headwater, trained, monkey
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
     done = headwater("generate", trained, "--max-new-tokens", 2, "--json", "--task", "colours")
     assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffone\n\ufefftwo"))  # a mark at the beginning is no text
+    done = headwater("generate", trained, "--max-new-tokens", 2, "--json", "--task", "colours")
+    assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one", "\ufefftwo"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff\ntwo\n"))
+    done = headwater("generate", trained, "--max-new-tokens", 2)
+    assert "standard input:1: 1 of 2 lines are blank" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n  \ntwo\n"))
     done = headwater("generate", trained, "--max-new-tokens", 2)
     assert (done.code, done.out) == (2, "")

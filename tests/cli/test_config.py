@@ -20,7 +20,9 @@ from headwater.config import (
     load_config,
 )
 from headwater.errors import HeadwaterError
+from headwater.generate.spec import MetaConfig
 from headwater.methods import methods
+from headwater.preference.spec import PreferConfig
 
 GOOD = """\
 model_name_or_path: some/model
@@ -181,9 +183,23 @@ zzz: 1
         ("training=", "--set training", "should be a valid dictionary, not None"),
         ("mixture={batching: balanced, strategy: weights}", "--set mixture", "equal share"),
         ("tasks=[]", "--set tasks", "at least 1 item"),
-        ("seed=-1", "--set seed", "greater than or equal to 0, not -1"),
+        ("seed=-1", "--set seed", "should be from 0 to 2**32 - 1, not -1"),
+        ("seed=4294967296", "--set seed", "should be from 0 to 2**32 - 1, not 4294967296"),
+        ("compare={seeds: [0, 4294967296]}", "--set compare: compare.seeds[1]", "2**32 - 1, not 4294967296"),
+        ("compare={selection_seed: 4294967296}", "--set compare: compare.selection_seed", "2**32 - 1, not 4294967296"),
+        ("training.data_seed=4294967296", "--set training.data_seed", "2**32 - 1, not 4294967296"),
         ("output_dir=''", "--set output_dir", "at least 1 character"),
         ("tasks.0.name=a b", "--set tasks.0.name", "not 'a b'"),
+        ("tasks.0.name=mean", "--set tasks.0.name", "no task can be called `mean`"),
+        ("tasks.0.name=loss", "--set tasks.0.name", "no task can be called `loss`"),
+        ("tasks.0.train=''", "--set tasks.0.train", "at least 1 character"),
+        ("model_name_or_path=~nouser9/m", "--set model_name_or_path", "no home folder is known for `~nouser9`"),
+        ("output_dir=~nouser9/x", "--set output_dir", "no home folder is known for `~nouser9`"),
+        ("method={name: cora, basis: ~nouser9/b}", "--set method: method.basis", "no home folder is known"),
+        ("training.log_level=chatty", "--set training.log_level", "unknown log_level 'chatty'"),
+        ("training.log_level_replica=chatty", "--set training.log_level_replica", "unknown log_level_replica 'chatty'"),
+        ("training.accelerator_config=no.json", "--set training.accelerator_config", "no.json: No such file"),
+        ("training.accelerator_config={foo: 1}", ":9: training", "unexpected keyword argument 'foo'"),
         ("base_dir=x", "--set base_dir", "unknown key `base_dir`"),
     ],
 )
@@ -236,6 +252,29 @@ def test_every_training_argument_is_a_key(tmp_path):
                 path, ["training={}", f"training.{field.name}={yaml.safe_dump(value).splitlines()[0]}"]
             )
             assert config.training[field.name] == value, field.name
+
+
+def test_liger_kernels_are_asked_for_where_they_are_installed(tmp_path, monkeypatch):
+    path = write(tmp_path, GOOD)
+    for there in (True, False):
+        monkeypatch.setattr("headwater.training.arguments.is_liger_kernel_available", lambda there=there: there)
+        if there:
+            assert load_config(path, ["training.use_liger_kernel=true"]).training["use_liger_kernel"] is True
+    found = problems_of(path, ["training.use_liger_kernel=true"])
+    assert found["--set training.use_liger_kernel"].what == "liger-kernel 0.3.0 or newer is not installed"
+    assert load_config(path, ["training.use_liger_kernel=false"])
+
+
+@pytest.mark.parametrize("kind", [RunConfig, PreferConfig, MetaConfig])
+def test_the_output_folder_may_begin_with_the_home_folder(tmp_path, monkeypatch, kind):
+    """transformers expands it, so that whoever reads the config must get the same folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = {PreferConfig: "prefer", MetaConfig: "meta"}.get(kind)
+    path = Path(__file__).parents[2] / "examples" / f"{name}.yaml" if name else write(tmp_path, GOOD)
+    config = load_config(path, ["output_dir=~/runs/a"], model=kind)
+    assert config.output_dir == str(tmp_path / "runs" / "a")
+    assert yaml.safe_load(dump_config(config))["output_dir"] == config.output_dir
+    assert load_config(path, ["output_dir=runs/~a"], model=kind).output_dir == "runs/~a"
 
 
 def test_words_that_yaml_once_took_for_booleans(tmp_path):

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
 import headwater
+from headwater import base_model
 from headwater.data.encode import DataSpec
 from headwater.data.tasks import TaskSpec, load_tasks
 from headwater.errors import HeadwaterError
@@ -94,7 +95,7 @@ def test_the_model_is_left_as_it_was(folder):
     assert model.training
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path)
     assert run_main(capsys, "train", run).code == 0
     out = tmp_path / "scores.json"
@@ -107,6 +108,20 @@ def test_the_command(folder, tmp_path, capsys):
     assert written["method"] == "rlora"
     assert written["scores"][0]["n"] == 5
     assert f"{written['scores'][0]['value']:.4f}" in done.out
+
+    make_tiny_llama(initializer_range=0.5).save_pretrained(tmp_path / "other")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "other")
+    loaded = []
+    load = base_model.load_to_run
+
+    def watched(name, *args, **options):
+        loaded.append(name)
+        return load(name, *args, **options)
+
+    monkeypatch.setattr(base_model, "load_to_run", watched)
+    assert run_main(capsys, *command, "--limit", 5, "--set", f"model_name_or_path={tmp_path / 'other'}").code == 0
+    assert loaded == [str(tmp_path / "other")]
+    assert json.loads(out.read_text())["base_model"] == str(tmp_path / "other")
 
     wrong = run_main(capsys, "evaluate", tmp_path / "run", "--lm-eval", "revues,nothere", "--include-path", tasks)
     assert wrong.code == 2

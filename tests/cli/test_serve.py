@@ -138,6 +138,8 @@ def test_what_cannot_be_served(headwater, tmp_path, monkeypatch):
         done = headwater("serve", tmp_path, "--port", "0", "--api-key-file", tmp_path / file)
         assert done.code == 2
         assert message in done.err
+    done = headwater("serve", tmp_path / "nowhere", "--port", "0", "--timeout", "inf")
+    assert (done.code, "--timeout: this is no length of time" in done.err) == (2, True), done.err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'headwater[serve]'" in headwater("serve", tmp_path, "--port", "0").err
 

@@ -7,11 +7,20 @@ import re
 
 import pytest
 from comparing import FILE, write_file
+from rich.console import Console
+from tiny_models import make_tiny_llama
 
 from headwater.cli import main
 from headwater.cli.advise import sentence
 from headwater.compare.advise import advice_of, full_steps
+from headwater.compare.advise import advise as advice_on
+from headwater.compare.budget import trainable_parameters
 from headwater.config import load_config
+from headwater.data.encode import Encoded
+from headwater.data.mixture import MixtureSpec
+from headwater.errors import HeadwaterError
+from headwater.training.run import training_arguments
+from headwater.training.trainer import HeadwaterTrainer
 
 EIGHT_STEPS = FILE.replace("max_steps: 4", "max_steps: 8")
 
@@ -109,13 +118,47 @@ def test_too_little_time_and_one_seed_are_said(tmp_path, capsys):
         ("--seeds", "0", "no interval"),
         ("--seeds", "0,x", "not whole numbers"),
         ("--method", "lora", "--method lora: plain LoRA is what a method is compared with"),
+        *(("--minutes", minutes, "--minutes: this is no length of time") for minutes in ("inf", "1e308")),
     ):
         code, _, err = advise(capsys, path, option, value)
         assert (code, said in err) == (2, True)
         assert "Traceback" not in err
 
 
-def test_steps_of_a_run_by_epochs(tmp_path):
-    path = write_file(tmp_path, FILE.replace("max_steps: 4", "num_train_epochs: 2"))
-    assert full_steps(load_config(path)) == 24  # 48 rows in batches of 4, twice
-    assert full_steps(load_config(write_file(tmp_path))) == 4
+def test_the_budget_is_counted_with_a_part_for_each_task(tmp_path, monkeypatch):
+    budgets = []
+
+    def planned(run):
+        budgets.append(run.compare.parameters)
+        raise HeadwaterError("far enough")
+
+    monkeypatch.setattr("headwater.compare.advise.make_plan", planned)
+    config = load_config(write_file(tmp_path))
+    with pytest.raises(HeadwaterError, match="far enough"):
+        advice_on(config, minutes=1, seeds=[0, 1], method="mtl_lora", console=Console(quiet=True))
+    section = {**config.method, "name": "mtl_lora", "num_tasks": 2}
+    assert budgets == [trainable_parameters(config, section)]
+    assert trainable_parameters(config, {**section, "num_tasks": 1}) != budgets[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ("num_train_epochs: 2", 24),  # 48 rows in batches of 4, twice
+        ("num_train_epochs: 1.5", 18),
+        ("num_train_epochs: 1.4", 17),
+        ("num_train_epochs: 1.5, gradient_accumulation_steps: 5", 5),  # 12 batches an epoch: 3 steps
+        ("num_train_epochs: 2, per_device_train_batch_size: 5", 20),  # 9 full batches and one more
+        ("num_train_epochs: 2, per_device_train_batch_size: 5, dataloader_drop_last: true", 18),
+        ("max_steps: 7, num_train_epochs: 2", 7),
+    ],
+)
+def test_steps_of_a_run_are_those_that_the_trainer_takes(tmp_path, training, steps):
+    text = FILE.replace("per_device_train_batch_size: 4, ", "") if "per_device" in training else FILE
+    config = load_config(write_file(tmp_path, text.replace("max_steps: 4", training)))
+    assert full_steps(config) == steps
+    rows = {task: [Encoded([1, 2], [3], i)] * 24 for i, task in enumerate(("animals", "colours"))}
+    trainer = HeadwaterTrainer(
+        make_tiny_llama(), training_arguments(config), train=rows, pad_token_id=0, mixture=MixtureSpec()
+    )
+    assert trainer.total_steps() == steps

@@ -71,6 +71,13 @@ def test_what_is_near_already_stays_as_given(model):
     assert solve(config, "r", budget)[0] == config.method
 
 
+def test_what_was_solved_for_is_in_the_section_though_it_is_the_default(model):
+    config = config_of(model, name="hydralora")
+    count = trainable_parameters(config, config.method)
+    for field, default in (("r", 8), ("num_heads", 3)):
+        assert solve(config, field, count)[0] == {**config.method, field: default}
+
+
 def test_heads_are_solved_without_touching_the_rank(model):
     section, _ = solve(config_of(model, name="hydralora", r=4, lora_alpha=8), "num_heads", 20_000)
     assert section["num_heads"] > 3
@@ -135,6 +142,11 @@ def test_the_search_finds_what_trying_all_finds(count, limit, start):
         best = min((v for v in allowed if limit(v)), key=lambda v: abs(count(v) - budget))
         assert abs(count(_nearest(counted, allowed, start, budget)) - budget) == abs(count(best) - budget)
         assert len(asked) <= 18
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 9])
+def test_of_two_equally_near_the_smaller_is_taken(start):
+    assert _nearest(lambda value: 100 * value, range(1, 10), start, 250) == 2
 
 
 def test_where_only_the_given_value_fits_it_is_taken():

@@ -93,6 +93,13 @@ def test_all_in_one_and_each_alone():
             cluster(adapters, count)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_is_none(seed):
+    with pytest.raises(HeadwaterError, match=rf"seed: should be from 0 to 2\*\*32 - 1, not {seed}"):
+        cluster([drawn("a", 0)], 1, seed=seed)
+    assert cluster([drawn("a", 0)], 1, seed=2**32 - 1) == [["a"]]
+
+
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
     with pytest.raises(HeadwaterError, match=r"pip install 'headwater\[pool\]'"):

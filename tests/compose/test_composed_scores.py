@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 from pool_support import make_pool
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
-from headwater.compose import PooledModel
-from headwater.compose.scoring import Composition, plan_rows, ranks_of_own, score_mixtures, score_way
+from headwater.compose import AdapterPool, PooledModel
+from headwater.compose.scoring import WAYS, Composition, plan_rows, ranks_of_own, score_mixtures, score_way
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
@@ -116,6 +117,23 @@ def test_fusion_is_not_the_mixture(found):
         want = score_task(found.pooled.model, found.tokenizer, task, task.test, *SPECS).value
     assert fused == pytest.approx(want, rel=1e-4)
     assert loss("mixture") != pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "base"])
+def test_a_way_that_an_older_pool_s_adapter_is_named_after_is_refused(found, tmp_path, way):
+    """Such names were not refused once: what would be scored is either."""
+    shutil.copytree(found.pool.path, tmp_path / "pool")
+    (tmp_path / "pool" / "adapters" / "plain").rename(tmp_path / "pool" / "adapters" / way)
+    index = tmp_path / "pool" / "pool.json"
+    index.write_text(index.read_text().replace('"plain":', f'"{way}":'))
+    pool = AdapterPool(tmp_path / "pool")
+    assert pool.check() == []
+    task = Task("rs", 0, "loss", test=rows(2))
+    with pytest.raises(HeadwaterError, match=f"'{way}' is a way, and this pool has an adapter of that name"):
+        score_way(way, changed(found, pool=pool), [task], *SPECS)
+    assert score_way("twin", changed(found, pool=pool), [task], *SPECS)
+    pool.remove(way)
+    assert way not in AdapterPool(tmp_path / "pool")
 
 
 def test_the_split_and_the_rows_that_were_asked_for(found):

@@ -20,6 +20,7 @@ import headwater
 from headwater.compose import AdapterPool
 from headwater.compose.adapter import read_adapter, write_adapter
 from headwater.compose.base import BaseFingerprint
+from headwater.compose.scoring import WAYS
 from headwater.errors import HeadwaterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -93,7 +94,11 @@ def test_removing(pool, lora):
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil", "/etc/x", "a/b", "..", ".hidden", "", "a b", "x" * 65, "auto", "Base", "plain", "PLAIN", "a\n"]
+    "name",
+    [
+        *("../evil", "/etc/x", "a/b", "..", ".hidden", "", "a b", "x" * 65, "auto", "Base", "plain", "PLAIN", "a\n"),
+        *("Arrow", *WAYS),
+    ],
 )
 def test_names_that_are_refused(pool, lora, name):
     with pytest.raises(HeadwaterError, match=r"name|already"):

@@ -118,6 +118,25 @@ def test_rows_too_long_are_errors_with_file_and_line():
     assert str(last) == "a.jsonl: and 11 more problems"
 
 
+def test_a_row_that_the_model_does_not_take_is_too_long_whatever_max_length_says(caplog):
+    row = Row("abcdefgh", "ijk", source="a.jsonl", line=1)
+    with pytest.raises(HeadwaterError) as caught:
+        encode_rows([row], TINY, SPEC, 0, 10)
+    assert str(caught.value) == (
+        "a.jsonl:1: the row has 12 tokens, more than the model's 10\n"
+        "    shorten it, or set data.on_too_long to drop or truncate_prompt"
+    )
+    with pytest.raises(HeadwaterError, match=r"more than max_length=8\n    raise data.max_length"):
+        encode_rows([row], TINY, DataSpec(max_length=8), 0, 10)
+    (item,), _ = encode_rows([row], TINY, DataSpec(on_too_long="truncate_prompt"), 0, 10)
+    assert TINY.decode(item.input_ids) == "cdefghijk<eos>"
+    with pytest.raises(HeadwaterError, match=r"does not fit the model's 3\n    shorten the completion"):
+        encode_rows([row], TINY, DataSpec(on_too_long="truncate_prompt"), 0, 3)
+    assert encode_rows([row], TINY, DataSpec(on_too_long="drop"), 0, 10)[0] == []
+    assert "a.jsonl: 1 rows of more than 10 tokens left out" in caplog.text
+    assert len(encode_rows([row], TINY, SPEC, 0, 12)[0]) == 1
+
+
 def test_rows_too_long_are_left_out_only_when_asked_and_said(caplog):
     rows = [Row("p" * n, "c", source="ab"[n % 2], line=n) for n in range(12)]
     with caplog.at_level(logging.WARNING):

@@ -166,6 +166,13 @@ def test_order_differs_between_epochs_and_seeds_and_repeats_with_the_same(batchi
     assert len(set(orders)) == 6
 
 
+def test_tasks_of_equal_size_are_shuffled_each_in_its_own_way():
+    sampler = MixtureBatchSampler([[1] * 20] * 2, [0.5, 0.5], 4, 0)
+    first, second = (sampler._draws(task, 0) - 20 * task for task in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first.tolist() != second.tolist()
+
+
 def test_each_pass_through_a_task_has_an_order_of_its_own():
     sampler = MixtureBatchSampler([[5] * 40, [5] * 120], [0.5, 0.5], 4, 0)
     first, _, _, fourth = ({i for batch in epoch for i in batch if i >= 40} for epoch in epochs(sampler, 4))

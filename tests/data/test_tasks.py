@@ -147,6 +147,21 @@ def test_all_problems_of_all_tasks_together(folder):
     assert str(folder) not in text
 
 
+def test_a_home_folder_that_nobody_has_is_one_problem_among_others(folder):
+    specs = [TaskSpec(name="a", train="~nouser9/x.jsonl"), TaskSpec(name="b", train="nothing.jsonl")]
+    with pytest.raises(HeadwaterError) as caught:
+        load_tasks(specs, folder)
+    first, second = caught.value.problems
+    assert (first.where, first.what) == ("~nouser9/x.jsonl", "no home folder is known for `~nouser9`")
+    assert second.where == "nothing.jsonl"
+
+
+def test_the_home_folder_of_a_task(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (task,) = load_tasks([TaskSpec(name="a", train="~/train.jsonl")], folder / "elsewhere")
+    assert len(task.train) == 40
+
+
 def test_many_broken_files_fit_on_one_screen(folder):
     specs = []
     for i in range(12):
@@ -195,6 +210,11 @@ def test_a_source_that_is_no_path_is_a_hub_data_set_and_its_splits_are_those_of_
     [
         {"name": "../up"},
         {"name": ""},
+        {"name": "mean"},
+        {"name": "loss"},
+        {"name": "a", "train": ""},
+        {"name": "a", "validation": ""},
+        {"name": "a", "test": ""},
         {"name": "a", "weight": 0},
         {"name": "a", "weight": float("inf")},
         {"name": "a", "max_train_rows": 0},

@@ -127,6 +127,13 @@ def test_top_p_near_zero_is_greedy(ending, tiny_tokenizer):
     assert generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6, temperature=2.0, top_p=1e-6) == greedy
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 1e-320])
+def test_a_temperature_near_zero_is_greedy(ending, tiny_tokenizer, temperature):
+    model, *_ = ending
+    greedy = generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6)
+    assert generate_text(model, tiny_tokenizer, PROMPTS, max_new_tokens=6, temperature=temperature) == greedy
+
+
 def test_by_default_answers_end_where_the_model_does(tiny_llama, tiny_tokenizer, caplog):
     model = tiny_llama(max_position_embeddings=24)
     length = len(tiny_tokenizer("a longer one")["input_ids"])
@@ -151,8 +158,9 @@ def test_every_wrong_setting_is_named(tiny_llama, tiny_tokenizer):
             temperature=-1,
             top_p=0,
             batch_size=0,
+            seed=2**32,
         )
     message = str(caught.value)
-    for named in ("max_new_tokens", "temperature", "top_p", "batch_size", "prompt 1: ", "prompt 3: ", "32"):
+    for named in ("max_new_tokens", "temperature", "top_p", "batch_size", "seed", "prompt 1: ", "prompt 3: ", "32"):
         assert named in message
     assert "prompt 2" not in message

@@ -92,6 +92,11 @@ def test_other_values_get_a_bootstrap_interval_that_is_always_the_same():
     assert high == pytest.approx(np.mean(values) + half, abs=0.02)
 
 
+def test_the_bootstrap_interval_leaves_out_a_fortieth_at_either_end():
+    """Of 40 fair coins at most 13 are heads with probability 0.019, at most 14 with 0.040 and at most 15 with 0.077."""
+    assert interval([1.0, 3.0] * 20) == pytest.approx((1 + 2 * 14 / 40, 1 + 2 * 26 / 40))
+
+
 def test_weights_count_like_repeated_evidence():
     low, high = interval([1.0, 3.0] * 50, [9.0, 1.0] * 50)
     assert low < 1.2 < high

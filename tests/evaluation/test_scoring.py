@@ -198,6 +198,20 @@ def test_long_prompts_are_cut_where_training_cuts_them(tiny_llama, tiny_tokenize
     assert seen[0] == tiny_tokenizer(rows[0].prompt)["input_ids"]
 
 
+def test_the_model_s_own_limit_cuts_and_refuses_too(tiny_llama, tiny_tokenizer):
+    model, rows = tiny_llama(max_position_embeddings=50), [Row("x" * 90, " yes", CHOICES, source="t.jsonl", line=1)]
+    cut, spec = DataSpec(on_too_long="truncate_prompt"), EvaluationSpec(max_new_tokens=20)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(lambda _m, _a, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    for metric, longest in (("choice_accuracy", 50 - len(CHOICES[2])), ("exact_match", 30), ("loss", 50)):
+        lengths.clear()
+        score = score_task(model, tiny_tokenizer, task_of(metric, rows), rows, spec, cut)
+        assert score.detail["shortened_prompts"] == 1
+        assert max(lengths) == longest
+        with pytest.raises(HeadwaterError, match="the model's 50"):
+            score_task(model, tiny_tokenizer, task_of(metric, rows), rows, spec, DataSpec())
+
+
 def test_what_cannot_be_scored_is_named(tiny_llama, tiny_tokenizer):
     model, spec = tiny_llama(max_position_embeddings=40), EvaluationSpec(max_new_tokens=20)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import statistics
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_llama
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from headwater.errors import HeadwaterError
 from headwater.generate import AdapterGenerator, Layout, fit, new_generator, read_adapter, write_adapter
+from headwater.generate.cvae import cvae_loss
 from headwater.generate.layout import Scale
 from headwater.generate.spec import MetaSpec
 
@@ -252,3 +256,25 @@ def test_training_goes_on_exactly_where_it_was_stopped(tmp_path):
         assert torch.equal(tensor, resumed.cvae.state_dict()[name]), name
     with pytest.raises(HeadwaterError, match="beta differ"):
         fit(start(), weights, spec.model_copy(update={"beta": 0.5}), seed=2, state=tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "shares"), [(0, [1.0] * 8), (1, [1.0] * 8), (4, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])]
+)
+def test_the_rate_is_half_a_cosine_and_the_kl_term_warms_up(monkeypatch, warmup, shares):
+    weights = toy_weights()
+    spec = MetaSpec(channels=(8, 8), latent=4, steps=8, learning_rate=0.01, beta=0.02, kl_warmup=warmup)
+    module, rates, betas = importlib.import_module("headwater.generate.fit"), [], []
+
+    def loss(*args, beta, **options):
+        betas.append(beta)
+        return cvae_loss(*args, beta=beta, **options)
+
+    monkeypatch.setattr(module, "cvae_loss", loss)
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        fit(new_generator(toy_layout(), weights, toy_vectors(), spec, seed=2), weights, spec, seed=2)
+    finally:
+        hook.remove()
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+    assert betas == pytest.approx([0.02 * share for share in shares])

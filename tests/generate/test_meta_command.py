@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,51 @@ def test_results_and_report(finished):
     assert (finished / "figures" / "generated-against-trained.svg").is_file()
     storage = results["extra"]["storage_bytes"]
     assert storage["all_checkpoints"] == 6 * storage["adapter"]
+    assert results["extra"]["metrics"] == dict.fromkeys(("animals", "colours"), "choice_accuracy")
+
+
+NO_BETTER = "the condition does nothing here"
+NEAREST = "The trained checkpoint nearest to what is generated scores no worse"
+UNSEEN = "what it writes does not beat the base model"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "called", "means", "notes"),
+    [
+        (["loss", "loss"], "mean loss", (6.0, 5.0, 4.97, 5.967, 5.5), (NEAREST,)),
+        (["loss", "loss"], "mean loss", (6.0, 5.0, 5.01, 4.9, 6.5), (NO_BETTER, UNSEEN)),
+        (["choice_accuracy", "loss"], "mean", (0.2, 0.5, 0.4, 0.3, 0.25), ()),
+        (["choice_accuracy", "loss"], "mean", (0.2, 0.5, 0.6, 0.5, 0.1), (NO_BETTER, NEAREST, UNSEEN)),
+        (["exact_match", "choice_accuracy"], "mean", (0.2, 0.5, 0.4, 0.3, 0.25), ()),
+    ],
+)
+def test_a_loss_that_is_lower_is_better_and_no_part_of_the_mean_score(
+    finished, tmp_path, capsys, monkeypatch, metrics, called, means, notes
+):
+    """`means` are of the base model, what is generated, the nearest checkpoint, another task's vector, a task left out.
+
+    A loss beside a score is such that it would turn the notes round if it counted as a score.
+    """
+    results = json.loads((finished / "results.json").read_text())
+    results["extra"]["metrics"] = dict(zip(("animals", "colours"), metrics, strict=True))
+    kinds = ("base", "generated", "nearest_checkpoint", "wrong_condition", "left_out")
+    beside = "loss" in metrics and metrics[0] != "loss"
+    for kind, mean in zip(kinds, means, strict=True):
+        first, second = (mean, 10 - 10 * mean) if beside else (mean - 0.01, mean + 0.01)
+        results["scores"]["animals"][kind], results["scores"]["colours"][kind] = first, second
+    run = SimpleNamespace(train=lambda: results, folder=tmp_path)
+    monkeypatch.setattr("headwater.cli.meta._run", lambda *_: run)
+    code, out, err = meta(capsys, "train", "any.yaml")
+    assert code == 0, err
+    page = (tmp_path / "report.html").read_text()
+    assert tuple(note for note in (NO_BETTER, NEAREST, UNSEEN) if note in page) == notes
+    assert (f">{called}<" in page, f"{means[1]:.3f}" in page) == (True, True)
+    rows = {cells[0]: cells[1:] for line in out.splitlines() if len(cells := re.split(r"\s{2,}", line.strip())) > 3}
+    assert rows[called][0] == f"{means[0]:.3f}"
+    assert [rows[task][0] for task in ("animals", "colours")] == metrics
+    figures = {path.stem: path for path in (tmp_path / "figures").glob("*.svg")}
+    assert ("losses-generated-against-trained" in figures) == ("loss" in metrics)
+    assert ("generated-against-trained" in figures) == (set(metrics) != {"loss"})
 
 
 def test_headwater_report_writes_the_same_page_anew(finished):
@@ -301,6 +347,34 @@ def test_mistakes_are_said_together_and_before_anything_runs(meta_folder, tmp_pa
     assert (code, "did you mean `beta`" in err) == (2, True)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_that_the_model_does_not_take_are_refused_before_anything_is_collected(
+    meta_folder, tmp_path, capsys, split
+):
+    row = {"prompt": "x" * 510, "completion": " red", "choices": [" red", " blue"]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    long, output = f"tasks.1.{split}={tmp_path / 'long.jsonl'}", tmp_path / "run"
+    code, _, err = meta(capsys, "train", meta_folder / "meta.yaml", "--set", long, "--set", f"output_dir={output}")
+    assert (code, "more than the model's 512" in " ".join(err.split()), "long.jsonl:1" in err) == (2, True, True), err
+    assert not list(output.rglob("step-*"))
+
+
+def test_options_of_generate_that_cannot_be(finished, tmp_path, capsys):
+    out = ("--output", tmp_path / "new")
+    for options, said in (
+        (("--task", "animals", "--seed", "-1"), "--seed: should be from 0 to 2**32 - 1, not -1"),
+        (("--task", "animals", "--seed", 2**32), f"--seed: should be from 0 to 2**32 - 1, not {2**32}"),
+        # of three, two are drawn, with this seed and the next
+        (("--task", "animals", "--best-of", 3, "--seed", 2**32 - 1), f"2**32 - 1, not {2**32}"),
+        (("--examples", ""), "--examples: names no file"),
+        (("--task", "animals", "--best-of", 3, "--validation", ""), "--validation: names no file"),
+    ):
+        code, _, err = meta(capsys, "generate", finished, *out, *options)
+        assert code == 2
+        assert said in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_batches_that_cannot_be_normalised_are_refused_before_anything_is_collected(meta_folder, tmp_path, capsys):
     channels = f"meta.channels=[{', '.join(['4'] * 12)}]"  # halve an adapter's few thousand numbers to one
     for more, refused in (("meta.leave_one_out=true", True), ("meta.leave_one_out=false", False)):
@@ -351,6 +425,16 @@ def test_the_task_vector_does_not_depend_on_batches_or_leave_hooks():
     for side in ("left", "right"):
         tokenizer.padding_side = side
         assert torch.equal(task_vector(model, tokenizer, rows, DataSpec(), samples=11, normalize=False), vector)
+
+
+@pytest.mark.parametrize(("position", "room"), [("last_prompt_token", 0), ("generated_mean", 4)])
+def test_prompts_of_a_task_vector_that_the_model_does_not_take_are_named(position, room):
+    rows = [Row(prompt="x" * (32 - room + more), completion=" x", source="new.jsonl", line=more) for more in (0, 1, 2)]
+    model, settings = make_tiny_llama(max_position_embeddings=32), {"position": position, "max_new_tokens": 4}
+    assert task_vector(model, make_tiny_tokenizer(), rows[:1], DataSpec(), **settings).isfinite().all()
+    with pytest.raises(HeadwaterError, match="are more than the model's 32") as caught:
+        task_vector(model, make_tiny_tokenizer(), rows, DataSpec(), **settings)
+    assert [problem.where for problem in caught.value.problems] == ["new.jsonl:1", "new.jsonl:2"]
 
 
 @pytest.mark.parametrize("layer", [-1, 1])

@@ -381,6 +381,10 @@ def test_property_8_a_chain_reaches_ranks_that_one_link_cannot():
     assert loss_of(2) < 0.2 * loss_of(1)
 
 
+def test_a_run_that_links_do_not_divide_is_split_at_the_nearest_steps():
+    assert make_config("cola", num_links=3).knots_of(10) == [3, 7]
+
+
 def test_wrong_chains_are_refused():
     wrong = [{"num_links": 0}, {"link_ranks": [4]}, {"knots": [3, 2]}, {"knots": [1]}, {"train_factor": "C"}]
     for fields in [*wrong, {"mode": "merge"}, {"lr_policy": "again"}, {"link_warmup": 1.0}]:

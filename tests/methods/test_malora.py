@@ -260,6 +260,15 @@ def test_the_specifications_example_of_a_budget():
     assert min(rank for _, rank in ranks) <= 12 <= max(rank for _, rank in ranks)
 
 
+def test_ranks_of_single_layers():
+    narrow = make_config("malora", r=4)  # d = 2 r = 8
+    assert narrow.ranks(LayerShape("x", 7, 9, 4, 16)) == (7, 4)
+    assert make_config("malora", r=4, shared_rank=9).ranks(LayerShape("x", 7, 9, 4, 16)) == (7, 4)
+    # (0.7 * 3 * 8 * (48 + 32) - 16 * 48) / (3 * (16 + 32)) is 4, and 3.9999999999999982 in floating point.
+    exact = make_config("malora", r=8, num_experts=3, budget_saving=0.3)
+    assert exact.ranks(LayerShape("x", 48, 32, 8, 16)) == (16, 4)
+
+
 def test_a_budget_beyond_the_subspace_is_warned_about():
     with pytest.warns(UserWarning, match="shared_rank 1 is below r 5"):
         model_of(r=4, shared_rank=1, budget_saving=0.2, num_experts=4)

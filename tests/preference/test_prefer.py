@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -22,13 +22,16 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from typer.testing import CliRunner
 
+from headwater import make_config, methods
 from headwater.cli import app, main
+from headwater.config import load_config
 from headwater.errors import HeadwaterError
 from headwater.evaluation.intervals import t_interval
 from headwater.files import NotWritten
 from headwater.preference import run as prefer
 from headwater.preference import trainer
 from headwater.preference.results import good_pick_rate, late
+from headwater.preference.spec import PreferConfig
 
 RUN = """\
 model_name_or_path: {folder}/model
@@ -220,6 +223,44 @@ def test_a_checkpoint_that_does_not_fit_is_gone_and_the_run_goes_on_from_the_one
     assert code == 0, said
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            "preference.max_new_tokens=510",
+            r"a-train.jsonl:1: \d+ tokens of prompt and 510 of answer",
+        ),
+        (
+            "tasks.1.train=long.jsonl",
+            r"long.jsonl:1: 510 tokens of prompt and 4 of answer",
+        ),
+        (
+            "tasks.1.test=long.jsonl",
+            r"long.jsonl:1: 510 tokens of prompt and 3 of answer",
+        ),
+        (
+            "tasks.1.validation=long.jsonl",
+            r"long.jsonl:1: 510 tokens of prompt and 3 of answer",
+        ),
+    ],
+)
+def test_rows_that_the_model_does_not_take_are_refused_before_anything_is_replaced(run_file, capsys, changed, said):
+    """Validation rows only where the bandit looks at them."""
+    row = {"prompt": "x" * 510, "completion": " ab", "choices": [" ab", " cd"]}
+    (run_file.parent / "long.jsonl").write_text(json.dumps(row) + "\n")
+    out = run_file.parent / "out"
+    out.mkdir()
+    for name in ("prefer.yaml", "results.json"):
+        (out / name).write_text("an earlier run's")
+    asked = ["preference.bandit_reward=validation", "training.overwrite_output_dir=true", changed]
+    code, _, err = invoke(capsys, run_file, *(part for value in asked for part in ("--set", value)))
+    assert code == 2, err
+    assert re.search(f"{said} are more than the model's 512", " ".join(err.split())), err
+    assert {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"} == dict.fromkeys(
+        ("prefer.yaml", "results.json"), "an earlier run's"
+    )
+
+
 def test_a_copy_of_an_adapter_that_does_not_fit_is_said(tmp_path):
     (tmp_path / "one" / "adapter").mkdir(parents=True)
     (tmp_path / "one" / "adapter" / "weights").write_bytes(b"x" * 1000)
@@ -309,7 +350,7 @@ def test_all_that_is_wrong_with_the_file_comes_at_once(run_file, capsys):
     text = run_file.read_text()
     text = text.replace('kind: function, function: "rewards:digits"', "kind: dpo_implicit, model: m")
     text = text.replace("responses: 4", "respones: 4").replace("max_steps", "max_stepz")
-    text = text.replace("[linucb, random]", "[linucbb]").replace("[0, 1]", "[0, 0]")
+    text = text.replace("[linucb, random]", "[linucbb]").replace("[0, 1]", "[0, 0, 4294967296]")
     run_file.write_text(text)
     code, _, err = invoke(capsys, run_file)
     assert code == 2
@@ -317,7 +358,7 @@ def test_all_that_is_wrong_with_the_file_comes_at_once(run_file, capsys):
     for line in (
         f"{run_file}:9: preference.sources[1].reference: `reference` is missing, which kind: dpo_implicit needs",
         f"{run_file}:10: preference.strategies: unknown strategy `linucbb`",
-        f"{run_file}:11: preference.seeds: something is listed twice",
+        f"{run_file}:11: preference.seeds[2]: should be from 0 to 2**32 - 1",
         f"{run_file}:13: preference.respones: unknown key `respones`\n    did you mean `responses`?",
         f"{run_file}:16: training.max_stepz: unknown key `max_stepz`\n    did you mean `max_steps`?",
     ):
@@ -331,6 +372,7 @@ def test_all_that_is_wrong_with_the_file_comes_at_once(run_file, capsys):
         (["preference.good={c: vowels}"], "preference.good.c: there is no task `c`"),
         (["preference.good={a: nobody}"], "preference.good.a: there is no source `nobody`"),
         (["preference.strategies=['single:nobody']"], "there is no source `nobody`"),
+        (["preference.seeds=[0, 0]"], "preference.seeds: something is listed twice"),
         (["preference.temperature=0"], "preference.temperature: should be greater than 0"),
         (["method={name: rlora, r: 4, head_dropout: 0.1}"], "head_dropout is 0.1; dropout would add noise"),
         (["training.eval_steps=2"], "`eval_steps` has no effect here"),
@@ -385,12 +427,24 @@ def test_without_a_preference_section(run_file, capsys):
     assert (code, err.strip()) == (2, f"error: {run_file}:1: preference: `preference` is missing")
 
 
-def test_rlora_starts_without_its_dropout_unless_told(tmp_path):
-    from headwater.config import load_config
-    from headwater.preference.spec import PreferConfig
+METHODS = ["lora", *(m.name for m in methods() if m.family != "test")]
 
-    path = write_run(tmp_path, "rlora")
-    assert load_config(path, model=PreferConfig).method["head_dropout"] == 0.0
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_without_dropout(tmp_path, method):
+    path = write_run(tmp_path, method)
+    needed = {"cora": ["method.basis=basis.safetensors"], "smora": ["method.top_k=2"]}.get(method, [])
+    made = make_config(**load_config(path, needed, model=PreferConfig).method)
+    found = {f.name: getattr(made, f.name) for f in fields(made) if f.name.endswith("dropout")}
+    assert {name: value for name, value in found.items() if value and value != "shared"} == {}
+    with pytest.raises(HeadwaterError, match=r"method\.lora_dropout: lora_dropout is 0.1; dropout would add noise"):
+        load_config(path, [*needed, "method.lora_dropout=0.1"], model=PreferConfig)
+
+
+def test_the_recommended_method_trains_without_dropout_and_a_kind_of_dropout_is_no_dropout(tmp_path):
+    path = write_run(tmp_path, "hydralora")
+    kind = load_config(path, ["method.input_dropout=per_head"], model=PreferConfig).method
+    assert (kind["input_dropout"], kind["lora_dropout"]) == ("per_head", 0.0)
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("method")))
     assert load_config(path, model=PreferConfig).method["head_dropout"] == 0.0
 
@@ -407,9 +461,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_key_is_documented_and_the_examples_are_accepted(tmp_path):
-    from headwater.config import load_config
     from headwater.preference.sources import make_sources
-    from headwater.preference.spec import PreferConfig, PreferenceSpec, SourceSpec
+    from headwater.preference.spec import PreferenceSpec, SourceSpec
 
     page = (ROOT / "docs" / "prefer.md").read_text()
     for key in (*PreferenceSpec.model_fields, *SourceSpec.model_fields):

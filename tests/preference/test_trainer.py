@@ -412,6 +412,15 @@ def test_methods_that_go_by_task_get_their_task(make):
         assert ids == ["ab".index(round_.task)] * (2 * round_.pairs)
 
 
+@pytest.mark.parametrize("method", ["moe_lora", "malora"])
+def test_a_loss_that_goes_by_task_gets_the_task_though_no_forward_needs_it(make, method):
+    fields = {"balance_loss": "localized", "task_types": [1, 0], "num_experts": 4, "balance_loss_weight": 0.5}
+    trainer = make(method, fields, max_steps=2, spies=[Spy("abcdefghijklmnopqrstuvwxyz")])
+    trainer.train()
+    assert all(r.pairs for r in trainer.rounds)
+    assert context_of(trainer.model).last_losses["balance"] > 0
+
+
 def test_auxiliary_losses_are_divided_by_accumulation_as_the_loss_is(make):
     fields = {"balance_loss_weight": 0.5}
     trainer = make("hydralora", fields, max_steps=1, gradient_accumulation_steps=4)

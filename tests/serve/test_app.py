@@ -138,6 +138,15 @@ def test_other_pages_and_other_names_are_kept_out():
         assert plain.status_code == 400
 
 
+@pytest.mark.parametrize("key", ["plain", "clé", "naïve à", "ключ"])
+def test_a_key_is_compared_as_it_was_sent(key):
+    """curl sends the bytes of the terminal, which are UTF-8; their last one may read as a space in Latin-1."""
+    sent = f"Bearer {key}".encode()
+    with thread(api_key=key) as (url, _):
+        for header, status in ((sent, 200), (b"bearer " + sent[7:], 200), (sent[:-1], 401), (sent + b"x", 401)):
+            assert httpx.get(f"{url}/v1/models", headers={b"Authorization": header}, timeout=60).status_code == status
+
+
 def test_a_chat_ends_with_the_user():
     with thread() as (url, _):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -159,10 +168,18 @@ def test_a_port_that_is_taken():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(HeadwaterError, match="cannot listen on"):
+        with pytest.raises(HeadwaterError, match="cannot listen on") as caught:
             bind("127.0.0.1", taken.getsockname()[1])
+        assert caught.value.problems[0].where == "--port"
 
 
 def test_a_port_that_a_server_has_which_is_still_loading():
     with bind("127.0.0.1", 0) as first, pytest.raises(HeadwaterError, match="cannot listen on"):
         bind("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "a..b", "zz::1"])
+def test_a_host_that_is_none_is_not_the_port_s_fault(host):
+    with pytest.raises(HeadwaterError, match="cannot listen on") as caught:
+        bind(host, 0)
+    assert caught.value.problems[0].where == "--host"

@@ -58,6 +58,7 @@ class Probed:
     def __init__(self, app, width, fields):
         self.app, self.seen = app, None
         page = files("headwater.serve").joinpath("page.html").read_text(encoding="utf-8")
+        page = page.replace('id="key"', f'id="key" value="{fields.get("key", "")}"')
         probed = page.replace("</body>", PROBE % json.dumps(fields) + "</body>")
         self.pages = {"/probed": probed, "/frame": FRAME % width, "/seen": "", "/wait": ""}
 
@@ -92,7 +93,7 @@ def look(folder, routes, width, fields, *flags):
         probed.append(Probed(app, width, fields))
         return probed[0]
 
-    with thread(routes, wrap=wrap) as (url, _):
+    with thread(routes, wrap=wrap, api_key=fields.get("key")) as (url, _):
         _, messages = browse(f"{url}/frame", folder, *(flags or ("--dump-dom",)))
     return probed[0].seen, messages
 
@@ -129,6 +130,12 @@ def test_adapters_are_shown_with_their_weights(tmp_path):
     assert seen["names"] == ["auto", "a0", "a1", "a2", "base"]
     assert seen["over"] == ["Adapters", [["a2", "0.750"], ["a0", "0.250"]]]
     assert seen["wide"] == []
+
+
+def test_a_key_of_any_letters_is_sent(tmp_path):
+    seen, messages = look(tmp_path, None, 1200, {"key": "ключ à", "prompt": "x", "tokens": 2})
+    assert messages == []
+    assert seen["status"] in ("Done.", "Ended at the token limit.")
 
 
 def test_errors_are_said(tmp_path):

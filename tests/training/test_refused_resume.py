@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from full_disk import files_end_after
 from rich.console import Console
 from safetensors import safe_open
 from transformers import TrainerCallback
 
 from headwater.config import load_config
 from headwater.errors import HeadwaterError
+from headwater.report import write_report
 from headwater.training import HeadwaterTrainer, train
 from headwater.training import run as training_run
 from headwater.training.folder import last_checkpoint
@@ -217,6 +219,25 @@ def test_an_adapter_that_does_not_fit_leaves_no_half_of_it(folder, tmp_path, mon
         run(folder, tmp_path / "out")
     assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-4"
     assert not [path.name for path in (tmp_path / "out").iterdir() if "adapter" in path.name]
+
+
+@pytest.mark.parametrize("saved", ["no", "steps"])
+def test_a_report_that_does_not_fit_leaves_a_whole_run(folder, tmp_path, monkeypatch, saved):
+    out = tmp_path / "out"
+
+    def full(output):
+        with files_end_after(100):
+            return write_report(output)
+
+    monkeypatch.setattr("headwater.report.write_report", full)
+    with pytest.raises(HeadwaterError) as caught:
+        run(folder, out, f"training.save_strategy={saved}")
+    (problem,) = caught.value.problems
+    assert problem.what == f"the run in {out} is whole but for its report, which cannot be written: File too large"
+    assert problem.fix == f"put that right, then write it: headwater report {out}"
+    assert json.loads((out / "results.json").read_text())["steps"] == 4
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert write_report(out).is_file()
 
 
 def test_a_checkpoint_written_anew_and_not_to_its_end_is_not_gone_on_from(folder, finished, tmp_path, monkeypatch):

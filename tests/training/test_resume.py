@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from transformers import TrainerCallback
 
 from headwater.data.mixture import MixtureSpec
@@ -22,15 +23,26 @@ class Seen(TrainerCallback):
         )
 
 
-def model_with_dropout(tiny_llama):
-    return adapted(tiny_llama(), "rlora", head_dropout=0.3, lora_dropout=0.2, lora_alpha=2)
+FIELDS = {
+    "rlora": {"head_dropout": 0.3, "lora_dropout": 0.2, "lora_alpha": 2},
+    "smora": {"r": 8, "top_k": 2, "bias_update_rate": 0.1},  # its bias moves in the first forward after a step
+    "cola": {"mode": "fold", "num_links": 3},
+}
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "accumulation", "batching"),
-    [(3, 1, "mixed"), (9, 1, "mixed"), (4, 2, "homogeneous"), (5, 2, "mixed"), (10, 2, "mixed")],
+    ("stop_at", "accumulation", "batching", "method"),
+    [
+        (3, 1, "mixed", "rlora"),
+        (9, 1, "mixed", "rlora"),
+        (4, 2, "homogeneous", "rlora"),
+        (5, 2, "mixed", "rlora"),
+        (10, 2, "mixed", "rlora"),
+        (5, 2, "mixed", "smora"),
+        (5, 1, "mixed", "cola"),  # its second link
+    ],
 )
-def test_same_trajectory(tiny_llama, tmp_path, stop_at, accumulation, batching):
+def test_same_trajectory(tiny_llama, tmp_path, stop_at, accumulation, batching, method):
     """18 rows in batches of 2 are 9 batches an epoch, 9 or 5 steps: the stops are inside and at the end of epochs."""
     settings = {
         "mixture": MixtureSpec(strategy="temperature", temperature=2.0, batching=batching),
@@ -41,20 +53,20 @@ def test_same_trajectory(tiny_llama, tmp_path, stop_at, accumulation, batching):
         "save_strategy": "steps",
         "save_steps": stop_at,
     }
-    whole = model_with_dropout(tiny_llama)
+    whole = adapted(tiny_llama(), method, **FIELDS[method])
     seen = Seen(whole)
     uninterrupted = make_trainer(whole, tmp_path / "whole", **settings)
     uninterrupted.train()
 
-    resumed = model_with_dropout(tiny_llama)
+    resumed = adapted(tiny_llama(), method, **FIELDS[method])
     seen_again = Seen(resumed)
     trainer = make_trainer(resumed, tmp_path / "resumed", **settings)
     torch.manual_seed(99)
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop_at}"))
 
-    expected = trained(whole)
-    for name, weight in trained(resumed).items():
-        assert torch.equal(weight, expected[name]), name
+    expected = get_peft_model_state_dict(whole)
+    for name, tensor in get_peft_model_state_dict(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
     assert seen_again.batches == seen.batches[-len(seen_again.batches) :]
     # Every step has `accumulation` batches, but for the last of an epoch of 9 batches.
     assert len(seen.batches) - len(seen_again.batches) == (

@@ -1,5 +1,6 @@
 """`train` from a config to a run folder."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from filelock import FileLock
 from peft import PeftModel
 from rich.console import Console
+from tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from headwater.config import load_config
@@ -262,6 +264,19 @@ def test_the_best_model_is_by_default_that_of_the_highest_mean(folder, tmp_path,
     assert (args.metric_for_best_model, args.greater_is_better) == ("mean", True)
 
 
+@pytest.mark.parametrize("name", ["colour", "eval_colour"])
+def test_the_best_model_by_the_score_of_one_task(folder, name):
+    """transformers looks for it under `eval_`, which it adds to names that do not begin so."""
+    config = load_config(folder / "run.yaml")
+    task = load_tasks(config.tasks, config.base_dir)[0]
+    for given in (name, f"eval_{name}"):
+        keys = {**config.training, "metric_for_best_model": given}
+        args = training_run.training_arguments(config.model_copy(update={"training": keys}))
+        training_run._settle_best(args, keys, [dataclasses.replace(task, name=name)])
+        metric = args.metric_for_best_model
+        assert (metric if metric.startswith("eval_") else f"eval_{metric}") == f"eval_{name}"
+
+
 @pytest.mark.parametrize("metric", [None, "notes"])
 def test_the_best_model_by_a_loss_is_that_of_the_lowest(folder, tmp_path, metric):
     tasks = json.dumps([{"name": "notes", "train": str(folder / "colour.jsonl"), "metric": "loss"}])
@@ -305,6 +320,35 @@ def test_a_local_base_model_is_recorded_by_its_whole_path(folder, tmp_path, monk
 def test_bad_input_is_a_headwater_error(folder, tmp_path, override, message):
     with pytest.raises(HeadwaterError, match=message):
         run(folder, tmp_path / "out", override)
+
+
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_gpt2])
+@pytest.mark.parametrize("which", ["train", "test", "validation", "choices", "generated"])
+def test_rows_that_the_model_does_not_take_are_refused_before_anything_is_replaced(folder, tmp_path, make, which):
+    """One task's rows of one kind have 71 tokens or more, and need a choice's or an answer's room besides."""
+    make(max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "short")
+    long = {"prompt": "x" * 70, "completion": " 1", **({"choices": [" 1", " 2"]} if which == "choices" else {})}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    (tmp_path / "out" / "results.json").write_text("an earlier run's")
+    short = str(folder / ("colour.jsonl" if which == "choices" else "copy.jsonl"))
+    task = {"name": "t", **dict.fromkeys(("train", "test", "validation"), short)}
+    task |= {which if which in task else "test": str(tmp_path / "long.jsonl")}
+    task |= {"metric": "exact_match"} if which == "generated" else {}
+    settings = (f"model_name_or_path={tmp_path / 'short'}", "training.overwrite_output_dir=true", "method.name=lora",
+                "method.target_modules=all-linear", "evaluation.max_new_tokens=4")  # fmt: skip
+    said = "the row has 73 tokens, more than the model's 64"
+    if which in ("choices", "generated"):
+        said = "70 tokens of prompt and [24] of answer are more than the model's 64"
+    with pytest.raises(HeadwaterError, match=said) as caught:
+        run(folder, tmp_path / "out", f"tasks={json.dumps([task])}", *settings)
+    assert caught.value.problems[0].where == f"{tmp_path / 'long.jsonl'}:1"
+    assert (tmp_path / "out" / "results.json").read_text() == "an earlier run's"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter", "results.json"]
+    if which == "validation":  # without evaluations during training they are not looked at
+        run(folder, tmp_path / "out", f"tasks={json.dumps([task])}", *settings, "training.eval_steps=null",
+            "training.max_steps=1")  # fmt: skip
 
 
 def test_a_finished_run_is_only_replaced_when_asked(folder, tmp_path):

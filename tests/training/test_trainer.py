@@ -10,6 +10,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Trainer, TrainerCa
 from headwater.data.collate import Collator
 from headwater.data.mixture import MixtureSpec
 from headwater.errors import HeadwaterError
+from headwater.evaluation import TaskScore
 from headwater.training import trainer as trainer_module
 from headwater.tuner import context_of
 
@@ -226,6 +227,29 @@ def test_auxiliary_losses_are_logged_as_the_mean_over_a_step(tiny_llama, tmp_pat
         expected += float(context.last_losses["balance"]) * len(batch["input_ids"]) / 5
     trainer.train()
     assert trainer.state.log_history[0]["auxiliary_loss/balance"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_auxiliary_losses_are_logged_as_the_mean_over_the_steps_since_the_last_log(tiny_llama, tmp_path):
+    model = adapted(tiny_llama(), "hydralora", balance_loss_weight=0.1, lora_dropout=0.0)
+    settings = {"tasks": {"a": make_rows(0, 12)}, "max_steps": 6, "per_device_train_batch_size": 2}
+    trainer = make_trainer(model, tmp_path, learning_rate=0.0, logging_steps=3, **settings)
+    losses, context = [], context_of(model)
+    for batch in trainer.get_train_dataloader():
+        with torch.no_grad():
+            model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        losses.append(float(context.last_losses["balance"]))
+    trainer.train()
+    logged = [line["auxiliary_loss/balance"] for line in trainer.state.log_history if "loss" in line]
+    assert logged == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-5)
+
+
+def test_losses_of_several_tasks_are_scored_by_their_mean(tiny_llama, tmp_path):
+    values = {"a": ("loss", 1.0), "b": ("loss", 4.0), "c": ("exact_match", 0.5)}
+    scores = {name: TaskScore(name, *value, 1, None, [value[1]]) for name, value in values.items()}
+    trainer = make_trainer(adapted(tiny_llama()), tmp_path, evaluator=lambda model, step: scores)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == 2.5
+    assert (metrics["eval_a"], metrics["eval_b"], metrics["eval_mean"]) == (1.0, 4.0, 0.5)
 
 
 def test_auxiliary_losses_follow_the_factor_of_a_gradient_scaler(tiny_llama, tmp_path):

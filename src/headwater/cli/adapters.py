@@ -21,11 +21,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter folder and, where it lies in a run folder, that run's config and the file it came from."""
+    """An adapter folder and, where it lies in a run folder, that run's config and the file it came from.
+
+    Args:
+        other_base: a base model that is meant instead of the run's or the one that the adapter names.
+    """
 
     adapter: Path
     run_file: Path | None
     config: RunConfig | None
+    other_base: str | None = None
 
     @property
     def run_folder(self) -> Path | None:
@@ -34,7 +39,9 @@ class Source:
 
     @property
     def base_model(self) -> str:
-        """The base model: the run's, else the one that the adapter names."""
+        """The base model: the one that was asked for, else the run's, else the one that the adapter names."""
+        if self.other_base:
+            return self.other_base
         if self.config is not None:
             return self.config.model_name_or_path
         return adapter_fields(self.adapter).get("base_model_name_or_path") or ""

@@ -10,6 +10,7 @@ import typer
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
 from headwater.cli.train import INTERRUPTED
 from headwater.errors import HeadwaterError, Problem
+from headwater.seeds import require_seed
 
 
 def run(file: str, minutes: float, seeds: str, method: str | None, overrides: Sequence[str]) -> None:
@@ -27,6 +28,8 @@ def run(file: str, minutes: float, seeds: str, method: str | None, overrides: Se
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise HeadwaterError(Problem(f"{seeds!r} are not whole numbers", "--seeds", "e.g. 0,1,2")) from None
+    for number in numbers:
+        require_seed(number, "--seeds")
     quiet_libraries()
     console = out_console()
 

@@ -27,7 +27,7 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
     from headwater.base_model import load_to_run
     from headwater.data.encode import encode_rows
     from headwater.data.tasks import load_tasks
-    from headwater.evaluation.forward import pad_id
+    from headwater.evaluation.forward import max_positions, pad_id
     from headwater.evaluation.scoring import sample
     from headwater.files import write_json
 
@@ -35,7 +35,8 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
     tasks = [task for task in load_tasks(config.tasks, config.base_dir) if task.train]
     base, tokenizer = load_to_run(config.model_name_or_path, config.device, **config.model.model_dump())
     model = attach(base, found.adapter, is_trainable=True)
-    encoded = {t.name: encode_rows(sample(t.train, rows), tokenizer, config.data, t.index)[0] for t in tasks}
+    limit = max_positions(model)
+    encoded = {t.name: encode_rows(sample(t.train, rows), tokenizer, config.data, t.index, limit)[0] for t in tasks}
     parts = gradient_conflict(model, encoded, fill=pad_id(tokenizer))
     content = {
         "schema": 1,

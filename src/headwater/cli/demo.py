@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from headwater.cli.console import out_console, quiet_libraries
 from headwater.cli.train import resumable
+from headwater.paths import expanded
 
 
 def run(output_dir: str, overrides: Sequence[str]) -> None:
@@ -18,8 +19,9 @@ def run(output_dir: str, overrides: Sequence[str]) -> None:
     from headwater.demo import run_demo
 
     quiet_libraries()
-    with resumable(output_dir, ["headwater", "demo", "--output-dir", output_dir], overrides):
-        run_demo(output_dir, overrides, console=out_console())
+    folder = str(expanded(output_dir, "--output-dir"))
+    with resumable(folder, ["headwater", "demo", "--output-dir", output_dir], overrides):
+        run_demo(folder, overrides, console=out_console())
 
 
 def fetch_only(folder: str) -> None:

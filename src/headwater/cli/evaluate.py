@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from headwater.evaluation import TaskScore
 
 SPLITS = ("test", "validation", "train")
+READ = ("model_name_or_path", "model", "tasks", "data", "evaluation", "training.use_cpu")
+"""The keys of a run's file that scoring goes by."""
 
 
 def refuse(options: dict[str, object], fix: str) -> None:
@@ -35,18 +37,46 @@ def refuse(options: dict[str, object], fix: str) -> None:
         raise HeadwaterError(*(Problem("the option does not apply here", name, fix) for name in given))
 
 
+def require_effect(overrides: Sequence[str], read: Collection[str]) -> None:
+    """Refuses overrides of keys of a run's file that make no difference here; unknown keys are left to who reads them.
+
+    Args:
+        overrides: texts like ``evaluation.batch_size=2``.
+        read: the keys that do, as ``evaluation`` with all below it or ``evaluation.batch_size``.
+
+    Raises:
+        HeadwaterError: naming every other one.
+    """
+    from headwater.config import TasksFile
+
+    problems = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        first = key.partition(".")[0]
+        if first not in TasksFile.model_fields:
+            continue
+        if not any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in read):
+            what = "the adapter stays as it was trained" if first == "method" else "scoring does not go by this key"
+            problems.append(Problem(f"this has no effect: {what}", f"--set {override}", "leave it out"))
+    if problems:
+        raise HeadwaterError(*problems)
+
+
 def run(source: str, tasks_file: str | None, split: str, output: str | None, overrides: Sequence[str]) -> None:
     """Score an adapter on its run's tasks, or those of a file; print a table, write JSON where asked to.
 
     Raises:
-        HeadwaterError: no adapter, no tasks, or rows that cannot be scored.
+        HeadwaterError: no adapter, no tasks, rows that cannot be scored, or overrides that have no effect.
     """
     if split not in SPLITS:
         raise HeadwaterError(Problem(f"unknown split {split!r}", "--split", f"one of {', '.join(SPLITS)}"))
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise HeadwaterError(Problem("the folder of this file does not exist", f"--output {output}"))
+    require_effect(overrides, READ)
     found = locate(source)
     config = _what_to_score(found, tasks_file, overrides)
+    if config.where("model_name_or_path").startswith("--set"):  # what a tasks file names is not the run's
+        found = dataclasses.replace(found, other_base=config.model_name_or_path)
 
     from headwater.data.tasks import load_tasks
     from headwater.evaluation import mean_score, score_tasks
@@ -86,7 +116,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
 
 
 def _what_to_score(found: Source, tasks_file: str | None, overrides: Sequence[str]) -> RunConfig:
-    """The run's config with overrides, or the tasks file; the run's settings hold where that file is silent."""
+    """The run's config with overrides, or the tasks file; the run's settings hold for each key that is not in that."""
     from headwater.config import TasksFile, load_config
 
     if tasks_file is None:
@@ -96,8 +126,11 @@ def _what_to_score(found: Source, tasks_file: str | None, overrides: Sequence[st
         return load_config(found.run_file, overrides)
     config = load_config(tasks_file, overrides, model=TasksFile)
     if found.config is not None:
-        for section in {"model", "data", "evaluation", "training"} - config.model_fields_set:
-            setattr(config, section, getattr(found.config, section))
+        for section in ("model", "data", "evaluation"):
+            own, of_run = getattr(config, section), getattr(found.config, section)
+            given = {key: getattr(own, key) for key in own.model_fields_set}
+            setattr(config, section, of_run.model_copy(update=given))
+        config.training = {**found.config.training, **config.training}
     return config
 
 

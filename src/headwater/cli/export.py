@@ -176,8 +176,9 @@ def _as_json(exported: Exported) -> dict[str, Any]:
 def _vllm(found: Source, work: Path, folder: Path, tasks: list[str]) -> str | None:
     from headwater.base_model import dequantise_gguf
     from headwater.export import serve_command
+    from headwater.paths import expanded
 
-    base = Path(found.base_model).expanduser()
+    base = expanded(found.base_model, found.base_model)
     name = str(dequantise_gguf(base)) if base.is_file() else found.base_model
     places = {task: Path(task) for task in tasks} or {folder.name: Path()}
     return serve_command(

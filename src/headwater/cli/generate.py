@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from headwater.cli.adapters import load, locate
 from headwater.errors import HeadwaterError, Problem
+from headwater.seeds import require_seed
 
 
 def run(
@@ -25,8 +26,10 @@ def run(
     """Answer prompts, or the lines of standard input, and print one answer after the other.
 
     Raises:
-        HeadwaterError: no adapter, no prompt, an unknown task, or a prompt that the model cannot take.
+        HeadwaterError: no adapter, no prompt, an unknown task, a prompt that the model cannot take, or a seed that is
+            none.
     """
+    require_seed(seed, "--seed")
     found = locate(source)
     index = None if task is None else found.task_index(task)
     texts = prompt_texts(prompts)
@@ -75,6 +78,7 @@ def _lines() -> list[str]:
         HeadwaterError: there are none, or some are blank: skipping them would shift the answers against the lines.
     """
     lines = [] if sys.stdin.isatty() else [line.rstrip("\r\n") for line in sys.stdin]
+    lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]  # a byte-order mark
     if not lines:
         raise HeadwaterError(
             Problem("there is no prompt", "", "give --prompt TEXT, or one prompt per line on standard input")

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from headwater.cli.adapters import adapter_fields, load, locate
 from headwater.cli.console import err_console, out_console, table
+from headwater.cli.evaluate import require_effect
 from headwater.errors import HeadwaterError, Problem
+
+READ = ("model_name_or_path", "model", "evaluation.batch_size", "training.use_cpu")
+"""The keys of a run's file that lm-eval's tasks are scored by."""
 
 
 def run(
@@ -27,7 +31,7 @@ def run(
     """Run lm-eval's tasks on an adapter; print a table, write JSON where asked to.
 
     Raises:
-        HeadwaterError: no adapter, or whatever `lm_eval_scores` refuses.
+        HeadwaterError: no adapter, overrides that have no effect, or whatever `lm_eval_scores` refuses.
     """
     if not names:
         raise HeadwaterError(Problem("names no task", "--lm-eval", "e.g. --lm-eval bbh,mmlu"))
@@ -36,10 +40,15 @@ def run(
     from headwater.config import load_config
     from headwater.evaluation.lm_eval import lm_eval_scores
 
+    require_effect(overrides, READ)
     found = locate(source)
     config = found.config
+    if overrides and found.run_file is None:
+        what, fix = "the adapter alone has no config to override", "give the run folder, or leave --set out"
+        raise HeadwaterError(Problem(what, str(found.adapter), fix))
     if overrides and found.run_file is not None:
         config = load_config(found.run_file, overrides)
+        found = dataclasses.replace(found, other_base=config.model_name_or_path)
     index = None if task is None else found.task_index(task)
     model, tokenizer = load(found, config)
     for name in ("lm_eval", "lm-eval", "datasets"):

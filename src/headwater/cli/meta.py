@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
 from headwater.errors import HeadwaterError, Problem
+from headwater.seeds import require_seed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,15 +38,18 @@ def train(file: str, overrides: Sequence[str]) -> None:
     Raises:
         HeadwaterError: as `collect`; or adapters of different layouts; or a loss that is not finite.
     """
-    from headwater.generate.report import KINDS, write_meta_report
+    from headwater.generate.report import KINDS, mean_of, write_meta_report
 
     run = _run(file, overrides)
     results = run.train()
-    scores = results["scores"]
-    kinds = [kind for kind in KINDS if kind in next(iter(scores.values()))]
-    rows = [[task, results["extra"]["n"][task], *(f"{by[kind]:.3f}" for kind in kinds)] for task, by in scores.items()]
-    means = [f"{sum(by[kind] for by in scores.values()) / len(scores):.3f}" for kind in kinds]
-    out_console().print(table(["task", "rows", *(KINDS[kind] for kind in kinds)], [*rows, ["mean", "", *means]]))
+    scores, extra = results["scores"], results["extra"]
+    name, means = mean_of(results)
+    rows = [
+        [task, extra["metrics"][task], extra["n"][task], *(f"{by[kind]:.3f}" for kind in means)]
+        for task, by in scores.items()
+    ]
+    rows.append([name, "", "", *(f"{mean:.3f}" for mean in means.values())])
+    out_console().print(table(["task", "metric", "rows", *(KINDS[kind] for kind in means)], rows))
     out_console().print(f"report: {write_meta_report(run.folder, results)}", soft_wrap=True, highlight=False)
 
 
@@ -67,13 +71,21 @@ def generate(
         best_of: make so many and keep the best on the rows of `validation`, else on the run's validation rows.
 
     Raises:
-        HeadwaterError: no generator, an unknown task, examples that cannot be read, or no rows to choose by.
+        HeadwaterError: no generator, an unknown task, examples that cannot be read, a seed that is none, or no rows to
+            choose by.
     """
     from headwater.export import check_output
     from headwater.generate import AdapterGenerator, write_adapter
 
     if (task is None) == (examples is None):
         raise HeadwaterError(Problem("give either --task NAME or --examples FILE", "headwater meta generate"))
+    for option, file in (("--examples", examples), ("--validation", validation)):
+        if file == "":
+            raise HeadwaterError(Problem("names no file", option))
+    if seed is not None:
+        require_seed(seed, "--seed")
+    if best_of is not None:
+        require_seed((seed or 0) + best_of - 2, "--seed of the last draw")  # the first of so many is no draw
     folder, target = Path(source), Path(output)
     folder = folder / "generator" if (folder / "generator").is_dir() else folder
     check_output(target)

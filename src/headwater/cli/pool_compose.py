@@ -302,12 +302,15 @@ def _retriever(pool: AdapterPool, encoder: str) -> Retriever:
 
 def _training_rows(tasks: Sequence[Task], found: Composition, config: RunConfig) -> list[Encoded]:
     from headwater.data.encode import encode_rows
+    from headwater.evaluation.forward import max_positions
 
     bare = [task.name for task in tasks if not task.train]
     if bare:
         what = "the task has no training rows to learn from"
         raise HeadwaterError(*(Problem(what, name, "give it `train`") for name in bare))
-    return [row for task in tasks for row in encode_rows(task.train, found.tokenizer, config.data, task.index)[0]]
+    how = (found.tokenizer, config.data)
+    limit = max_positions(found.pooled.model)
+    return [row for task in tasks for row in encode_rows(task.train, *how, task.index, limit)[0]]
 
 
 def _score_and_show(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,11 +41,15 @@ def run(
     """Serve until SIGTERM or Ctrl-C.
 
     Raises:
-        HeadwaterError: no pool and no adapter, packages missing, an unusable key file, or an address that is taken.
+        HeadwaterError: no pool and no adapter, packages missing, an unusable key file, a timeout that is no
+            number of seconds, or an address that is taken.
     """
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise HeadwaterError(Problem(f"serving needs {', '.join(missing)}", fix="pip install 'headwater[serve]'"))
+    if not math.isfinite(timeout):
+        fix = "give a number of seconds, a large one for requests that may take any time"
+        raise HeadwaterError(Problem(f"this is no length of time: {timeout}", "--timeout", fix))
     key = _key(api_key_file)
 
     from headwater.serve.guard import LOOPBACK

@@ -16,6 +16,7 @@ from headwater.compare.run import compare
 from headwater.compare.selection import choosing_tasks
 from headwater.errors import HeadwaterError, Problem
 from headwater.files import write_json
+from headwater.training.folder import check_writable
 from headwater.training.run import training_arguments
 
 if TYPE_CHECKING:
@@ -57,11 +58,17 @@ def advise(
     from headwater.config import changed
     from headwater.config_keys import DEFAULT_METHOD
 
+    if not math.isfinite(minutes * 60):
+        raise HeadwaterError(Problem(f"this is no length of time: {minutes}", "--minutes", "give a number of minutes"))
     if len(set(seeds)) < 2:
         raise HeadwaterError(Problem("one seed gives no interval", "--seeds", "give at least two, e.g. 0,1,2"))
     if method == "lora":
         fix = "name another; `headwater methods` lists them"
         raise HeadwaterError(Problem("plain LoRA is what a method is compared with", "--method lora", fix))
+    try:
+        check_writable(Path(config.output_dir))
+    except HeadwaterError as error:
+        raise config.placed(error) from None
     started = time.perf_counter()
     output = Path(config.output_dir) / "advice"
     tasks = choosing_tasks(config, output / "tasks")
@@ -71,6 +78,7 @@ def advise(
     name = method or (DEFAULT_METHOD if own == "lora" else own)
     variants: list[Any] = ["lora", {"method": {"name": name}}]
     probe = output / "probe"
+    other = changed(config, {"method": {**_shared(config, name), "name": name}}, {})
 
     def pilot(steps: int, methods: list[Any], folder: Path) -> RunConfig:
         training = {**config.training, "max_steps": steps, "eval_strategy": "no", "save_steps": max(steps, 1)}
@@ -80,7 +88,7 @@ def advise(
             "methods": methods,
             "seeds": seeds[:1] if folder == probe else seeds,
             # The method stays as the file has it; plain LoRA's rank is solved for.
-            "parameters": trainable_parameters(config, {**_shared(config, name), "name": name}),
+            "parameters": trainable_parameters(other, other.method),
             "tolerance": ANY_TOLERANCE,
         }
         sections = {"tasks": tasks, "training": training, "compare": section, "output_dir": str(folder)}
@@ -151,9 +159,9 @@ def full_steps(config: RunConfig) -> int:
     from headwater.data.tasks import load_tasks
 
     rows = sum(len(task.train) for task in load_tasks(config.tasks, config.base_dir))
-    return math.ceil(rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps)) * math.ceil(
-        args.num_train_epochs
-    )
+    full, rest = divmod(rows, args.per_device_train_batch_size)
+    batches = full + (1 if rest and not args.dataloader_drop_last else 0)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 
 def advice_of(content: dict[str, Any], *, steps: int, full: int) -> dict[str, Any]:

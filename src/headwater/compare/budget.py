@@ -133,10 +133,8 @@ def _guess(counts: dict[int, int], allowed: Sequence[int], budget: int, inside: 
 
 def _with(section: dict[str, Any], field: str, value: int) -> dict[str, Any]:
     before = _config(section)
-    if value == getattr(before, field):
-        return section
     changed = {**section, field: value}
-    if field == "r":
+    if field == "r" and value != before.r:  # type: ignore[attr-defined]
         factor = _scaling(before, before) / _scaling(_config(changed), before)
         alpha = before.lora_alpha * factor  # type: ignore[attr-defined]
         changed["lora_alpha"] = round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha

@@ -24,7 +24,7 @@ from headwater.evaluation.scores import TaskScore
 from headwater.files import write_json
 from headwater.marked_yaml import parse_document, read_document
 from headwater.report import write_comparison_report
-from headwater.training.folder import last_checkpoint, make_folder
+from headwater.training.folder import check_writable, last_checkpoint, make_folder
 from headwater.training.history import History
 from headwater.training.memory import free_memory
 from headwater.training.progress import ProgressDisplay, duration
@@ -79,13 +79,14 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
     require_one_process("headwater compare")
     console = console or Console()
     output = Path(plan.config.output_dir)
-    if (output / "results.json").exists():
-        what, fix = f"{output} holds a run of `headwater train`", "choose another folder: --set output_dir=FOLDER"
-        raise HeadwaterError(Problem(what, plan.config.where("output_dir"), fix))
     try:
+        check_writable(output)
         make_folder(output)
     except HeadwaterError as error:
         raise plan.config.placed(error) from None
+    if (output / "results.json").exists():
+        what, fix = f"{output} holds a run of `headwater train`", "choose another folder: --set output_dir=FOLDER"
+        raise HeadwaterError(Problem(what, plan.config.where("output_dir"), fix))
     (output / LOCKS).mkdir(exist_ok=True)
     bench = _Bench(console)
     planned, chosen = _with_learning_rates(plan, output, bench)

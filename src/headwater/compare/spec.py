@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
+from headwater.seeds import InRange
 from headwater.tuner.align import AlignSpec
 
 OWN_FOLDERS = ("figures", "learning-rate")
@@ -72,12 +73,12 @@ class CompareSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     methods: list[Variant] = Field(default_factory=list)
-    seeds: list[Annotated[StrictInt, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Annotated[StrictInt, InRange]] = Field([0, 1, 2], min_length=1)
     match: Literal["rank", "heads", "none"] = "rank"
     parameters: int | None = Field(None, gt=0)
     tolerance: float = Field(0.05, ge=0, allow_inf_nan=False)
     learning_rate: list[Positive] = Field(default_factory=list)
-    selection_seed: StrictInt = Field(1000, ge=0)
+    selection_seed: Annotated[StrictInt, InRange] = 1000
 
     @field_validator("seeds", "learning_rate")
     @classmethod

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
+from ..seeds import require_seed
 from .adapter import Adapter
 from .mixed import Stack
 
@@ -48,8 +49,9 @@ def cluster(adapters: Sequence[Adapter], count: int, *, seed: int = 0) -> list[l
         seed: of k-means' starts, of which the best of 10 is taken.
 
     Raises:
-        HeadwaterError: scikit-learn is missing, or `count` is not from 1 to the number of adapters.
+        HeadwaterError: scikit-learn is missing, `seed` is none, or `count` is not from 1 to the number of adapters.
     """
+    require_seed(seed)
     try:
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..base_model import load_base_model, sha256_of
 from ..errors import HeadwaterError, Problem
 from ..files import NotWritten, saying_why, write_json
+from ..paths import expanded
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, read_config
 from .base import BaseFingerprint
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-RESERVED = ("auto", "base")
+WAYS = ("base", "own", "uniform", "selection", "mixture", "fusion", "arrow")
+"""Ways to use a pool's adapters, beside an adapter by its name."""
+_IN_REQUESTS = ("auto", "base")
 _INDEX, _BASE, _ADAPTERS, _LOCK = "pool.json", "base.json", "adapters", ".lock"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _PATIENCE = 60.0  # seconds to wait for another process that changes the pool
@@ -91,7 +94,8 @@ class AdapterPool:
         base = _read(self.path / _BASE, _Base)
         self.base_model, self.fingerprint = base.name, base.fingerprint
         self.entries = _read(self.path / _INDEX, _Index).adapters
-        problems = [p for name in self.entries for p in _name_problems(name, ())]
+        # Adapters could once be named after the other ways: such a pool can be opened, and the adapter be taken out.
+        problems = [p for name in self.entries for p in _name_problems(name, (), _IN_REQUESTS)]
         if problems:
             raise HeadwaterError(*problems)
 
@@ -113,7 +117,7 @@ class AdapterPool:
         if model is None:
             model, _ = load_base_model(base_model)
         fingerprint = BaseFingerprint.of(model)
-        where = Path(base_model).expanduser()
+        where = expanded(base_model, base_model)
         name = str(where.resolve()) if where.exists() else base_model
         try:
             with saying_why(path):
@@ -178,7 +182,8 @@ class AdapterPool:
 
         Args:
             folder: a PEFT LoRA adapter.
-            name: letters, digits, `.`, `_` and `-`; not `auto` or `base`, which stand for other things in requests.
+            name: letters, digits, `.`, `_` and `-`; not `auto` or one of `WAYS`, which stand for other
+                things.
             samples: texts of the kind that the adapter was trained on.
             same_base: take it that the adapter was trained on the pool's base model, whatever base model it names.
 
@@ -277,7 +282,7 @@ class AdapterPool:
 
     def _base_problems(self, trained_on: str, source: Path) -> list[Problem]:
         """Whether the adapter's base model is the pool's: by name, else by looking at it where it lies here."""
-        local = Path(trained_on).expanduser() if trained_on else None
+        local = expanded(trained_on, str(source / CONFIG_FILE)) if trained_on else None
         if trained_on and (trained_on == self.base_model or (local and str(local.resolve()) == self.base_model)):
             return []
         where = str(source / CONFIG_FILE)
@@ -307,12 +312,12 @@ class AdapterPool:
         self.entries = entries
 
 
-def _name_problems(name: str, taken: Sequence[str]) -> list[Problem]:
+def _name_problems(name: str, taken: Sequence[str], kept: Sequence[str] = (*_IN_REQUESTS, *WAYS)) -> list[Problem]:
     if not re.fullmatch(NAME, name):
         fix = "use letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
         return [Problem(f"{name!r} cannot be an adapter's name", "", fix)]
-    if name.lower() in RESERVED:
-        return [Problem(f"the name {name!r} stands for something else in requests", "", "choose another")]
+    if name.lower() in kept:
+        return [Problem(f"the name {name!r} stands for a way to use a pool's adapters", "", "choose another")]
     if name.lower() in (other.lower() for other in taken):
         return [Problem(f"the pool has an adapter {name!r} already", "", "remove it first, or choose another name")]
     return []

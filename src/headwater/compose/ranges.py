@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import HeadwaterError, Problem
+from ..seeds import RANGE, is_seed
 
 
 def require(settings: Any, should: Mapping[str, tuple[bool, str]]) -> None:
@@ -44,7 +45,7 @@ def one_of(known: Collection[str], value: str) -> tuple[bool, str]:
 
 
 def seed(value: int) -> tuple[bool, str]:
-    return 0 <= value < 2**32, "from 0 to 2**32 - 1"
+    return is_seed(value), RANGE
 
 
 def rate(value: float) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from .adapter import read_adapter
 from .arrow import Arrow
 from .flow import FlowGate
 from .mixed import Mixture, PooledModel
-from .pool import AdapterPool
+from .pool import WAYS, AdapterPool
 from .retriever import Retriever, mixtures
 from .saved import kind_of
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RETRIEVED = ("selection", "mixture", "fusion")
-WAYS = ("base", "own", "uniform", *RETRIEVED, "arrow")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def score_way(
             adapter, or a folder that `headwater pool flow`, `hub` or `arrow` wrote.
 
     Raises:
-        HeadwaterError: an unknown way, a task without an adapter of its name, or rows that cannot be scored.
+        HeadwaterError: an unknown way, one that an adapter has the name of, a task without an adapter of its name, or
+            rows that cannot be scored.
     """
     scores = {}
     with _ready(way, composition) as everywhere:
@@ -156,6 +156,9 @@ def score_mixtures(
 def _ready(way: str, composition: Composition) -> Iterator[bool]:
     """Puts a way that is the same for all rows on the model; yields whether it is one."""
     folder = Path(way)
+    if way in WAYS and way in composition.pool:  # from before such names were refused
+        what, where = f"{way!r} is a way, and this pool has an adapter of that name", str(composition.pool.path)
+        raise HeadwaterError(Problem(what, where, "remove the adapter, and add it again under another name"))
     if way in WAYS[:-1] or way in composition.pool:
         yield False
         return

@@ -86,17 +86,23 @@ class EncodingReport:
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, spec: DataSpec, task_index: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: DataSpec,
+    task_index: int,
+    max_positions: int | None = None,
 ) -> tuple[list[Encoded], EncodingReport]:
     """Encode rows: prompt, completion, end token; for conversations the template, with a loss on each assistant turn.
 
     Args:
         task_index: id that every encoded row carries.
+        max_positions: most tokens that the model takes, where it has a limit: rows beyond it are too long, too.
 
     Raises:
         HeadwaterError: rows that are too long (unless the spec says what to do), that the chat template refuses, or a
             tokenizer without an end token. All of them, at most about a screen.
     """
+    limit = spec.max_length if max_positions is None else min(spec.max_length, max_positions)
     pieces: list[list[Piece]] = []
     problems: dict[str, list[Problem]] = {}
     for row in rows:
@@ -116,13 +122,13 @@ def encode_rows(
             continue
         item = _join(found, ids, task_index)
         longest = max(longest, len(item))
-        if len(item) > spec.max_length:
-            shorter = _cut(item, spec.max_length, ids.start) if spec.on_too_long == "truncate_prompt" else None
+        if len(item) > limit:
+            shorter = _cut(item, limit, ids.start) if spec.on_too_long == "truncate_prompt" else None
             if spec.on_too_long == "drop":
                 dropped[row.source] += 1
                 continue
             if shorter is None:
-                problems.setdefault(row.source, []).append(_too_long(row, len(item), spec))
+                problems.setdefault(row.source, []).append(_too_long(row, len(item), spec, limit))
                 continue
             item = shorter
             truncated[row.source] += 1
@@ -137,7 +143,7 @@ def encode_rows(
         dropped=dict(dropped),
         truncated=dict(truncated),
     )
-    for note in report.notes(spec.max_length):
+    for note in report.notes(limit):
         logger.warning(note)
     return encoded, report
 
@@ -238,9 +244,11 @@ def _cut(item: Encoded, max_length: int, start: list[int]) -> Encoded | None:
     return Encoded(ids[:keep] + ids[keep + excess :], labels[:keep] + labels[keep + excess :], item.task)
 
 
-def _too_long(row: Row, length: int, spec: DataSpec) -> Problem:
+def _too_long(row: Row, length: int, spec: DataSpec, limit: int) -> Problem:
+    of_model = limit < spec.max_length
+    most = f"the model's {limit:,}" if of_model else f"max_length={limit:,}"
     if spec.on_too_long == "truncate_prompt":
-        what = f"the row has {length:,} tokens; what is learned of it does not fit max_length={spec.max_length:,}"
-        return Problem(what, row.where, "raise max_length, or shorten the completion")
-    fix = "raise data.max_length, or set data.on_too_long to drop or truncate_prompt"
-    return Problem(f"the row has {length:,} tokens, more than max_length={spec.max_length:,}", row.where, fix)
+        what = f"the row has {length:,} tokens; what is learned of it does not fit {most}"
+        return Problem(what, row.where, f"{'' if of_model else 'raise max_length, or '}shorten the completion")
+    fix = f"{'shorten it' if of_model else 'raise data.max_length'}, or set data.on_too_long to drop or truncate_prompt"
+    return Problem(f"the row has {length:,} tokens, more than {most}", row.where, fix)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,11 @@ def read_records(source: str | Path, *, split: str | None = None, subset: str | 
     """
     path = Path(source)
     name = str(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on long names
         return _read_dataset(name, split, subset)
     if path.suffix in SUFFIXES:
         return _read_file(path, name)
-    if path.exists():
+    if os.path.exists(path):
         return [], [
             Problem(f"the ending '{path.suffix}' is not one that can be read", name, f"use {_listed(SUFFIXES)}")
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import string
 import sys
@@ -16,16 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from headwater.data.rows import CHECK, SHOWN, Row, RowTemplate, collect_rows, one_screen
 from headwater.data.sources import HUB_NAME, SUFFIXES
 from headwater.errors import HeadwaterError, Problem
+from headwater.paths import expanded
 
 Metric = Literal["choice_accuracy", "exact_match", "final_number", "loss"]
 SPLITS = ("train", "validation", "test")
+SCORES = ("mean", "loss")
+"""What evaluations during training come to over all tasks; they stand beside the tasks' own scores."""
 
 
 class TaskSpec(BaseModel):
     """One entry of `tasks:` in a run file.
 
     Args:
-        name: letters, digits, `.`, `_` and `-`; it names plots, files and log entries.
+        name: letters, digits, `.`, `_` and `-`; it names plots, files and log entries. Not one of `SCORES`.
         train, validation, test: a file, folder or hub data set each; a task without `train` is only evaluated.
         subset: configuration of a hub data set.
         train_split, validation_split, test_split: split of a data set to read for each of the three.
@@ -40,9 +44,9 @@ class TaskSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
+    train: str | None = Field(None, min_length=1)
+    validation: str | None = Field(None, min_length=1)
+    test: str | None = Field(None, min_length=1)
     subset: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
@@ -54,6 +58,14 @@ class TaskSpec(BaseModel):
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     max_train_rows: int | None = Field(None, ge=1)
     max_test_rows: int | None = Field(None, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _no_score_has_that_name(cls, name: str) -> str:
+        if name in SCORES:
+            what = f"no task can be called `{name}`: the score over all tasks is"
+            raise HeadwaterError(Problem(what, "", "give it another name"))
+        return name
 
     @field_validator("prompt", "completion", "choices")
     @classmethod
@@ -133,13 +145,16 @@ def _load(spec: TaskSpec, index: int, base_dir: Path, problems: dict[str, list[P
         source = getattr(spec, split)
         if source is None:
             continue
-        found, wrong = collect_rows(
-            _resolve(source, base_dir),
-            split=getattr(spec, f"{split}_split"),
-            subset=spec.subset,
-            template=spec.template,
-            name=source,
-        )
+        try:
+            found, wrong = collect_rows(
+                _resolve(source, base_dir),
+                split=getattr(spec, f"{split}_split"),
+                subset=spec.subset,
+                template=spec.template,
+                name=source,
+            )
+        except HeadwaterError as error:
+            found, wrong = [], list(error.problems)
         if not found and not wrong:
             wrong = [Problem("has no rows", source, f"task '{spec.name}' needs at least one {split} row")]
         # A file that serves two splits or tasks is reported once.
@@ -158,8 +173,8 @@ def _load(spec: TaskSpec, index: int, base_dir: Path, problems: dict[str, list[P
 
 def _resolve(source: str, base_dir: Path) -> str | Path:
     """The path below `base_dir` if there is one or it must be one, else the source as a hub data set's name."""
-    path = base_dir / Path(source).expanduser()
-    is_path = path.exists() or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(source)
+    path = base_dir / expanded(source, source)
+    is_path = os.path.exists(path) or path.suffix in SUFFIXES or not HUB_NAME.fullmatch(source)
     return path if is_path else source
 
 

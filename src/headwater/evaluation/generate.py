@@ -27,6 +27,7 @@ from headwater.evaluation.forward import (
     task_keywords,
 )
 from headwater.evaluation.likelihood import can_be_copied, copied
+from headwater.seeds import RANGE, is_seed
 from headwater.tuner import needs_task_ids
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 256
 """Most tokens of an answer, unless its caller says how many."""
+COLDEST = 1e-20
+"""Logits divided by less could be infinite in float32; at this the likeliest token is drawn already."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def generate_from_ids(
     ends = end_ids(model, tokenizer)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": max(temperature, COLDEST), "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         **sampling,
         max_new_tokens=max_new_tokens,
@@ -205,6 +208,7 @@ def generate_text(
             ("temperature", temperature, temperature >= 0, "Give 0, or the sampling temperature."),
             ("top_p", top_p, 0 < top_p <= 1, "Give a number above 0 and at most 1."),
             ("batch_size", batch_size, batch_size > 0, "Give a whole number above 0."),
+            ("seed", seed, is_seed(seed), f"Give a number {RANGE}."),
         )
         if not good
     ]

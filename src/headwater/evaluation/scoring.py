@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from headwater.data.encode import DataSpec, encode_completion, encode_prompt, encode_rows
+from headwater.data.encode import DataSpec, Encoded, EncodingReport, encode_completion, encode_prompt, encode_rows
 from headwater.data.rows import one_screen
 from headwater.errors import HeadwaterError, Problem
-from headwater.evaluation.forward import evaluating, pad_id
+from headwater.evaluation.forward import evaluating, max_positions, pad_id
 from headwater.evaluation.generate import generate_from_ids, length_problems
 from headwater.evaluation.intervals import interval
 from headwater.evaluation.likelihood import choice_log_probs, completion_losses
@@ -104,6 +104,33 @@ def score_tasks(
     return scores
 
 
+def check_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+    *,
+    split: str = "test",
+    max_rows: int | None = None,
+) -> None:
+    """Refuses rows that `score_tasks` would refuse, without scoring any: before what takes long, or replaces something.
+
+    Raises:
+        HeadwaterError: as `score_tasks`, for all tasks at once.
+    """
+    problems: dict[str, Sequence[Problem]] = {}
+    for task in tasks:
+        rows = sample(getattr(task, split), max_rows)
+        try:
+            if rows and task.metric in _IDS:
+                _IDS[task.metric](model, tokenizer, task, rows, spec, data_spec)
+        except HeadwaterError as error:
+            problems[task.name] = error.problems
+    if wrong := one_screen(problems):
+        raise HeadwaterError(*wrong)
+
+
 def sample(rows: Sequence[Row], max_rows: int | None) -> list[Row]:
     """At most `max_rows` of `rows`, in their order: the same ones every time, from everywhere in the file."""
     if max_rows is None or len(rows) <= max_rows:
@@ -120,23 +147,7 @@ def _score_choices(
     data_spec: DataSpec,
     on_batch: Callable[[int], None],
 ) -> TaskScore:
-    tokens = {
-        text: encode_completion(text, tokenizer) for text in dict.fromkeys(c for row in rows for c in row.choices)
-    }
-    problems = [
-        Problem(
-            "the task is scored by its choices, and this row has none",
-            row.where,
-            "Add choices, or name another metric.",
-        )
-        for row in rows
-        if not row.choices
-    ]
-    problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
-    rooms = [max((len(tokens[c]) for c in row.choices), default=0) for row in rows]
-    prompts, cut = _prompts(tokenizer, rows, data_spec, rooms)
-    places = [row.where for row in rows]
-    _refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
+    prompts, tokens, cut = _choice_ids(model, tokenizer, task, rows, spec, data_spec)
     choices = [[tokens[c] for c in row.choices] for row in rows]
     log_probs = choice_log_probs(
         model,
@@ -164,6 +175,35 @@ def _score_choices(
     return _score(task, correct, _majority(rows), detail)
 
 
+def _choice_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+) -> tuple[list[list[int]], dict[str, list[int]], dict[str, int]]:
+    """Prompts and, by their texts, choices as token ids, and what a score's detail has to say about the prompts."""
+    tokens = {
+        text: encode_completion(text, tokenizer) for text in dict.fromkeys(c for row in rows for c in row.choices)
+    }
+    problems = [
+        Problem(
+            "the task is scored by its choices, and this row has none",
+            row.where,
+            "Add choices, or name another metric.",
+        )
+        for row in rows
+        if not row.choices
+    ]
+    problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
+    rooms = [max((len(tokens[c]) for c in row.choices), default=0) for row in rows]
+    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms)
+    places = [row.where for row in rows]
+    _refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
+    return prompts, tokens, cut
+
+
 def _best(
     log_probs: Sequence[float], texts: Sequence[str], ids: Sequence[Sequence[int]], by: ChoiceNormalization
 ) -> int:
@@ -183,16 +223,7 @@ def _score_generated(
     on_batch: Callable[[int], None],
 ) -> TaskScore:
     metric = GENERATION_METRICS[task.metric]
-    problems = []
-    if task.metric == "final_number":
-        problems += [
-            Problem("the answer holds no number after ####", row.where, "Add one, or name another metric.")
-            for row in rows
-            if reference_number(row.completion) is None
-        ]
-    prompts, cut = _prompts(tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows))
-    places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
-    _refuse(task, problems + length_problems(model, prompts, places, [spec.max_new_tokens] * len(rows), fix))
+    prompts, cut = _generation_ids(model, tokenizer, task, rows, spec, data_spec)
     answers = generate_from_ids(
         model,
         tokenizer,
@@ -215,6 +246,28 @@ def _score_generated(
     return _score(task, correct, _majority(rows) if task.metric == "exact_match" else None, detail)
 
 
+def _generation_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Prompts as token ids, and what a score's detail has to say about them."""
+    problems = []
+    if task.metric == "final_number":
+        problems += [
+            Problem("the answer holds no number after ####", row.where, "Add one, or name another metric.")
+            for row in rows
+            if reference_number(row.completion) is None
+        ]
+    prompts, cut = _prompts(model, tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows))
+    places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
+    _refuse(task, problems + length_problems(model, prompts, places, [spec.max_new_tokens] * len(rows), fix))
+    return prompts, cut
+
+
 def _score_loss(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,7 +277,7 @@ def _score_loss(
     data_spec: DataSpec,
     on_batch: Callable[[int], None],
 ) -> TaskScore:
-    encoded, report = encode_rows(rows, tokenizer, data_spec, task.index)
+    encoded, report = _loss_ids(model, tokenizer, task, rows, spec, data_spec)
     losses = completion_losses(
         model,
         [row.input_ids for row in encoded],
@@ -245,11 +298,28 @@ def _score_loss(
     return _score(task, list(means), None, detail, weights)
 
 
+def _loss_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    data_spec: DataSpec,
+) -> tuple[list[Encoded], EncodingReport]:
+    return encode_rows(rows, tokenizer, data_spec, task.index, max_positions(model))
+
+
 _SCORERS: dict[str, Callable[..., TaskScore]] = {
     "choice_accuracy": _score_choices,
     **dict.fromkeys(GENERATION_METRICS, _score_generated),
     "loss": _score_loss,
 }
+_IDS: dict[str, Callable[..., Any]] = {
+    "choice_accuracy": _choice_ids,
+    **dict.fromkeys(GENERATION_METRICS, _generation_ids),
+    "loss": _loss_ids,
+}
+"""What a metric's scorer begins with; it refuses rows that cannot be scored."""
 
 
 def _score(
@@ -266,7 +336,11 @@ def _score(
 
 
 def _prompts(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], data_spec: DataSpec, rooms: Sequence[int]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    data_spec: DataSpec,
+    rooms: Sequence[int],
 ) -> tuple[list[list[int]], dict[str, int]]:
     """Prompts as token ids, and what a score's detail has to say about them.
 
@@ -276,9 +350,9 @@ def _prompts(
     prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
     if data_spec.on_too_long != "truncate_prompt":
         return prompts, {}
-    cut = 0
+    cut, limit = 0, min(data_spec.max_length, max_positions(model) or data_spec.max_length)
     for i, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
-        excess = len(prompt) + room - data_spec.max_length
+        excess = len(prompt) + room - limit
         start = int(prompt[:1] == [tokenizer.bos_token_id])
         if 0 < excess < len(prompt) - start:
             prompts[i] = prompt[:start] + prompt[start + excess :]

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..data.encode import encode_rows
+from ..data.encode import Encoded, encode_rows
 from ..data.mixture import MixtureSpec
 from ..data.tasks import Task
 from ..errors import HeadwaterError, Problem
-from ..evaluation.forward import pad_id
+from ..evaluation.forward import max_positions, pad_id
 from ..files import whole_folder, write_json
 from ..training.adapter import add_adapter
 from ..training.progress import ProgressDisplay
@@ -79,7 +79,9 @@ def collect(
         HeadwaterError: the folder was collected under other settings; rows or settings that training refuses.
     """
     root = Path(config.output_dir) / "collect"
-    settings = _settings(config)
+    settings, limit = _settings(config), max_positions(model)
+    # of all tasks, before one is trained; each is the only task of its training
+    encoded = {task.name: encode_rows(task.train, tokenizer, config.data, 0, limit)[0] for task in tasks}
     for task in tasks:
         folder = root / task.name
         held = _held(folder)
@@ -90,32 +92,32 @@ def collect(
                 raise HeadwaterError(Problem(what, str(folder), "choose another output_dir, or delete this folder"))
             console.print(f"task {task.name}: collected already", highlight=False, style="dim")
             continue
-        _collect_task(config, model, tokenizer, task, folder, console)
+        _collect_task(config, model, pad_id(tokenizer), task.name, encoded[task.name], folder, console)
         write_json(folder / DONE, settings)
 
 
 def _collect_task(
     config: MetaConfig,
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    pad_token_id: int,
+    task: str,
+    encoded: list[Encoded],
     folder: Path,
     console: Console,
 ) -> None:
     args = training_arguments(config)
     args.save_strategy, args.eval_strategy = "no", "no"
-    encoded, _ = encode_rows(task.train, tokenizer, config.data, 0)  # the only task of its training
     set_seed(config.seed)  # the same for every task: one start, one gauge
     adapted = add_adapter(model, config.method)
     display = ProgressDisplay(console)
-    console.print(f"task {task.name}: {len(encoded):,} training rows, {args.max_steps} steps", highlight=False)
+    console.print(f"task {task}: {len(encoded):,} training rows, {args.max_steps} steps", highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         HeadwaterTrainer(
             adapted,
             args,
-            train={task.name: encoded},
-            pad_token_id=pad_id(tokenizer),
+            train={task: encoded},
+            pad_token_id=pad_token_id,
             mixture=MixtureSpec(),
             callbacks=[
                 CollectAdapters(folder, checkpoints=config.meta.checkpoints, every=config.meta.every),

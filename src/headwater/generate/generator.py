@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import HeadwaterError, Problem
 from ..files import whole_folder, write_json
+from ..seeds import require_seed
 from .cvae import CVAE
 from .layout import Layout, Scale
 
@@ -65,10 +66,14 @@ class AdapterGenerator:
             vector: `(d,)`, from `task_vector` under `vector_settings`.
             scale: the task whose scale the tensors get; None takes the tasks' pooled scale, for a task not seen before.
             seed: draws z from N(0, I); None takes z = 0, the likeliest adapter.
+
+        Raises:
+            HeadwaterError: if `seed` is none.
         """
         self.cvae.eval()
         z = torch.zeros(1, self.cvae.latent)
         if seed is not None:
+            require_seed(seed)
             z.normal_(generator=torch.Generator().manual_seed(seed))
         decoded = self.cvae.decode(z, self.condition(vector).unsqueeze(0))[0]
         scales = Scale.average(list(self.scales.values())) if scale is None else self.scales[scale]

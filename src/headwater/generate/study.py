@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..base_model import load_base_model
 from ..data.tasks import Task, load_tasks
 from ..evaluation.scores import TaskScore
-from ..evaluation.scoring import score_tasks
+from ..evaluation.scoring import check_rows, score_tasks
 from ..files import write_json, write_text
 from ..methods.files import write_tensors
 from ..training.adapter import add_adapter
@@ -78,6 +78,7 @@ class MetaRun:
     def train(self) -> dict[str, Any]:
         """Collects what is missing, trains the generator, scores what it writes; returns `results.json`."""
         self._check_batches()
+        check_rows(self.model, self.tokenizer, self.tasks, self.config.evaluation, self.config.data)
         with lock_folder(self.folder):
             return self._train()
 
@@ -171,6 +172,7 @@ class MetaRun:
             "scores": {name: {kind: scores[kind][name].value for kind in scores} for name in names},
             "extra": {
                 "n": {name: scores["base"][name].n for name in names},
+                "metrics": {name: scores["base"][name].metric for name in names},
                 "intervals": {
                     name: {kind: scores[kind][name].detail.get("interval") for kind in scores} for name in names
                 },

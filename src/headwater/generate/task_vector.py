@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.encode import DataSpec, encode_prompt
+from ..data.rows import one_screen
+from ..errors import HeadwaterError
 from ..evaluation.forward import base_of, evaluating, input_device, logits_at, pad, pad_id
+from ..evaluation.generate import length_problems
 from ..evaluation.scoring import sample
 
 if TYPE_CHECKING:
@@ -43,8 +46,16 @@ def task_vector(
         position: "last_prompt_token" reads the state that the answer starts from; "generated_mean", as the released
             code, averages over the last position of the prompt and of each greedy decoding step.
         normalize: scale the vector to length 1.
+
+    Raises:
+        HeadwaterError: a prompt is empty, or longer than the model takes.
     """
-    prompts = [encode_prompt(row, tokenizer, data_spec) for row in sample(rows, samples)]
+    chosen = sample(rows, samples)
+    prompts = [encode_prompt(row, tokenizer, data_spec) for row in chosen]
+    room = max_new_tokens if position == "generated_mean" else 0
+    places = [row.where for row in chosen]
+    if problems := length_problems(model, prompts, places, [room] * len(prompts), "shorten the prompt"):
+        raise HeadwaterError(*one_screen({"task vector": problems}))
     with evaluating(model):
         states = (_last_states if position == "last_prompt_token" else _generated_states)(
             model, tokenizer, prompts, layer, max_new_tokens

@@ -27,6 +27,7 @@ from headwater.evaluation.scoring import score_tasks
 from headwater.files import whole_folder, write_json, write_text
 from headwater.marked_yaml import parse_document
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
+from headwater.preference.lengths import check_lengths
 from headwater.preference.results import summary
 from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
@@ -104,6 +105,7 @@ def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str
     _refuse_contamination(tasks)
     # Sources and the base model's scores take what training will take.
     model, tokenizer = load_to_run(config.model_name_or_path, device, **config.model.model_dump())
+    check_lengths(model, tokenizer, tasks, config)
     sources = make_sources(config.preference.sources, config.data, config.base_dir, model.device)
 
     held.enter_context(lock_folder(output))

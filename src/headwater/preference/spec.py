@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from headwater.config import RECOMMENDED, RunConfig
-from headwater.config_keys import DEFAULT_METHOD
+from headwater.config_keys import method_configs, method_name
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import KeyPath
+from headwater.seeds import Seed
 
 SINGLE = "single:"
 BEST_SINGLE = "best_single"
@@ -95,7 +97,7 @@ class PreferenceSpec(BaseModel):
 
     sources: list[SourceSpec]
     strategies: list[str] = ["linucb"]
-    seeds: list[int] = []
+    seeds: list[Seed] = []
     bandit_reward: Literal["loss", "loss_decrease", "validation"] = "loss"
     alpha: float = Field(1.0, ge=0)
     gamma: float = Field(0.2, gt=0, le=1)
@@ -161,6 +163,11 @@ class PreferenceSpec(BaseModel):
         return self
 
 
+def _is_dropout(field: str, value: Any) -> bool:
+    """Whether a method's field is a rate of dropout; HydraLoRA's `input_dropout` is a kind of it."""
+    return field.endswith("dropout") and isinstance(value, int | float)
+
+
 class PreferConfig(RunConfig):
     """A run's file with a `preference` section. Batches hold prompts of one task; `align` and dropout have no place.
 
@@ -173,11 +180,14 @@ class PreferConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _without_dropout(cls, data: Any) -> Any:
-        """R-LoRA's heads drop out by default; here the policy is compared with its own frozen copy."""
+        """Most methods drop out by default; here the policy is compared with its own frozen copy."""
         method = data.get("method", RECOMMENDED) if isinstance(data, dict) else None
-        if isinstance(method, dict) and method.get("name", DEFAULT_METHOD) == "rlora":
-            return {**data, "method": {"head_dropout": 0.0, **method}}
-        return data
+        name = method_name(method)
+        known = method_configs().get(name) if isinstance(name, str) else None
+        if known is None or not isinstance(method, dict):  # said elsewhere
+            return data
+        off = {f.name: 0.0 for f in dataclasses.fields(known) if _is_dropout(f.name, f.default) and f.default}
+        return {**data, "method": {**off, **method}}
 
     @model_validator(mode="after")
     def _fits_preference_training(self) -> Self:
@@ -185,7 +195,7 @@ class PreferConfig(RunConfig):
             Problem(f"{key} is {value}; dropout would add noise to the log-probability ratios of DPO", f"method.{key}",
                     "set it to 0")
             for key, value in self.method.items()
-            if key.endswith("dropout") and value
+            if _is_dropout(key, value) and value
         ]  # fmt: skip
         problems += [
             Problem(f"`{key}` has no effect here: tasks are scored before and after", f"training.{key}", "leave it out")

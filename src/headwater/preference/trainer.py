@@ -37,7 +37,7 @@ from headwater.preference.spec import PreferenceSpec
 from headwater.preference.validation import Validation
 from headwater.training.method_callback import MethodCallback
 from headwater.training.write_errors import whole_or_gone
-from headwater.tuner import follow_loss, is_adapted, needs_task_ids
+from headwater.tuner import follow_loss, is_adapted
 from headwater.tuner.context import KEYWORD
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ class PreferenceTrainer(DPOTrainer):
                 for pair in pairs
             ]
         )
-        if needs_task_ids(self.model):
+        if is_adapted(self.model):  # a loss of training may go by the task where no forward needs it
             inputs[KEYWORD] = torch.full((2 * len(pairs),), task.index)
         return inputs
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from headwater.files import saying_why, write_bytes
 
+PAGE, FIGURES = "report.html", "figures"
+
 
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` and `figures/*.svg|png` into a run folder and returns the path of the page.
@@ -48,12 +50,12 @@ def write_page(html: str, files: dict[str, bytes], folder: Path) -> Path:
     Raises:
         headwater.files.NotWritten: if that cannot be.
     """
-    figures = folder / "figures"
+    figures = folder / FIGURES
     with saying_why(figures):
         figures.mkdir(exist_ok=True)
     for name, data in files.items():
         write_bytes(figures / name, data)
-    page = folder / "report.html"
+    page = folder / PAGE
     write_bytes(page, html.encode("utf-8"))
     return page
 

@@ -70,8 +70,9 @@ class Guard:
         if origin is not None and origin != f"{scope.get('scheme', 'http')}://{host}":
             return 403, f"pages of {origin} may not use this server", "invalid_request_error", "wrong_origin"
         if self.key is not None and scope["path"] not in OPEN:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key):
+            # as bytes, which were read as Latin-1; a letter's last one may look like a space there
+            scheme, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.key):
                 what = "give the server's API key as `Authorization: Bearer KEY`"
                 return 401, what, "authentication_error", "invalid_api_key"
         length = headers.get("content-length", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 from collections.abc import Callable
@@ -24,10 +25,14 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         server.bind((host, port))
         server.listen()  # until somebody listens, another server could bind the same port
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # Python encodes names before it looks them up
         server.close()
-        what = f"cannot listen on {host}:{port}: {error.strerror or error}"
-        raise HeadwaterError(Problem(what, "--port", "choose another port, or 0 for any that is free")) from error
+        what = f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
+        if isinstance(error, (socket.gaierror, UnicodeError)) or error.errno == errno.EADDRNOTAVAIL:
+            where, fix = "--host", "give an address of this machine, or 0.0.0.0 for all that it has"
+        else:
+            where, fix = "--port", "choose another port, or 0 for any that is free"
+        raise HeadwaterError(Problem(what, where, fix)) from error
     return server
 
 

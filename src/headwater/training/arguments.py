@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 import torch._dynamo
@@ -11,14 +11,17 @@ import torch._inductor
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import trainer_log_levels
+from transformers.utils import is_liger_kernel_available
 
 from ..errors import HeadwaterError, Problem
+from ..seeds import RANGE, is_seed
 
 LossNormalization = Literal["example", "token"]
 SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), 0),
-    **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha", "data_seed", "save_steps", "logging_steps", *SHARES), 0),
+    **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha", "save_steps", "logging_steps", *SHARES), 0),
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
 }
 BELOW = {**dict.fromkeys(SHARES, 1), "num_train_epochs": math.inf, "learning_rate": math.inf}
@@ -32,8 +35,8 @@ class HeadwaterArguments(TrainingArguments):
 
     Defaults: `learning_rate` 2e-4 on a cosine with 3 % warm-up, `logging_steps` 10; columns are kept, since the
     collator needs them; the loss is watched by headwater, which stops at a non-finite one, so transformers' filter that
-    hides it is off; DDP does not broadcast buffers at each step, as those of an adapter are frozen. Setting
-    `eval_steps` alone turns evaluation during training on.
+    hides it is off; DDP does not broadcast buffers at each step, as ranks change those of an adapter alike, if
+    at all. Setting `eval_steps` alone turns evaluation during training on.
 
     Args:
         loss_normalization: `example` is the mean over the rows of an optimiser step of each row's mean over its
@@ -44,8 +47,9 @@ class HeadwaterArguments(TrainingArguments):
         overwrite_output_dir: replace the run that `output_dir` holds already, checkpoints included.
 
     Raises:
-        HeadwaterError: if `loss_normalization` or `padding_free` is none of its values, a number is out of range, a
-            tracker of `report_to` is unknown or not installed, or torch.compile knows no such backend or mode.
+        HeadwaterError: if `loss_normalization`, `padding_free` or a log level is none of its values, a number is out of
+            range, a tracker of `report_to` is unknown or not installed, liger-kernel is asked for and not installed,
+            torch.compile knows no such backend or mode, or a file that a key names cannot be read.
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
 
@@ -89,11 +93,25 @@ class HeadwaterArguments(TrainingArguments):
         if self.max_steps < 0 and self.num_train_epochs <= 0:
             what = f"num_train_epochs is above 0, not {self.num_train_epochs:g}"
             problems.append(Problem(what, "training.num_train_epochs"))
+        if self.data_seed is not None and not is_seed(self.data_seed):
+            problems.append(Problem(f"data_seed should be {RANGE}, not {self.data_seed}", "training.data_seed"))
+        for name in ("log_level", "log_level_replica"):
+            if (level := getattr(self, name)) not in trainer_log_levels:
+                fix = f"one of: {', '.join(trainer_log_levels)}"
+                problems.append(Problem(f"unknown {name} {level!r}", f"training.{name}", fix))
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            what, fix = "liger-kernel 0.3.0 or newer is not installed", "pip install liger-kernel, or leave the key out"
+            problems.append(Problem(what, "training.use_liger_kernel", fix))
         if problems:
             raise HeadwaterError(*problems)
         if self.eval_steps and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             self.eval_strategy = "steps"
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except OSError as error:  # of the file that one of the keys names
+            named = [f.name for f in fields(self) if error.filename and getattr(self, f.name) == error.filename]
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise HeadwaterError(Problem(what, ".".join(["training", *named[:1]]))) from error
         problems = [problem for name in self.report_to or () if (problem := _without(name)) is not None]
         if self.torch_compile:
             problems += _uncompilable(self.torch_compile_backend, self.torch_compile_mode)

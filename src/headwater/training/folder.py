@@ -41,7 +41,7 @@ def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:
         return last
     path = Path(str(asked))
     if not is_whole(path):
-        found = [str(p.parent) for p in sorted(Path(args.output_dir).glob(f"checkpoint-*/{STATE}"))]
+        found = [str(p.parent) for p in _states(Path(args.output_dir))]
         raise HeadwaterError(
             Problem(
                 f"{path} is no checkpoint folder: it has no {STATE} that can be read",
@@ -54,7 +54,7 @@ def checkpoint_to_resume(args: HeadwaterArguments) -> Path | None:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The latest checkpoint of a run that is whole."""
-    found = {int(n): p for p in output.glob(f"checkpoint-*/{STATE}") if (n := p.parent.name[11:]).isdecimal()}
+    found = {int(n): p for p in _states(output) if (n := p.parent.name[11:]).isdecimal()}
     return next((found[n].parent for n in sorted(found, reverse=True) if is_whole(found[n].parent)), None)
 
 
@@ -113,13 +113,16 @@ def check_writable(output: Path, where: str = "output_dir", fix: str = ELSEWHERE
     """
     if os.environ.get("RANK", "0") != "0":
         return  # the first rank tries for all
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    there = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))  # whatever its name
     if not there.is_dir():
         what = "" if there == output else f"the folder {output} cannot be made: "
         raise HeadwaterError(Problem(f"{what}{there} is a file, not a folder", where, fix))
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
+        for name in output.absolute().relative_to(there.absolute()).parts:
+            with suppress(FileNotFoundError):  # that is as it should be; a name that is too long is not
+                (there / name).lstat()
     except OSError as error:
         what = f"the folder {output} cannot be {'written to' if there == output else 'made'}: {error.strerror}"
         raise HeadwaterError(Problem(what, where, fix)) from None
@@ -131,9 +134,9 @@ def make_folder(output: Path) -> None:
     Raises:
         HeadwaterError: if it cannot be made.
     """
-    if output.exists() and not output.is_dir():
-        raise HeadwaterError(Problem(f"{output} is a file, not a folder", "output_dir", ELSEWHERE))
     try:
+        if output.exists() and not output.is_dir():
+            raise HeadwaterError(Problem(f"{output} is a file, not a folder", "output_dir", ELSEWHERE))
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         what = f"the folder {output} cannot be made: {error.strerror}"
@@ -177,5 +180,13 @@ def clear_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
 def _held(output: Path) -> list[Path]:
     return [
         *(output / name for name in WORTH_KEEPING if (output / name).exists()),
-        *sorted(p.parent for p in output.glob(f"checkpoint-*/{STATE}")),
+        *(p.parent for p in _states(output)),
     ]
+
+
+def _states(output: Path) -> list[Path]:
+    """The states of a run's checkpoints; none of a folder that cannot be looked into."""
+    try:
+        return sorted(output.glob(f"checkpoint-*/{STATE}"))
+    except OSError:
+        return []

@@ -22,7 +22,7 @@ from ..data.encode import Encoded, encode_rows
 from ..data.mixture import MixtureSpec
 from ..data.tasks import Task, load_tasks
 from ..errors import HeadwaterError, Problem
-from ..evaluation.forward import pad_id
+from ..evaluation.forward import max_positions, pad_id
 from ..evaluation.scores import TaskScore, mean_score
 from ..files import replace_folder, write_json, write_text
 from ..marked_yaml import read_document
@@ -131,7 +131,8 @@ def _train(
     tasks = load_tasks(config.tasks, config.base_dir)
     _settle_best(args, config.training, tasks)
     model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
-    encoded = {task.name: encode_rows(task.train, tokenizer, config.data, task.index)[0] for task in tasks}
+    limit = max_positions(model)
+    encoded = {task.name: encode_rows(task.train, tokenizer, config.data, task.index, limit)[0] for task in tasks}
     mixture = mixture_of(config, args.per_device_train_batch_size)
     set_seed(config.seed)
     adapted = add_adapter(model, config.method)
@@ -143,6 +144,7 @@ def _train(
     history = History(output / "history.jsonl")
     display, interrupt = ProgressDisplay(console), SaveOnInterrupt()
     scorer = Scorer(tokenizer, tasks, config.evaluation, config.data, history if first else None, display)
+    scorer.check(adapted, during=args.eval_strategy != "no")
     try:
         trainer = HeadwaterTrainer(
             adapted,
@@ -253,16 +255,24 @@ def mixture_of(config: RunConfig, batch_size: int) -> MixtureSpec:
     """The run's mixture; with an alignment loss, batches hold rows of all tasks unless the file says otherwise.
 
     Raises:
-        HeadwaterError: if a balanced batch cannot hold two rows of two tasks, which the alignment loss needs.
+        HeadwaterError: if a balanced batch cannot hold two rows of two tasks, which the alignment loss needs, or cannot
+            have the shares that the file asks for.
     """
-    tasks = len(config.tasks)
+    tasks, strategy = len(config.tasks), config.mixture.strategy
     if config.align is None or "batching" in config.mixture.model_fields_set:
         return config.mixture
+    problems = []
+    if strategy in ("temperature", "weights"):
+        what = f"with align every batch has an equal share of each task, which strategy: {strategy} is not"
+        fix = "leave it out, or set mixture.batching: mixed, where a batch may hold too few rows of a task to compare"
+        problems.append(Problem(what, config.where("mixture", "strategy"), fix))
     least = min(2 * tasks, tasks + 2)
     if tasks < 2 or batch_size < least:
         what = "the alignment loss compares tasks within a batch, by at least two rows each"
         fix = "it needs two tasks or more" if tasks < 2 else f"use at least {least} rows, or leave align out"
-        raise HeadwaterError(Problem(what, "training.per_device_train_batch_size", fix))
+        problems.append(Problem(what, "training.per_device_train_batch_size", fix))
+    if problems:
+        raise HeadwaterError(*problems)
     return config.mixture.model_copy(update={"batching": "balanced"})
 
 
@@ -278,11 +288,13 @@ def _settle_best(args: HeadwaterArguments, given: Mapping[str, Any], tasks: Sequ
     losses = [metric == "loss" for metric in metrics.values()]
     known = [*metrics, *(["loss"] if any(losses) else []), *(["mean"] if not all(losses) else [])]
     usual = known[-1] if known and args.load_best_model_at_end else "loss"  # the plateau of a schedule is the loss's
-    name = (given.get("metric_for_best_model") or usual).removeprefix("eval_")
+    name = given.get("metric_for_best_model") or usual
+    name = name if name in known else name.removeprefix("eval_")
     if name not in known:
         fix = f"one of: {', '.join(known)}" if known else "give the tasks validation or test rows"
         raise HeadwaterError(Problem(f"no score is called {name!r}", "training.metric_for_best_model", fix))
-    args.metric_for_best_model = name
+    # All scores are logged under `eval_`, which transformers adds to a name that does not begin so.
+    args.metric_for_best_model = f"eval_{name}" if name.startswith("eval_") else name
     if given.get("greater_is_better") is None:  # transformers goes by the name's end, which for a task says nothing
         args.greater_is_better = metrics.get(name, name) != "loss"
 

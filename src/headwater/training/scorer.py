@@ -15,7 +15,7 @@ from ..data.encode import DataSpec, Encoded
 from ..data.tasks import Task
 from ..evaluation.forward import evaluating, input_device
 from ..evaluation.scores import TaskScore
-from ..evaluation.scoring import score_tasks
+from ..evaluation.scoring import check_rows, score_tasks
 from ..evaluation.spec import EvaluationSpec
 from ..tuner import needs_task_ids
 from ..tuner.context import KEYWORD
@@ -48,6 +48,16 @@ class Scorer:
         self.data_spec = data_spec
         self.history = history
         self.display = display
+
+    def check(self, model: nn.Module, *, during: bool) -> None:
+        """Refuses rows that could not be scored.
+
+        Args:
+            during: whether tasks are scored during training, too.
+        """
+        splits = {"test": None, **({"validation": self.spec.max_rows_during_training} if during else {})}
+        for split, most in splits.items():
+            check_rows(model, self.tokenizer, self.tasks, self.spec, self.data_spec, split=split, max_rows=most)
 
     def all_rows(self, model: nn.Module, step: int) -> dict[str, TaskScore]:
         """Scores every task on all of its test rows."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from ..errors import HeadwaterError, Problem
 from ..files import NotWritten, open_to_readers, why_not_written
+from ..report import FIGURES, PAGE
 from .folder import STATE, is_whole, last_checkpoint
 
 FULL = os.strerror(errno.ENOSPC)
@@ -39,7 +40,7 @@ def whole_or_gone(checkpoint: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_writes(output: Path, go_on: str | None = None) -> Iterator[None]:
-    """Turns errors of writing a run folder into one that says why, and which checkpoint is good.
+    """Turns errors of writing a run folder into one that says why, and what of the run is good.
 
     Args:
         go_on: how to go on once there is room, for commands whose runs have no checkpoints in `output` itself.
@@ -54,13 +55,20 @@ def explained_writes(output: Path, go_on: str | None = None) -> Iterator[None]:
         if reason is None:
             raise
         how = "make room" if FULL in reason else "put that right"
-        if go_on:
+        what = f"the run folder {output} cannot be written: {reason}"
+        if isinstance(error, NotWritten) and _is_of_report(Path(error.problems[0].where)):
+            what = f"the run in {output} is whole but for its report, which cannot be written: {reason}"
+            fix = f"{how}, then write it: headwater report {output}"
+        elif go_on:
             fix = f"{how}, then {go_on}"
         elif last := last_checkpoint(output):
             resume = "training.resume_from_checkpoint: true"
             fix = f"the last whole checkpoint is {last}: {how}, then go on from it ({resume})"
         else:
             fix = f"no checkpoint was written before: {how}, then start the run again"
-        raise HeadwaterError(
-            Problem(f"the run folder {output} cannot be written: {reason}", "output_dir", fix)
-        ) from error
+        raise HeadwaterError(Problem(what, "output_dir", fix)) from error
+
+
+def _is_of_report(path: Path) -> bool:
+    """Whether a file of a run's folder belongs to its report, which is written when all else is there."""
+    return path.name in (PAGE, FIGURES) or path.parent.name == FIGURES
