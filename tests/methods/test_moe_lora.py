@@ -212,15 +212,26 @@ def test_localized_balance_compiles_without_a_word():
     torch.testing.assert_close(*found, **CLOSE)
 
 
-def test_the_balance_weight_means_the_same_at_any_depth(tiny_llama):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"balance_loss": "mixtral", "balance_loss_weight": 1.0},
+        {"balance_loss": "localized", "balance_loss_weight": 1.0, "task_types": [0, 1], "top_k": 0},
+        {"balance_loss": "none", "z_loss_weight": 1.0},
+    ],
+    ids=lambda loss: loss["balance_loss"],
+)
+def test_the_weight_of_a_loss_means_the_same_at_any_depth(tiny_llama, loss):
     def router_gradient(layers):
-        fields = {"target_modules": ["q_proj"], "num_experts": 4, "balance_loss": "mixtral", "balance_loss_weight": 1.0}
+        fields = {"target_modules": ["q_proj"], "num_experts": 4, **loss}
         torch.manual_seed(0)
         model = get_peft_model(
             tiny_llama(), make_config("moe_lora", init_seed=1, lora_dropout=0.0, layers_to_transform=layers, **fields)
         ).train()
         ids = torch.arange(20).view(2, 10)
-        model(input_ids=ids, labels=ids).loss.backward()  # B is zero, so the router hears of the balance loss alone
+        tasks = torch.tensor([0, 1])
+        # B is zero, so the router hears of its own loss alone
+        model(input_ids=ids, labels=ids, headwater_task_ids=tasks).loss.backward()
         return next(p.grad for n, p in model.named_parameters() if "layers.0" in n and n.endswith("router"))[:]
 
     torch.testing.assert_close(router_gradient([0]), 2 * router_gradient([0, 1]), rtol=1e-5, atol=1e-9)

@@ -116,6 +116,31 @@ def test_with_a_count_of_tokens_the_trainers_factor_decides_whose_it_is(tiny_lla
     assert_near(gradients(model), expected)
 
 
+def test_the_first_label_of_a_row_is_none_of_the_count(tiny_llama):
+    """No position predicts it."""
+    found, data = [], batch()
+    data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
+    for total in ({}, {"num_items_in_batch": (data["labels"][:, 1:] != -100).sum()}):
+        model = make(tiny_llama)
+        model(**data, **total).loss.backward()
+        found.append(gradients(model))
+    assert_near(*found)
+
+
+def test_with_a_cache_the_mask_s_end_is_that_of_the_new_tokens(tiny_llama):
+    model = make(tiny_llama).eval()
+    x, ids = batch()["input_ids"], torch.tensor([0, 1, 2, 1])
+    mask = torch.ones_like(x)
+    mask[1:, :3] = 0  # padded at the left
+    cache = model(input_ids=x[:, :8], attention_mask=mask[:, :8], headwater_task_ids=ids, use_cache=True)
+    seen = []
+    layer = next(m for m in model.modules() if isinstance(m, MethodLayer))
+    layer.register_forward_pre_hook(lambda m, args: seen.append(context_of(model).state.valid))
+    past = cache.past_key_values
+    model(input_ids=x[:, 8:], attention_mask=mask, headwater_task_ids=ids, past_key_values=past)
+    assert torch.equal(seen[0], torch.ones(4, 2, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("mode", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 def test_several_forwards_then_one_backward(tiny_llama, mode):
     model = make(tiny_llama, penalty=0.0)
