@@ -113,7 +113,9 @@ def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
     trl = pytest.importorskip("trl")
     row = BY_ID["hydralora-balance"]
 
-    def first_router_step(weight):
+    sums = [{"prompt": f"{n} = ", "completion": str(n)} for n in range(8)]
+
+    def first_router_step(weight, size=2, accumulation=1, rows=sums):
         trainer = trl.SFTTrainer(
             tiny_llama(),
             trl.SFTConfig(
@@ -123,9 +125,10 @@ def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
                 bf16=False,
                 optim="sgd",
                 max_grad_norm=0.0,
-                **COMMON,
+                gradient_accumulation_steps=accumulation,
+                **{**COMMON, "per_device_train_batch_size": size},
             ),
-            train_dataset=Dataset.from_list([{"prompt": f"{n} = ", "completion": str(n)} for n in range(8)]),
+            train_dataset=Dataset.from_list(rows),
             processing_class=tiny_tokenizer,
             peft_config=config(row, balance_loss_weight=weight, lora_dropout=0.0),
         )
@@ -139,3 +142,9 @@ def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
     assert all(step.any() for step in once.values())
     for name, step in once.items():
         torch.testing.assert_close(twice[name], 2 * step, atol=1e-6, rtol=1e-2)
+
+    # Equal rows are as balanced in a part of the batch as in all of it, so parts must add up to one whole.
+    rows = [{"prompt": "1 = ", "completion": "1"}] * 8
+    whole, parts = (first_router_step(50.0, 8 // n, n, rows) for n in (1, 4))
+    for name, step in whole.items():
+        torch.testing.assert_close(parts[name], step, atol=1e-6, rtol=1e-3)

@@ -227,8 +227,10 @@ class Context:
             if state.read is not None:
                 state.read.closed = True
             self._note_losses(state, further=kwargs.get("encoder_outputs") is not None)
-            loss = _loss_of(output)
-            if loss is not None and state.losses:
+            loss, log_probs = _loss_of(output), getattr(output, "log_probs", None)
+            if state.losses and isinstance(log_probs, Tensor) and kwargs.get("num_items_in_batch") is None:
+                self.follow(log_probs, output.label_mask)
+            elif state.losses and loss is not None:
                 self.follow(loss)
         self._local.state = None
 
@@ -239,11 +241,16 @@ class Context:
             before = getattr(self._local, "with_losses", ())[-1:] if further else ()
             self._local.with_losses = (*before, state)
 
-    def follow(self, loss: Tensor) -> None:
-        """Auxiliary losses of this thread's last forward take the gradient that `loss` gets as their own."""
+    def follow(self, loss: Tensor, learned: Tensor | None = None) -> None:
+        """Auxiliary losses of this thread's last forward take the gradient that `loss` gets as their own.
+
+        Args:
+            learned: where given, `loss` holds each token's log-probability, of which TRL's SFTTrainer makes the loss
+                itself, and this is True on tokens that count: each is a part of it by its gradient.
+        """
         states: tuple[State, ...] = getattr(self._local, "with_losses", ())
         if states and loss.requires_grad and not torch.compiler.is_compiling():
-            loss.register_hook(functools.partial(_remember, states))
+            loss.register_hook(functools.partial(_remember, states, learned))
 
     def call(self, name: str, shape: tuple[int, ...]) -> Call:
         """One layer's view of the running forward; `shape` is its input's leading dimensions.
@@ -269,9 +276,10 @@ class Context:
         return Call(name, shape, state, self.observers, self.merging, self.align)
 
 
-def _remember(states: tuple[State, ...], gradient: Tensor) -> None:
+def _remember(states: tuple[State, ...], learned: Tensor | None, gradient: Tensor) -> None:
+    gradient = gradient.detach() if learned is None else -(gradient.detach() * learned).sum()
     for state in states:
-        state.gradient = gradient.detach()
+        state.gradient = gradient
 
 
 def _ranks() -> int:
