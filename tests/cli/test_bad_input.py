@@ -314,13 +314,18 @@ def test_an_adapter_alone_has_no_tasks(headwater, made, tmp_path):
     refused(headwater("generate", folder, "-p", "x", "--task", "animals"), "give the run folder")
 
 
-def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    adapter(run / "adapter", run_file.parent / "model")
-    shutil.copy(run_file, run / "config.yaml")
+def run_of(run_file, folder):
+    """A run folder as training leaves it, as far as scoring needs one."""
+    folder.mkdir()
+    adapter(folder / "adapter", run_file.parent / "model")
+    shutil.copy(run_file, folder / "config.yaml")
     for name in run_file.parent.glob("*.jsonl"):
-        shutil.copy(name, run)
+        shutil.copy(name, folder)
+    return folder
+
+
+def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
+    run = run_of(run_file, tmp_path / "run")
     refused(headwater("evaluate", run, "--split", "tset"), "unknown split 'tset'", "test, validation, train")
     refused(headwater("evaluate", run, "--split", "validation"), "no task has validation rows")
     refused(headwater("evaluate", run, "--tasks", tmp_path / "none.yaml"), "none.yaml: there is no such file")
@@ -329,12 +334,7 @@ def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
 
 
 def test_overrides_that_scoring_has_no_use_for_are_refused(headwater, run_file, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    adapter(run / "adapter", run_file.parent / "model")
-    shutil.copy(run_file, run / "config.yaml")
-    for name in run_file.parent.glob("*.jsonl"):
-        shutil.copy(name, run)
+    run = run_of(run_file, tmp_path / "run")
     wrong = ["method.r=99", "method={name: lora}", "seed=3", "training.learning_rate=1", "output_dir=x"]
     kept = ["training.use_cpu=true", "training={use_cpu: true}", "evaluation={batch_size: 2}", "model.dtype=float32"]
     options = [part for override in wrong for part in ("--set", override)]
