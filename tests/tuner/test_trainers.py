@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
-from headwater.tuner import MethodLayer
+from headwater.tuner import MethodLayer, context_of
 
 from .helpers import adapt, assert_same, base_weights, config, logits, task_kwargs, tokens
 from .rows import BY_ID, ROWS
@@ -115,7 +115,7 @@ def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
 
     sums = [{"prompt": f"{n} = ", "completion": str(n)} for n in range(8)]
 
-    def first_router_step(weight, size=2, accumulation=1, rows=sums):
+    def first_router_step(weight, size=2, accumulation=1, rows=sums, loss_type="nll"):
         trainer = trl.SFTTrainer(
             tiny_llama(),
             trl.SFTConfig(
@@ -126,6 +126,7 @@ def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
                 optim="sgd",
                 max_grad_norm=0.0,
                 gradient_accumulation_steps=accumulation,
+                loss_type=loss_type,
                 **{**COMMON, "per_device_train_batch_size": size},
             ),
             train_dataset=Dataset.from_list(rows),
@@ -145,6 +146,37 @@ def test_sft_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
 
     # Equal rows are as balanced in a part of the batch as in all of it, so parts must add up to one whole.
     rows = [{"prompt": "1 = ", "completion": "1"}] * 8
-    whole, parts = (first_router_step(50.0, 8 // n, n, rows) for n in (1, 4))
+    whole, *others = (first_router_step(50.0, 8 // n, n, rows, kind) for kind in ("nll", "dft") for n in (1, 4))
     for name, step in whole.items():
-        torch.testing.assert_close(parts[name], step, atol=1e-6, rtol=1e-3)
+        for other in others:  # dynamic fine-tuning weighs the tokens, not what the router adds
+            torch.testing.assert_close(other[name], step, atol=1e-6, rtol=1e-3)
+
+
+def test_dpo_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tmp_path):
+    """Its loss prefers some tokens to others: their gradients, which cancel, say nothing of the router's."""
+    trl = pytest.importorskip("trl")
+    trainer = trl.DPOTrainer(
+        tiny_llama(),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            save_strategy="no",
+            bf16=False,
+            optim="sgd",
+            max_grad_norm=0.0,
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"{n} = ", "chosen": "1", "rejected": "2"} for n in range(8)]),
+        processing_class=tiny_tokenizer,
+        peft_config=config(BY_ID["hydralora-balance"], balance_loss_weight=50.0, lora_dropout=0.0),
+    )
+    states, original = [], trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        loss = original(*args, **kwargs)
+        states.extend(context_of(trainer.model)._local.with_losses)
+        return loss
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert [float(state.gradient) for state in states] == [1.0]

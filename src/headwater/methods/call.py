@@ -56,6 +56,7 @@ class State:
         loss_scale: factor on auxiliary losses, so that accumulated micro-batches add up to one mean.
         gradient: what the training loss gets as its own gradient, known in backward: the factor of a gradient scaler,
             one over the number of accumulated batches, or the like. A guess until then, and where nobody tells.
+        followed: the hook that finds `gradient` in backward.
         losses: name -> [sum over layers, detached; number of layers].
         runs: layer -> how often it ran, where there are losses: some models run one layer at several depths.
         task_range: lowest and highest task id, once somebody asked.
@@ -75,6 +76,7 @@ class State:
     memory: dict[Any, Any] = field(default_factory=dict)
     loss_scale: float | Tensor = 1.0
     gradient: float | Tensor = 1.0
+    followed: Any = None
     losses: dict[str, list[Any]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None

@@ -7,11 +7,10 @@ context variables would, too, but break compiled graphs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ..errors import HeadwaterError, Problem
 from ..methods.call import KEYWORD, LENGTHS, Align, Call, Observer, Packed, State
 from ..ops import Stacks
 from .checkpoints import carry_state, checkpointed
+from .following import follow, follow_output
 
 LABELS = "headwater_labels"
 _CLASSIFIERS = ("ForTokenClassification", "ForMaskedLM")  # where a label of -100 marks no prompt
@@ -227,30 +227,25 @@ class Context:
             if state.read is not None:
                 state.read.closed = True
             self._note_losses(state, further=kwargs.get("encoder_outputs") is not None)
-            loss, log_probs = _loss_of(output), getattr(output, "log_probs", None)
-            if state.losses and isinstance(log_probs, Tensor) and kwargs.get("num_items_in_batch") is None:
-                self.follow(log_probs, output.label_mask)
-            elif state.losses and loss is not None:
-                self.follow(loss)
+            if state.losses:
+                follow_output(self._with_losses, output, scaled=kwargs.get("num_items_in_batch") is not None)
         self._local.state = None
 
     def _note_losses(self, state: State, *, further: bool = False) -> None:
         """`further`: the forward goes on from an encoder that ran by itself."""
         self.last_losses = {name: total / count for name, (total, count) in state.losses.items()}
         if state.losses and torch.is_grad_enabled():
-            before = getattr(self._local, "with_losses", ())[-1:] if further else ()
+            before = self._with_losses[-1:] if further else ()
             self._local.with_losses = (*before, state)
 
-    def follow(self, loss: Tensor, learned: Tensor | None = None) -> None:
-        """Auxiliary losses of this thread's last forward take the gradient that `loss` gets as their own.
+    @property
+    def _with_losses(self) -> tuple[State, ...]:
+        """The states of this thread's last forward that has auxiliary losses."""
+        return getattr(self._local, "with_losses", ())
 
-        Args:
-            learned: where given, `loss` holds each token's log-probability, of which TRL's SFTTrainer makes the loss
-                itself, and this is True on tokens that count: each is a part of it by its gradient.
-        """
-        states: tuple[State, ...] = getattr(self._local, "with_losses", ())
-        if states and loss.requires_grad and not torch.compiler.is_compiling():
-            loss.register_hook(functools.partial(_remember, states, learned))
+    def follow(self, loss: Tensor) -> None:
+        """Auxiliary losses of this thread's last forward take the gradient that `loss` gets as their own."""
+        follow(self._with_losses, loss)
 
     def call(self, name: str, shape: tuple[int, ...]) -> Call:
         """One layer's view of the running forward; `shape` is its input's leading dimensions.
@@ -274,12 +269,6 @@ class Context:
         if state is not None and self.needs_batch and not state.closed:
             state.runs[name] = state.runs.get(name, 0) + 1
         return Call(name, shape, state, self.observers, self.merging, self.align)
-
-
-def _remember(states: tuple[State, ...], learned: Tensor | None, gradient: Tensor) -> None:
-    gradient = gradient.detach() if learned is None else -(gradient.detach() * learned).sum()
-    for state in states:
-        state.gradient = gradient
 
 
 def _ranks() -> int:
@@ -338,17 +327,6 @@ def _state_beside(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     beside = State(batch, length, state.task_ids, valid, loss_scale=state.loss_scale, losses=state.losses, outer=state)
     beside.stacks = state.stacks
     return beside
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """The loss in what a model gives back: an output class, a dictionary, a tuple that begins with it, or it alone."""
-    if isinstance(output, Mapping):
-        output = output.get("loss")
-    elif isinstance(output, tuple):
-        output = output[0] if output else None
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "loss", None)
-    return output if isinstance(output, Tensor) and output.dim() == 0 else None
 
 
 def _valid(mask: Any, length: int) -> Tensor | None:
