@@ -99,7 +99,7 @@ def test_no_room_and_no_output(monkeypatch, capsys):
     def full(**_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file")
 
-    module = importlib.import_module("headwater.cli.app")
+    module = importlib.import_module("headwater.cli.entry")
     monkeypatch.setattr(module, "app", full)
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit) as caught:

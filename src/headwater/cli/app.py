@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Sequence
 from typing import Annotated, Optional
 
 import typer
 
 from headwater.cli.arguments import Adapter, AsJson, ConfigFile, Overrides, Prompts
-from headwater.cli.console import show_error, show_warning
 from headwater.cli.ingredients_app import calibrate, import_, subspace
 from headwater.cli.meta_app import meta_app
 from headwater.cli.pool_app import pool_app
-from headwater.errors import HeadwaterError, Problem
-from headwater.files import OF_WRITING
 
 app = typer.Typer(
     help="Train one LoRA adapter on many tasks, and see that they do not fight.",
@@ -373,44 +365,3 @@ def demo(
         fetch_only(fetch)
     else:
         run(output_dir, overrides or [])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 for anything the user can mend, 130 when interrupted.
-
-    Expected errors are shown without a traceback; with HEADWATER_DEBUG=1 they are raised.
-    """
-    # Before torch is loaded: waiting threads that spin make training several times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.showwarning = show_warning
-    # It recommends a kernel for 4-bit weights on CPUs as PEFT imports it, whatever is run.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        try:
-            app(args=None if arguments is None else list(arguments), prog_name="headwater")
-        finally:
-            if sys.stdout is not None:  # as it is where it was closed
-                sys.stdout.flush()
-    except HeadwaterError as error:
-        if os.environ.get("HEADWATER_DEBUG") == "1":
-            raise
-        show_error(error)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        _drop_output()
-        sys.exit(1)
-    except OSError as error:  # most of what writes names its file; this is for the rest
-        if error.errno not in OF_WRITING or os.environ.get("HEADWATER_DEBUG") == "1":
-            raise
-        where = error.filename or "standard output or a temporary file"
-        try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except OSError:
-            _drop_output()  # or Python would try again as it ends
-        show_error(HeadwaterError(Problem(f"this cannot be written: {error.strerror}", where, "make room")))
-        sys.exit(2)
-
-
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
