@@ -314,6 +314,14 @@ def test_an_adapter_alone_has_no_tasks(headwater, made, tmp_path):
     refused(headwater("generate", folder, "-p", "x", "--task", "animals"), "give the run folder")
 
 
+def test_a_setting_in_an_adapter_that_cannot_be(headwater, run_file, tmp_path):
+    folder = adapter(tmp_path / "alone", run_file.parent / "model", peft_type="RLORA", compensation="none")
+    (folder / "adapter_model.safetensors").touch()
+    said = f"error: {folder}: compensation: compensation is one of buffer"
+    refused(headwater("inspect", folder), said)
+    refused(headwater("generate", folder, "-p", "x"), said)
+
+
 def run_of(run_file, folder):
     """A run folder as training leaves it, as far as scoring needs one."""
     folder.mkdir()

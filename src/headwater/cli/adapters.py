@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -136,8 +137,8 @@ def attach(base: Any, adapter: Path, **options: Any) -> PeftModel:
         raise HeadwaterError(Problem(f"there is no {WEIGHTS_FILE} in this folder", str(adapter)))
     try:
         return cast(PeftModel, PeftModel.from_pretrained(base, str(adapter), **options).eval())
-    except HeadwaterError:
-        raise
+    except HeadwaterError as error:  # of a setting in its config, say
+        raise HeadwaterError(*(dataclasses.replace(p, where=_in(adapter, p.where)) for p in error.problems)) from error
     except KeyError as error:
         known = "headwater methods lists the known ones"
         raise HeadwaterError(Problem(f"unknown adapter type {error}", str(adapter / ADAPTER_FILE), known)) from error
@@ -145,6 +146,10 @@ def attach(base: Any, adapter: Path, **options: Any) -> PeftModel:
         reason = " ".join(str(error).split())[:400]
         fix = "the adapter has to match its base model"
         raise HeadwaterError(Problem(f"the adapter cannot be loaded: {reason}", str(adapter), fix)) from error
+
+
+def _in(adapter: Path, where: str) -> str:
+    return where if where.startswith(str(adapter)) else f"{adapter}: {where}" if where else str(adapter)
 
 
 def attach_to_shape(source: Source) -> PeftModel:

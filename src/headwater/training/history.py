@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import HeadwaterError, Problem
 from ..evaluation.scores import TaskScore
 from ..files import finite, saying_why, write_text
 from .gate_monitor import METRICS
@@ -25,11 +26,22 @@ class History:
         self.path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """All whole lines."""
+        """All whole lines.
+
+        Raises:
+            HeadwaterError: if one is damaged.
+        """
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        found = []
+        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                line = json.loads(text)
+                found.append({**line, "kind": line["kind"], "step": int(line["step"])})
+            except (ValueError, TypeError, KeyError) as error:
+                fix = "take the line out of the file"
+                raise HeadwaterError(Problem(f"this line is damaged: {error}", f"{self.path}:{number}", fix)) from error
+        return found
 
     def start(self, checkpoint: Path | None = None) -> None:
         """Begins a run: empty, or with what was written before the checkpoint that it is resumed from."""
