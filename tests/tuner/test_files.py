@@ -14,6 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from headwater.cli.adapters import attach
+from headwater.errors import HeadwaterError
+
 from .fresh_process import WAYS
 from .helpers import adapt, assert_same, logits, task_kwargs, tokens
 from .rows import BY_ID, ROWS
@@ -110,3 +113,20 @@ def test_a_file_without_a_tensor_is_reported(row, tiny_llama, tmp_path):
     save_file({name: t for name, t in tensors.items() if name != gone}, file)
     with pytest.warns(UserWarning, match=r"missing adapter keys"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("row_id", BY_ID)
+def test_the_command_line_takes_an_adapter_only_whole(row_id, tmp_path, tiny_llama):
+    """PEFT warns of what a file lacks, and leaves out what has no place."""
+    model = adapt(BY_ID[row_id], tiny_llama())
+    model.save_pretrained(tmp_path)
+    assert_same(get_peft_model_state_dict(attach(tiny_llama(), tmp_path)), get_peft_model_state_dict(model))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    save_file({name: t for name, t in tensors.items() if name != first}, path)
+    with pytest.raises(HeadwaterError, match="cannot be loaded: Found missing adapter keys"):
+        attach(tiny_llama(), tmp_path)
+    save_file({**tensors, first.replace("layers.0", "layers.7"): tensors[first].clone()}, path)
+    with pytest.raises(HeadwaterError, match=r"1 of its tensors have no place in the model, such as .*layers\.7"):
+        attach(tiny_llama(), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_MATCH = "the adapter has to match its config and its base model"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,10 @@ def attach(base: Any, adapter: Path, **options: Any) -> PeftModel:
     if not (adapter / WEIGHTS_FILE).is_file():
         raise HeadwaterError(Problem(f"there is no {WEIGHTS_FILE} in this folder", str(adapter)))
     try:
-        return cast(PeftModel, PeftModel.from_pretrained(base, str(adapter), **options).eval())
+        with warnings.catch_warnings():
+            # PEFT loads what there is and leaves the rest as it is drawn; an adapter that fits has all of it.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = cast(PeftModel, PeftModel.from_pretrained(base, str(adapter), **options).eval())
     except HeadwaterError as error:  # of a setting in its config, say
         raise HeadwaterError(*(dataclasses.replace(p, where=_in(adapter, p.where)) for p in error.problems)) from error
     except KeyError as error:
@@ -144,8 +149,22 @@ def attach(base: Any, adapter: Path, **options: Any) -> PeftModel:
         raise HeadwaterError(Problem(f"unknown adapter type {error}", str(adapter / ADAPTER_FILE), known)) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
-        fix = "the adapter has to match its base model"
-        raise HeadwaterError(Problem(f"the adapter cannot be loaded: {reason}", str(adapter), fix)) from error
+        raise HeadwaterError(Problem(f"the adapter cannot be loaded: {reason}", str(adapter), _MATCH)) from error
+    _refuse_layers_elsewhere(model, adapter)
+    return model
+
+
+def _refuse_layers_elsewhere(model: PeftModel, adapter: Path) -> None:
+    """What a file holds for layers that have no adapter here would be left out without a word."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(adapter / WEIGHTS_FILE, "pt") as file:
+        extra = [name for name in file.keys() if "_branch." in name and name not in held]  # noqa: SIM118
+    if extra:
+        what = f"{len(extra)} of its tensors have no place in the model, such as {extra[0]}"
+        raise HeadwaterError(Problem(f"the adapter cannot be loaded: {what}", str(adapter), _MATCH))
 
 
 def _in(adapter: Path, where: str) -> str:
