@@ -11,7 +11,7 @@ from full_disk import files_end_after
 from safetensors.torch import save_file
 
 from headwater.errors import HeadwaterError
-from headwater.files import NotWritten, replace_folder, whole_folder, write_json, write_text
+from headwater.files import NotWritten, replace_folder, whole_folder, why_not_written, write_json, write_text
 from headwater.methods.files import write_tensors
 from headwater.training.write_errors import whole_or_gone
 
@@ -139,3 +139,12 @@ def test_what_cannot_be_read_meanwhile_is_not_said_to_be_unwritable(tmp_path):
     with pytest.raises(HeadwaterError, match="another reason"), whole_folder(tmp_path / "it"):
         raise HeadwaterError("another reason")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", ["__cause__", "__context__"])
+def test_a_full_disk_behind_another_error_is_found(tmp_path, kept):
+    """Libraries raise their own on top."""
+    error = RuntimeError("could not save")
+    setattr(error, kept, OSError(errno.ENOSPC, "No space left on device"))
+    assert why_not_written(error, tmp_path) == "No space left on device"
+    assert why_not_written(RuntimeError("could not save"), tmp_path) is None

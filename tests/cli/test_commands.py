@@ -15,9 +15,13 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from headwater.analysis import GateStatistics
 from headwater.cli import app
 from headwater.cli.adapters import locate
+from headwater.cli.console import out_console
 from headwater.cli.evaluate import _what_to_score
+from headwater.cli.inspect import _print_tasks
+from headwater.cli.inspect_gates import GatesOnText
 from headwater.config import RECOMMENDED, load_config
 
 
@@ -340,6 +344,19 @@ def test_inspect_shows_what_the_gates_do_on_the_runs_rows(headwater, trained):
     assert f"{100 * mean:.1f}" in next(line for line in shown.splitlines() if line.strip().startswith("colours"))
 
 
+def test_load_by_task_says_which_layers_it_is_of_where_they_differ(capsys):
+    layers = {f"layer.{n}": statistics(load) for n, load in enumerate(([0.5, 0.5], [0.1, 0.2, 0.7], [0.3, 0.2, 0.5]))}
+    _print_tasks(out_console(), GatesOnText({"a": layers, "b": layers}, layers, {"a": 1, "b": 1}))
+    printed = capsys.readouterr().out
+    assert "averaged over the 2 layers with 3 heads" in printed
+    assert ["a", "20.0", "20.0", "60.0"] in [line.split() for line in printed.splitlines()]
+
+
+def statistics(load):
+    numbers = torch.tensor(load)
+    return GateStatistics(9, len(load), numbers, numbers, numbers, 1.0, 1.0)
+
+
 def test_conflict_is_measured_and_shown_by_the_report_made_anew(headwater, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     found = json.loads(headwater("conflict", tmp_path / "run", "--rows", 3, "--json").out)
@@ -350,6 +367,16 @@ def test_conflict_is_measured_and_shown_by_the_report_made_anew(headwater, train
     assert "Do the tasks' gradients conflict" not in (tmp_path / "run" / "report.html").read_text()
     assert "report.html" in headwater("report", tmp_path / "run").out
     assert 'id="figure-conflict"' in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_conflict_of_tasks_without_a_gradient_is_json_and_an_empty_cell(headwater, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("on_too_long: error", "on_too_long: drop").replace("1024", "2"))
+    printed = headwater("conflict", tmp_path / "run", "--json").out
+    found = json.loads(printed, parse_constant=pytest.fail)  # which JSON does not have: NaN
+    assert found["parts"]["all"] == {"cosine": [[None, None], [None, None]], "mean": None, "negative": None}
+    assert "nan" not in headwater("conflict", tmp_path / "run").out
 
 
 def test_inspect_reads_no_text_unless_there_is_some(headwater, trained, tmp_path):

@@ -10,9 +10,11 @@ import torch
 from cli_support import run_main, write_run
 from full_disk import files_end_after
 from safetensors.torch import load_file
+from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
 from headwater.errors import HeadwaterError
 from headwater.files import saying_why
+from headwater.subspace import SubspaceSpec, extract, target_weights
 
 LORI = "{name: lori, r: 4, lora_alpha: 8, target_modules: [up_proj, down_proj]}"
 
@@ -82,6 +84,36 @@ def test_subspace_says_what_is_wrong(headwater, tmp_path, options, said):
     assert done.code == 2
     assert said in " ".join(done.err.split())
     assert not (tmp_path / "basis.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "importance"),
+    [
+        (("--normalize",), {"normalize": True}, None),
+        (("--basis-scale", "s"), {"basis_scale": "s"}, None),
+        (("--scope", "global"), {"scope": "global"}, None),
+        (("--orientation", "input"), {"orientation": "input"}, None),
+        (("--weight", "1", "--weight", "90"), {}, [1.0, 90.0]),
+    ],
+)
+def test_every_option_of_subspace_has_its_effect(headwater, tmp_path, options, fields, importance):
+    models = [make_tiny_llama(seed) for seed in (0, 1)]
+    for weight in models[1].parameters():
+        weight.data.mul_(5)
+    for n, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"{n}")
+        make_tiny_tokenizer().save_pretrained(tmp_path / f"{n}")
+    places = ("--model", tmp_path / "0", "--model", tmp_path / "1", "--output", tmp_path / "basis.safetensors")
+    assert headwater("subspace", *places, "--target", "q_proj", "--r", 4, *options).code == 0
+    found = load_file(tmp_path / "basis.safetensors")
+
+    def differs(spec, importance=None):
+        wanted = extract([target_weights(model, spec.targets) for model in models], spec, importance)
+        assert wanted.keys() == found.keys()
+        return max((wanted[name] - found[name]).abs().max().item() for name in wanted)
+
+    assert differs(SubspaceSpec(4, ("q_proj",), **fields), importance) < 1e-5
+    assert differs(SubspaceSpec(4, ("q_proj",))) > 1e-2
 
 
 def test_a_model_less_itself_has_no_subspace(headwater, tmp_path):

@@ -72,6 +72,7 @@ def test_scores_equal_the_in_house_ones_to_the_last_digit(folder):
     (score,) = lm_eval_scores(model, make_tiny_tokenizer(), ["reviews"], include_path=str(folder / "tasks"))
     assert (score.task, score.metric, score.n, score.shots) == ("reviews", "acc", 37, 0)
     assert score.value == in_house(model, folder)
+    assert score.stderr == pytest.approx((score.value * (1 - score.value) / 36) ** 0.5)
     with model.disable_adapter():  # the adapter matters to the score, so it took part in it
         assert in_house(model, folder) != score.value
 
@@ -101,12 +102,12 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "scores.json"
     tasks = folder / "tasks"
     command = ["evaluate", tmp_path / "run", "--lm-eval", "reviews", "--include-path", tasks, "--output", out]
-    done = run_main(capsys, *command, "--limit", 5)
+    done = run_main(capsys, *command, "--limit", 5, "--num-fewshot", 2)
     assert done.code == 0, done.err
     assert "reviews" in done.out
     written = json.loads(out.read_text())
     assert written["method"] == "rlora"
-    assert written["scores"][0]["n"] == 5
+    assert (written["scores"][0]["n"], written["scores"][0]["shots"]) == (5, 2)
     assert f"{written['scores'][0]['value']:.4f}" in done.out
 
     make_tiny_llama(initializer_range=0.5).save_pretrained(tmp_path / "other")
@@ -128,6 +129,11 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert "`revues`" in wrong.err
     assert "`nothere`" in wrong.err
     assert "Traceback" not in wrong.err
+
+    seen = {}
+    monkeypatch.setattr("headwater.evaluation.lm_eval.lm_eval_scores", lambda *_, **options: seen.update(options) or [])
+    assert run_main(capsys, *command, "--task", "colours", "--chat", "--set", "evaluation.batch_size=3").code == 0
+    assert (seen["task_index"], seen["apply_chat_template"], seen["batch_size"]) == (1, True, 3)
 
 
 def test_data_that_cannot_be_had_is_an_error_with_a_reason(folder, tmp_path):

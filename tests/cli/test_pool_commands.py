@@ -49,7 +49,7 @@ def test_a_pool_s_life(pool, made, capsys):
     assert "3 adapters, all files as they were added" in run_main(capsys, "pool", "check", pool).out
     gone = run_main(capsys, "pool", "remove", pool, "cats", "nobody")
     assert (gone.code, "no adapter 'nobody'" in gone.err, "cats" in AdapterPool(pool)) == (2, True, True)
-    assert run_main(capsys, "pool", "remove", pool, "cats", "dogs").code == 0
+    assert run_main(capsys, "pool", "remove", pool, "cats", "dogs", "cats").code == 0
     assert AdapterPool(pool).names == ["wide"]
     weights = pool / "adapters" / "wide" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -57,6 +57,14 @@ def test_a_pool_s_life(pool, made, capsys):
     assert checked.code == 2
     assert "not the one that was added" in checked.err
     assert "not a readable safetensors file" in checked.err
+
+
+def test_a_pool_that_cannot_be_locked_is_named(pool, capsys):
+    (pool / ".lock").unlink(missing_ok=True)
+    (pool / ".lock").mkdir()  # as a folder that is to be read only, also for root
+    refused = run_main(capsys, "pool", "remove", pool, "cats")
+    assert (refused.code, "cats" in AdapterPool(pool)) == (2, True)
+    assert ".lock: this cannot be written: Is a directory" in refused.err
 
 
 def test_merging(pool, tmp_path, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli_support import run_main
-from compose.pool_support import MLP, make_pool
+from compose.pool_support import MLP, make_pool, save_lora
 from compose.tiny_encoder import save_tiny_encoder
 
 from headwater.compose import AdapterPool
@@ -209,6 +209,29 @@ def test_what_is_refused(made, tmp_path, capsys):
         assert message in refused.err, refused.err
         assert "Traceback" not in refused.err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["flow", "hub", "arrow", "retrieve"])
+def test_a_split_without_rows_is_said_before_the_work(made, tmp_path, capsys, command):
+    output = [] if command == "retrieve" else ["-o", tmp_path / "x"]
+    asked = ["--tasks", made / "one.yaml", "--split", "validation", *output]
+    assert "no task has validation rows" in run(capsys, made, command, *asked, code=2).err
+    assert not (tmp_path / "x").exists()
+
+
+def test_ways_are_looked_at_before_any_is_scored(made, tmp_path, capsys, monkeypatch):
+    pool = AdapterPool(shutil.copytree(made / "pool", tmp_path / "pool"))
+    pool.remove("tweet")  # in its place one of another rank, which the rows of news find
+    pool.add(save_lora(tmp_path / "wide", pool.base_model, r=2), "wide", samples=pool["news"].samples)
+    asked = ["--tasks", made / "tasks.yaml", "--encoder", made / "text" / "encoder", "--top", 2]
+    for way in ("base", "own", "fusion", "nonsense"):
+        asked += ["--way", way]
+    scored: list[str] = []
+    monkeypatch.setattr("headwater.compose.scoring.score_way", lambda way, *_, **__: scored.append(way))
+    refused = run(capsys, tmp_path, "evaluate", *asked, code=2).err
+    for message in ("no adapter 'tweet'", "different ranks", "--top 1", "unknown way 'nonsense'"):
+        assert message in refused
+    assert not scored
 
 
 def test_tuning_leaves_the_texts_out_of_what_it_writes_and_says_nothing_but_the_result(made, tmp_path, capfd):

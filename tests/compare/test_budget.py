@@ -95,8 +95,9 @@ def test_a_rule_between_fields_leaves_values_out(model):
     assert section["r"] % 4 == 0
 
 
-def test_a_rank_per_layer_cannot_be_solved(model):
-    config = config_of(model, name="lora", rank_pattern={"up_proj": 3})
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_rank_or_an_alpha_per_layer_cannot_be_solved(model, pattern):
+    config = config_of(model, name="lora", **{pattern: {"up_proj": 3}})
     with pytest.raises(HeadwaterError, match="no single rank to solve for"):
         solve(config, "r", 5000)
 

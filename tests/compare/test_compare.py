@@ -116,6 +116,17 @@ def test_finished_runs_are_kept_and_the_base_model_is_scored_once(whole, tmp_pat
     assert scored.count(0) == 1
 
 
+def test_a_run_that_was_killed_before_its_report_has_one_in_the_end(whole, tmp_path, monkeypatch):
+    path = copy_of(whole, tmp_path)
+    folders = sorted(found.parent for found in (path.parent / "out").glob("*/seed-*/results.json"))
+    for folder in folders[1:]:
+        (folder / "report.html").write_text("there")
+    written = []
+    monkeypatch.setattr("headwater.report.write_report", written.append)
+    compared(path)
+    assert written == folders[:1]
+
+
 def test_half_a_line_of_the_base_models_scores_is_written_anew(tmp_path):
     """A full disk leaves it; a line behind it could not be read."""
     config = plan_of(write_file(tmp_path)).config

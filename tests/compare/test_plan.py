@@ -14,7 +14,7 @@ from comparing import FILE, plan_of, write_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 from cli_support import run_main
 
-from headwater.compare.plan import make_plan
+from headwater.compare.plan import choose, make_plan
 from headwater.config import load_config
 from headwater.errors import HeadwaterError
 
@@ -106,6 +106,12 @@ def test_the_command_line_chooses_by_label_or_method(path, capsys):
     assert not (path.parent / "out").exists()
 
 
+def test_a_method_without_a_name_is_chosen_by_that_of_the_files_method(path):
+    config = load_config(path, [methods("[{training: {learning_rate: 1e-3}}, hydralora]")])
+    (planned,) = make_plan(choose(config, ["lora"], {})).methods
+    assert (planned.label, planned.config.training["learning_rate"]) == ("lora", 1e-3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -138,6 +144,7 @@ def test_the_command_line_chooses_by_label_or_method(path, capsys):
         (("compare.learning_rate=[1e-3]", "compare.seeds=[1000]"), ["selection_seed 1000 is one of seeds"]),
         (("compare.match=rnak",), ["compare.match", "'rank', 'heads' or 'none'"]),
         (("compare.parameters=100",), ["cannot have 100 trainable parameters", "nearest is", "tolerance"]),
+        (("compare.parameters=10000000000",), ["cannot have 10,000,000,000 trainable parameters", "(-"]),
         (("training.overwrite_output_dir=true",), ["overwrite_output_dir has no say in a comparison"]),
         (("compare.methods=[]",), ["there is nothing to compare"]),
     ],

@@ -52,6 +52,17 @@ def test_the_files_hold_the_same_rows(tmp_path):
     assert (again.weight, again.metric) == (2.0, given.metric)
 
 
+def test_conversations_keep_their_choices(tmp_path):
+    path = write_file(tmp_path)
+    turns = [[{"role": "user", "content": f"{n} is"}, {"role": "assistant", "content": "b"}] for n in range(10)]
+    rows = [{"messages": messages, "choices": ["a", "b"]} for messages in turns]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = choosing_tasks(load_config(path, ["tasks=[{name: a, train: chats.jsonl}]"]), tmp_path / "chosen")
+    (task,) = load_tasks(load_config(path, [f"tasks={json.dumps(sections)}"]).tasks, tmp_path)
+    assert task.metric == "choice_accuracy"
+    assert {row.choices for row in (*task.train, *task.test)} == {("a", "b")}
+
+
 def test_validation_rows_are_drawn_from_everywhere_as_evaluate_draws_them(tmp_path):
     path = write_file(tmp_path)
     first = "{name: a, train: animals-test.jsonl, validation: animals-train.jsonl, max_test_rows: 6}"

@@ -61,6 +61,15 @@ def test_differences_are_taken_seed_by_seed():
     assert second["extra"]["seconds_per_step"] == 0.5
 
 
+def test_a_start_is_the_methods_own_and_a_mean_is_of_all_runs_or_none():
+    measured, not_measured = run(0, 0.2, [0.4]), run(1, 0.4, [0.5])
+    measured["extra"] = {"activation_bytes": 8}
+    first, second = summarise({"a": [run(0, 0.1, [0.4]), run(1, 0.1, [0.5])], "b": [measured, not_measured]})
+    assert first["extra"]["before"] == first["extra"]["tasks"]["t0"]["before"] == pytest.approx(0.1)
+    assert second["extra"]["before"] == second["extra"]["tasks"]["t0"]["before"] == pytest.approx(0.3)
+    assert second["extra"]["activation_bytes"] is None
+
+
 def test_one_seed_has_no_interval():
     first, second = summarise({"a": [run(0, 0.2, [0.4])], "b": [run(0, 0.2, [0.5])]})
     assert (first["ci95"], second["ci95"], second["paired_ci95"]) == (None, None, None)

@@ -103,6 +103,12 @@ def test_the_prompt_of_the_last_turn_is_that_of_training(name, contents):
     assert tokenizer.decode(ids[len(together) :]) == CLOSING[name]
 
 
+def test_a_turn_is_closed_by_the_first_special_token_behind_it():
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|><eos>{% endfor %}")
+    item = encode(conversation("Hi", "Hello", "And?", "Yes"), tokenizer)
+    assert runs_of_learned(item, tokenizer) == ["Hello<|im_end|>", "Yes<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 def test_a_question_without_an_answer_ends_where_the_assistant_begins(name):
     tokenizer = make_tokenizer(TEMPLATES[name])

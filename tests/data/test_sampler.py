@@ -249,6 +249,16 @@ def test_padding_stays_under_a_tenth_on_realistic_lengths(batch_size, batching):
     assert sampler.padding_share() == pytest.approx(padding)
 
 
+def test_the_seed_decides_which_rows_meet_not_only_their_order_within_a_task():
+    one_each = [[1]] * 12
+    plans = [sorted(map(sorted, MixtureBatchSampler(one_each, [1 / 12] * 12, 3, seed))) for seed in (0, 1)]
+    assert plans[0] != plans[1]
+
+
+def test_a_last_batch_that_is_not_full_pads_no_rows_that_it_has_not():
+    assert MixtureBatchSampler([[5] * 10], [1.0], 4, 0).padding_share() == 0
+
+
 @pytest.mark.parametrize("batching", ["mixed", "balanced"])
 def test_padding_of_batches_of_several_tasks_is_less_than_by_chance(batching, monkeypatch):
     lengths = realistic_lengths(np.random.default_rng(0))

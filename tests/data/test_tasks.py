@@ -69,10 +69,12 @@ def test_rows_that_the_metric_cannot_score(folder):
     specs = [
         TaskSpec(name="a", train="train.jsonl", test="mixed.jsonl"),
         TaskSpec(name="b", train="free.jsonl", test="free.jsonl", metric="final_number"),
+        TaskSpec(name="c", train="train.jsonl", validation="free.jsonl", test="test.jsonl"),
     ]
     text = said(specs, folder)
     assert "mixed.jsonl:2: tasks[0] a: 2 of 3 held-out rows have no choices" in text
     assert "free.jsonl:1: tasks[1] b: 30 of 30 held-out rows have no number after ####" in text
+    assert "free.jsonl:1: tasks[2] c: 30 of 42 held-out rows have no choices" in text
 
 
 def test_a_sample_is_the_same_every_time_in_order_and_said(folder):
@@ -125,6 +127,13 @@ def test_overlap_of_conversations_is_by_all_that_is_asked(folder):
     write(folder / "c1.jsonl", [chat("x", "1", "yes"), chat("x", "2", "yes")])
     write(folder / "c2.jsonl", [chat("x", "1", "no"), chat("y", "2", "yes")])
     task = load_tasks([TaskSpec(name="a", train="c1.jsonl", test="c2.jsonl")], folder)[0]
+    assert task.warnings == ["1 of 2 test rows have a prompt that is also trained or validated on"]
+
+
+def test_rows_of_plain_text_overlap_where_they_are_the_same(folder):
+    write(folder / "t1.jsonl", [{"text": "one"}, {"text": "two"}])
+    write(folder / "t2.jsonl", [{"text": "two "}, {"text": "three"}])
+    task = load_tasks([TaskSpec(name="a", train="t1.jsonl", test="t2.jsonl")], folder)[0]
     assert task.warnings == ["1 of 2 test rows have a prompt that is also trained or validated on"]
 
 
@@ -233,7 +242,7 @@ def test_specs_that_are_refused(fields):
 def test_describe_is_plain_and_counts_by_file(folder):
     specs = [
         TaskSpec(name="a", train="train.jsonl", test="test.jsonl"),
-        TaskSpec(name="b", train="free.jsonl", max_train_rows=5),
+        TaskSpec(name="b", train="free.jsonl", test="free.jsonl", max_train_rows=5),
     ]
     first, second = describe(load_tasks(specs, folder))
     assert json.loads(json.dumps(first)) == first

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 
+import headwater
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError
 from headwater.evaluation import generate_text
@@ -119,6 +121,31 @@ def test_several_samples_are_what_repeated_prompts_give_and_run_the_prompt_once(
     assert found == expected
     assert len({answer.text for answer in found[:4]}) > 1
     assert seen == [(3, 5), (12, 1), (12, 1), (12, 1)]  # all but the last token of three prompts, then their samples
+
+
+def test_several_samples_of_one_task_are_all_that_tasks(tiny_llama, tiny_tokenizer):
+    config = headwater.make_config("mtl_lora", num_tasks=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(peaked(tiny_llama()), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter)
+    prompts, options = [[5, 6, 7, 8], [9, 10]], {"max_new_tokens": 6, "temperature": 1e-9}
+    with evaluating(model):
+        first, second = (
+            generate_from_ids(model, tiny_tokenizer, prompts, task_index=task, **options) for task in (0, 1)
+        )
+        found = generate_from_ids(model, tiny_tokenizer, prompts, task_index=1, samples=2, **options)
+    assert found == [answer for answer in second for _ in range(2)]
+    assert first != second
+
+
+def test_sampling_draws_from_the_whole_vocabulary(tiny_llama, tiny_tokenizer):
+    """Of the 50 likeliest tokens alone, as transformers would by default, there could be no 60 different ones."""
+    model, options = tiny_llama(), {"max_new_tokens": 1, "temperature": 100.0}
+    with evaluating(model):
+        torch.manual_seed(0)
+        found = generate_from_ids(model, tiny_tokenizer, [[5, 6]], samples=400, **options)
+    assert len({answer.text for answer in found}) > 60
 
 
 def test_top_p_near_zero_is_greedy(ending, tiny_tokenizer):

@@ -52,6 +52,7 @@ def test_final_number_compares_values_and_wants_the_mark():
     assert final_number("1200", "#### 1200") == 0.0
     assert final_number("#### 42", " 42 ") == 1.0
     assert final_number("#### 42", "forty-two") == 0.0
+    assert final_number("#### 42", "not 42") == 0.0
 
 
 ALPHABET = st.text("#### 0123456789.,$-ab\n", max_size=40)

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 import headwater
 from headwater.analysis import heads
-from headwater.analysis.routing import Texts, head_similarity, mean_gates, routing_by_task
+from headwater.analysis.routing import Texts, head_similarity, mean_gates, routing_by_task, task_texts
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
@@ -79,6 +79,12 @@ def test_routing_tells_tasks_apart(tiny_llama, tiny_tokenizer):
         for module in MODULES:
             assert routing[name][module] == pytest.approx(wanted[module].tolist(), abs=1e-5)
     assert routing["letters"][MODULES[0]] != pytest.approx(routing["digits"][MODULES[0]], abs=1e-3)
+
+
+def test_held_out_rows_are_looked_at_where_there_are_some(tiny_llama, tiny_tokenizer):
+    task = Task("a", 0, "loss", 1.0, train=[Row("seen", "x")], test=[Row("held", "y")])
+    texts = task_texts(adapted(tiny_llama), tiny_tokenizer, task, DataSpec(), 4)
+    assert texts.sequences == [[*tiny_tokenizer("heldy")["input_ids"], 257]]
 
 
 def test_rows_that_are_too_long_do_not_stop_it(tiny_llama, tiny_tokenizer):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 import headwater
 import headwater.evaluation.forward as forward
@@ -69,6 +70,17 @@ def test_choice_accuracy(tiny_llama, tiny_tokenizer, normalization):
     assert score.detail["interval"] == list(interval(wanted))
     assert score.detail["chance"] == pytest.approx(1 / 3)
     json.dumps(score.detail)
+
+
+def test_chance_is_of_each_rows_own_choices(tiny_llama, tiny_tokenizer):
+    def detail(*choices):
+        rows = [Row(f"row {n}", " no", some) for n, some in enumerate(choices)]
+        task = task_of("choice_accuracy", rows)
+        return score_task(tiny_llama(), tiny_tokenizer, task, rows, EvaluationSpec(), DataSpec()).detail
+
+    assert detail(CHOICES, CHOICES[:2])["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert "predicted_shares" not in detail(CHOICES, CHOICES[:2])
+    assert sum(detail(CHOICES, CHOICES[::-1])["predicted_shares"].values()) == 1
 
 
 @pytest.mark.parametrize(("by", "best"), [("none", 0), ("tokens", 1), ("bytes", 2)])
@@ -182,9 +194,13 @@ def test_methods_that_go_by_task_get_the_tasks_index(tiny_llama, tiny_tokenizer,
     assert KEYWORD == "headwater_task_ids"
 
 
-def test_long_prompts_are_cut_where_training_cuts_them(tiny_llama, tiny_tokenizer):
+@pytest.mark.parametrize("start", [[], [256]])
+def test_long_prompts_are_cut_where_training_cuts_them(tiny_llama, tiny_tokenizer, start):
+    """Behind the start token, where the tokenizer adds one."""
+    if start:
+        tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", start[0])])
     rows = [Row("x" * 90 + " end", " yes", CHOICES, source="t.jsonl", line=1)]
-    short = rows[0].prompt[-(50 - len(CHOICES[2])) :]
+    short = rows[0].prompt[-(50 - len(start) - len(CHOICES[2])) :]
     task = task_of("choice_accuracy", rows)
     model, spec = tiny_llama(), EvaluationSpec()
     cut = DataSpec(max_length=50, on_too_long="truncate_prompt")

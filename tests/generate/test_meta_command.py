@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,6 +406,32 @@ def test_adapters_collected_under_other_settings_are_refused(finished, meta_fold
     code, _, err = meta(capsys, "collect", meta_folder / "meta.yaml", "--set", "training.learning_rate=0.5")
     assert code == 2
     assert "training differ" in err
+    assert "learning_rate: 0.5" not in (finished / "config.yaml").read_text()
+
+
+def test_adapters_collected_of_other_rows_are_refused(finished, meta_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    other = (meta_folder / "colours-train.jsonl").read_text().replace("colours train 1", "colours train 2")
+    (tmp_path / "colours.jsonl").write_text(other)
+    kept = output / "collect" / "colours" / "collected.json"
+    settings = json.loads(kept.read_text())
+    settings["tasks"][1]["train"] = str(tmp_path / "colours.jsonl")  # as if the rows of one file had changed
+    kept.write_text(json.dumps(settings))
+    kept = output / "collect" / "animals" / "collected.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "tasks": settings["tasks"]}))
+    sets = ["--set", f"tasks.1.train={tmp_path / 'colours.jsonl'}", "--set", f"output_dir={output}"]
+    code, _, err = meta(capsys, "collect", meta_folder / "meta.yaml", *sets)
+    assert code == 2
+    assert "the adapters of colours were collected under other settings: rows differ" in err
+
+
+def test_what_a_stopped_collection_left_is_not_taken_for_the_new_ones(meta_folder, tmp_path, capsys):
+    stale = tmp_path / "run" / "collect" / "animals" / "step-000009"
+    stale.mkdir(parents=True)
+    sets = ["--set", f"output_dir={tmp_path / 'run'}"]
+    assert meta(capsys, "collect", meta_folder / "meta.yaml", *sets)[0] == 0
+    assert sorted(p.name for p in stale.parent.glob("step-*")) == [f"step-00000{n}" for n in (2, 3, 4)]
 
 
 def test_the_task_vector_does_not_depend_on_batches_or_leave_hooks():

@@ -91,6 +91,17 @@ def test_property_5_a_new_link_starts_fresh():
     assert torch.equal(same.A, start)
 
 
+@pytest.mark.parametrize(("trained", "frozen", "bound"), [("A", "B", 2**-0.5), ("B", "A", d_in**-0.5)])
+def test_of_one_trained_factor_the_other_is_random(trained, frozen, bound):
+    """Both zero, or the trained one random, and the chain could never learn."""
+    branch = branch_of(model_of(train_factor=trained))
+    assert [name for name, _ in branch.named_parameters()] == [trained]
+    for link in range(3):
+        assert not getattr(branch, trained).any()
+        assert 0.6 * bound < getattr(branch, frozen).abs().max() <= bound
+        branch.after_step(2 * link + 2, 6)
+
+
 def test_smaller_links_leave_no_trace_in_the_ranks_they_lack():
     model = model_of(r=3, link_ranks=[3, 1, 1])
     branch, x = branch_of(model), noise(8, d_in)

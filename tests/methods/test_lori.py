@@ -148,6 +148,8 @@ def test_continuing_takes_the_whole_adapter_under_the_same_scaling(dense, tmp_pa
     torch.testing.assert_close(tiny(continue_from=first, init_seed=5).eval()(x).logits, dense(x).logits)
     with pytest.raises(HeadwaterError, match="continue_from: it has lora_alpha 8, this one 16"):
         tiny(continue_from=first, lora_alpha=16)
+    with pytest.raises(HeadwaterError, match=r"it has alpha_pattern {}, this one {'down_proj': 4}"):
+        tiny(continue_from=first, alpha_pattern={"down_proj": 4})
     with pytest.raises(HeadwaterError, match=r"layers that this adapter has not.* model\.layers\.0\.mlp\.down_proj"):
         tiny(continue_from=first, target_modules=["gate_proj"])
     with pytest.raises(HeadwaterError, match=r"layer model\.layers\.0\.mlp\.up_proj is missing there"):

@@ -213,20 +213,21 @@ def test_localized_balance_compiles_without_a_word():
 
 
 @pytest.mark.parametrize(
-    "loss",
+    ("method", "loss"),
     [
-        {"balance_loss": "mixtral", "balance_loss_weight": 1.0},
-        {"balance_loss": "localized", "balance_loss_weight": 1.0, "task_types": [0, 1], "top_k": 0},
-        {"balance_loss": "none", "z_loss_weight": 1.0},
+        ("moe_lora", {"balance_loss": "mixtral", "balance_loss_weight": 1.0}),
+        ("moe_lora", {"balance_loss": "localized", "balance_loss_weight": 1.0, "task_types": [0, 1], "top_k": 0}),
+        ("moe_lora", {"balance_loss": "none", "z_loss_weight": 1.0}),
+        ("hydralora", {"balance_loss_weight": 1.0}),
     ],
-    ids=lambda loss: loss["balance_loss"],
+    ids=["mixtral", "localized", "z", "hydralora"],
 )
-def test_the_weight_of_a_loss_means_the_same_at_any_depth(tiny_llama, loss):
+def test_the_weight_of_a_loss_means_the_same_at_any_depth(tiny_llama, method, loss):
     def router_gradient(layers):
-        fields = {"target_modules": ["q_proj"], "num_experts": 4, **loss}
+        fields = {"target_modules": ["q_proj"], "lora_dropout": 0.0, **loss}
         torch.manual_seed(0)
         model = get_peft_model(
-            tiny_llama(), make_config("moe_lora", init_seed=1, lora_dropout=0.0, layers_to_transform=layers, **fields)
+            tiny_llama(), make_config(method, init_seed=1, layers_to_transform=layers, **fields)
         ).train()
         ids = torch.arange(20).view(2, 10)
         tasks = torch.tensor([0, 1])
@@ -334,6 +335,8 @@ def test_experts_start_apart_and_routers_as_published():
     assert all(not torch.equal(A[0], A[n]) for n in (1, 2, 3))
     model = adapt("moe_lora", 2048, 8, num_experts=4, r=4, expert_init="normal", dtype=torch.float32)
     assert held(model).A.std().item() == pytest.approx(0.01, rel=0.05)
+    model = adapt("moe_lora", 8, 8, router="task", num_tasks=100, dtype=torch.float32)
+    assert parameters(model)["task_embedding"].std().item() == pytest.approx(1, rel=0.05)
 
 
 def test_fixed_gates_merge_and_other_shapes_do_not():

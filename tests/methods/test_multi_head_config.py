@@ -49,6 +49,11 @@ def test_a_bad_value_is_one_problem_that_names_field_and_value(method, field, va
     assert repr(shown) in problem.what
 
 
+def test_a_pattern_of_layers_needs_the_layers():
+    with pytest.raises(HeadwaterError, match="layers_pattern: needs `layers_to_transform`"):
+        make_config("rlora", layers_pattern="h")
+
+
 @pytest.mark.parametrize("config", [RLoraConfig, MLoraConfig, HydraLoraConfig])
 def test_all_problems_of_a_config_come_at_once(config):
     with pytest.raises(HeadwaterError) as error:

@@ -344,6 +344,49 @@ def test_a_finished_folder_is_neither_overwritten_nor_resumed_with_other_setting
     )
     assert code == 2
     assert "`preference` is not what it was in the run that is to be resumed" in err
+    for key, changed in {"mixture": "{strategy: uniform}", "evaluation": "{batch_size: 3}"}.items():
+        sets = ["--set", "training.resume_from_checkpoint=true", "--set", f"{key}={changed}"]
+        code, _, err = invoke(capsys, path, *sets)
+        assert code == 2
+        assert f"`{key}` is not what it was in the run that is to be resumed" in err
+
+
+def test_results_of_a_run_that_is_replaced_are_never_taken_for_the_new_runs(done, tmp_path, monkeypatch):
+    """Killed while it clears the folder, a command leaves the file that says whose the rest is."""
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+
+    remove = shutil.rmtree
+
+    def killed(path, *arguments, **options):
+        if "seed-" in str(path):
+            raise KeyboardInterrupt
+        remove(path, *arguments, **options)
+
+    path = write_run(tmp_path)
+    config = load_config(path, ["training.overwrite_output_dir=true", "preference.alpha=0.5"], model=PreferConfig)
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prefer.prefer(config)
+    assert (out / "prefer.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "bandit.json"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(run_file, monkeypatch, name, capsys):
+    save = trainer.PreferenceTrainer._save_checkpoint
+
+    def stop(self, *arguments):
+        save(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.PreferenceTrainer, "_save_checkpoint", stop)
+    assert invoke(capsys, run_file)[0] == 130
+    monkeypatch.undo()
+    (checkpoint,) = run_file.parent.glob("out/*/seed-*/checkpoint-*")
+    (checkpoint / name).unlink()
+    code, _, err = invoke(capsys, run_file, "--set", "training.resume_from_checkpoint=true")
+    assert code == 2
+    assert f"the checkpoint {checkpoint} has no {name}" in err
 
 
 def test_all_that_is_wrong_with_the_file_comes_at_once(run_file, capsys):

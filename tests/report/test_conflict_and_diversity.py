@@ -57,5 +57,19 @@ def test_conflict_is_shown_where_it_was_measured(tmp_path):
     (table,) = [b for b in section.blocks if isinstance(b, Table)]
     assert [cell.text for cell in table.rows[0]] == ["rlora", "−0.050", "50.0 %", "−0.050", "50.0 %"]
     html, files = render(page)
-    assert "conflict_1.svg" in files
+    assert "−0.050" in files["conflict_1.svg"].decode()  # in the matrix, too, the mean over runs
     assert "16 training rows a task" in html
+
+
+def test_router_use_is_drawn_where_projections_differ_in_their_number_of_experts(tmp_path):
+    """As with an `experts_pattern`."""
+    folder = write_comparison(tmp_path / "c", methods={"rlora": METHODS["rlora"]}, seeds=(0,), tasks=TWO)
+    file = folder / "rlora" / "seed-0" / "analysis.json"
+    analysis = json.loads(file.read_text())
+    up = {"model.layers.0.up_proj": [0.5, 0.3, 0.2], "model.layers.1.up_proj": [0.1, 0.3, 0.6]}
+    analysis["routing"] = {task: {**up, "model.layers.0.down_proj": [0.1, 0.9]} for task in TWO}
+    file.write_text(json.dumps(analysis))
+    _, files = render(build_comparison_page(read_comparison(folder)))
+    assert "router_use.svg" in files
+    svg = files["router_use.svg"].decode()
+    assert [number in svg for number in (">20<", ">60<", ">40<")] == [True] * 3

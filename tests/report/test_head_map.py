@@ -70,6 +70,8 @@ def test_heads_that_are_alike_lie_together(tmp_path):
     within = np.linalg.norm(places - middles, axis=-1).mean()
     assert np.linalg.norm(middles[0] - middles[1]) > 2 * within
     np.testing.assert_array_equal(places, tsne(heads))
+    shorter = {step: values / 128 for step, values in heads.items()}
+    np.testing.assert_array_equal(places, tsne(shorter))  # a cosine does not see how long heads are
 
 
 def test_the_comparison_draws_it_for_each_method_with_checkpoints(tmp_path):

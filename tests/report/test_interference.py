@@ -24,8 +24,10 @@ METHODS_AND_ARMS = {
     "odd name": ("lora", 18, 1, -0.05, 0.0),
     "heads only here": ("rlora", 8, 3, 0.1, 0.15),
     "another rank": ("rlora", 4, 3, 0.1, 0.15),  # no match for "heads"
+    "align-3": METHODS["lora+align"],  # none for "plain", which has no alignment loss
 }
-TRAIN_ON = {"alone-1": [FIRST], "odd name": [SECOND], "heads only here": [FIRST], "another rank": [SECOND]}
+TRAIN_ON = {"alone-1": [FIRST], "odd name": [SECOND], "heads only here": [FIRST], "another rank": [SECOND],
+            "align-3": [THIRD]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,15 @@ def test_unknown_fields_are_refused_with_the_nearest_known_one(url):
     assert refusal(url, {**CHAT, "prompt": "x"})["param"] == "prompt"
 
 
+def test_unknown_options_of_a_stream_are_refused_and_harmless_ones_taken(url):
+    error = refusal(url, {**TEXT, "stream": True, "stream_options": {"inclde_usage": True}})
+    assert error["message"] == "stream_options.inclde_usage: Extra inputs are not permitted"
+    options = {"include_usage": True, "include_obfuscation": True, "continuous_usage_stats": False}
+    asked = post(url, {**TEXT, "stream": True, "stream_options": options})
+    assert asked.status_code == 200
+    assert '"usage"' in asked.text
+
+
 def test_calls_of_tools_in_a_conversation_are_refused(url):
     called = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1", "type": "function"}]}
     error = refusal(url, {**CHAT, "messages": [called, *CHAT["messages"]]})

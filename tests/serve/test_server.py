@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
+import signal
 import threading
+import time
 
 import httpx
 import openai
@@ -186,6 +190,36 @@ def test_many_at_once_are_each_answered_as_alone(run):
     answers = asyncio.run(ask_all())
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         assert answer == expected(model, TOKENIZER(prompt)["input_ids"], 3 + i % 5)
+
+
+def test_a_connection_outlasts_those_that_clients_keep(run):
+    """httpx closes its own after 5 seconds: a server that does so at that moment would lose the request."""
+    _, server, _ = run
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    for pause in (0, 7):
+        time.sleep(pause)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+    connection.close()
+
+
+def test_a_second_signal_stops_at_once_and_without_tracebacks(tmp_path):
+    base = save_base(tmp_path / "base")
+    pool = AdapterPool.create(tmp_path / "pool", str(base))
+    with process(tmp_path, pool.path) as server:
+        fields = {"model": "base", "prompt": "the cat", "max_tokens": 400, "n": 16, "temperature": 1, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=fields, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGINT)
+            with contextlib.suppress(httpx.HTTPError):  # until it takes no more
+                while httpx.get(f"{server.url}/health", timeout=5):
+                    pass
+            server.popen.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        assert server.popen.wait(60) == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_sigterm_finishes_what_is_being_answered(tmp_path):

@@ -25,7 +25,8 @@ def plain_gradients(model, rows, task_id):
     total, tokens = 0.0, 0
     for row in rows:
         ids = torch.tensor([row.input_ids])
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **task_id).logits[0].double()
+        more = {**task_id, "headwater_labels": torch.tensor([row.labels])} if task_id else {}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0].double()
         for place, label in enumerate(row.labels):
             if label != -100 and place:
                 total, tokens = total + F.cross_entropy(logits[place - 1], torch.tensor(label)), tokens + 1
@@ -42,9 +43,9 @@ def plain_cosine(a, b, pick):
     return float(dot / lengths_a.sqrt() / lengths_b.sqrt())
 
 
-@pytest.mark.parametrize("method", ["rlora", "mtl_lora", "lora"])
+@pytest.mark.parametrize("method", ["rlora", "mtl_lora", "cond_mixlora", "lora"])
 def test_cosines_are_those_of_a_plain_reading(tiny_llama, method):
-    fields = {"rlora": {"num_heads": 2}, "mtl_lora": {"num_tasks": 3}, "lora": {}}[method]
+    fields = {"rlora": {"num_heads": 2}, "mtl_lora": {"num_tasks": 3}}.get(method, {})
     model = adapted(tiny_llama(), method, **fields).eval()
     rows = tasks_of(5, 6, 3)
     found = gradient_conflict(model, rows, fill=258)
@@ -67,11 +68,12 @@ def test_cosines_are_those_of_a_plain_reading(tiny_llama, method):
 
 
 def test_the_same_rows_agree_and_the_model_is_left_alone(tiny_llama):
-    model = adapted(tiny_llama(), "rlora", num_heads=2).train()
+    model = adapted(tiny_llama(), "hydralora", num_heads=2, lora_dropout=0.5).train()
     rows = make_rows(0, 6)
     found = gradient_conflict(model, {"a": rows, "b": rows})
     assert found["all"].cosine[0][1] == pytest.approx(1, abs=1e-6)
     assert (found["all"].mean, found["all"].negative) == (pytest.approx(1, abs=1e-6), 0.0)
+    assert (next(iter(found)), list(found)[-2:]) == ("all", ["head 1", "head 2"])
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -95,6 +97,8 @@ def test_pairs_without_a_gradient_do_not_count():
     nan = math.nan
     conflict = Conflict(["a", "b", "c"], [[1.0, -0.5, nan], [-0.5, 1.0, nan], [nan, nan, nan]])
     assert conflict.pairs == [-0.5]
+    some = Conflict(["a", "b", "c"], [[1.0, -0.5, 0.2], [-0.5, 1.0, 0.0], [0.2, 0.0, 1.0]])
+    assert (some.mean, some.negative) == (pytest.approx(-0.1), pytest.approx(1 / 3))
     assert conflict.as_dict()["negative"] == 1.0
     assert Conflict(["a", "b"], [[nan, nan], [nan, nan]]).mean is None
 

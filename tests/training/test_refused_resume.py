@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from io import StringIO
@@ -82,6 +83,70 @@ def test_a_resume_that_fails_changes_nothing(folder, finished, tmp_path):
     with pytest.raises(Exception, match=r"."):
         run(folder, out, RESUME, "training.max_steps=6")
     assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "torn"),
+    [
+        ("optimizer.pt", False),
+        ("scheduler.pt", False),
+        ("rng_state.pth", False),
+        ("adapter_model.safetensors", False),
+        ("optimizer.pt", True),
+        ("rng_state.pth", True),
+        ("adapter_config.json", True),
+        ("adapter_model.safetensors", True),
+    ],
+)
+def test_a_checkpoint_without_one_of_its_files_is_refused(folder, finished, tmp_path, name, torn):
+    """transformers goes on without an optimizer's state, a schedule or a random state, and says nothing."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    file = out / "checkpoint-4" / name
+    if torn:
+        file.write_bytes(file.read_bytes()[:-200])
+    else:
+        file.unlink()
+    before = content(out)
+    with pytest.raises(HeadwaterError) as caught:
+        run(folder, out, RESUME, "training.max_steps=6")
+    (problem,) = caught.value.problems
+    said = f"{file} cannot be read: " if torn else f"the checkpoint {file.parent} has no {name}"
+    assert problem.what.startswith(said)
+    assert problem.fix == f"go on from another checkpoint: {out / 'checkpoint-2'}"
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("state", ["1", "{}", '{"global_step": null}'])
+def test_a_checkpoint_of_a_damaged_state_is_refused(folder, finished, tmp_path, state):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    file = out / "checkpoint-4" / "trainer_state.json"
+    file.write_text(state)
+    before = content(out)
+    with pytest.raises(HeadwaterError, match=re.escape(str(file.parent))):
+        run(folder, out, f"training.resume_from_checkpoint={file.parent}", "training.max_steps=6")
+    assert content(out) == before
+
+
+def test_a_checkpoint_of_weights_alone_can_only_be_gone_on_from_when_it_has_all_steps(folder, tmp_path):
+    sets = ("training.save_only_model=true", RESUME)
+    run(folder, tmp_path / "out", sets[0])
+    with pytest.raises(HeadwaterError, match=r"has no optimizer\.pt"):
+        run(folder, tmp_path / "out", *sets, "training.max_steps=6")
+    assert run(folder, tmp_path / "out", *sets).results["steps"] == 4
+
+
+def test_the_best_model_is_that_of_a_run_which_was_not_stopped_after_its_last_step(folder, tmp_path):
+    best = ("training.load_best_model_at_end=true", "training.metric_for_best_model=colour")
+    # a loss is lowest at the end; taken for the higher the better, the first is the best
+    sets = (*best, "training.greater_is_better=true", "training.eval_steps=2", "tasks.0.metric=loss")
+    run(folder, tmp_path / "out", *sets)
+    whole = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert whole == (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run(folder, tmp_path / "moved", *sets, RESUME)
+    assert (tmp_path / "moved" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
 def test_a_longer_run_goes_on(folder, finished, tmp_path):

@@ -180,3 +180,24 @@ def test_dpo_trainer_minimises_the_auxiliary_loss(tiny_llama, tiny_tokenizer, tm
     trainer.compute_loss = compute_loss
     trainer.train()
     assert [float(state.gradient) for state in states] == [1.0]
+
+
+@pytest.mark.parametrize("row", UNCONDITIONED, ids=[row.id for row in UNCONDITIONED])
+def test_the_reference_of_an_adapter_that_is_trained_on_is_its_copy(row, tiny_llama, tiny_tokenizer, tmp_path):
+    """TRL makes it and copies the parameters; what is drawn at the start and kept as a buffer must follow."""
+    trl = pytest.importorskip("trl")
+    torch.manual_seed(0)
+    adapt(row, tiny_llama(), init_seed=None).save_pretrained(tmp_path / "start")
+    torch.manual_seed(5)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "start", is_trainable=True)
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", bf16=False, **COMMON),
+        train_dataset=Dataset.from_list([{"prompt": f"{n} = ", "chosen": "1", "rejected": "2"} for n in range(8)]),
+        processing_class=tiny_tokenizer,
+    )
+    assert list(trainer.model.peft_config) == ["default", "ref"]
+    model = trainer.model.eval()
+    expected = logits(row, model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(row, model), expected)

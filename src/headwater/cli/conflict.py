@@ -29,7 +29,7 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
     from headwater.data.tasks import load_tasks
     from headwater.evaluation.forward import max_positions, pad_id
     from headwater.evaluation.scoring import sample
-    from headwater.files import write_json
+    from headwater.files import finite, write_json
 
     config = found.config
     tasks = [task for task in load_tasks(config.tasks, config.base_dir) if task.train]
@@ -42,7 +42,7 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
         "schema": 1,
         "rows_per_task": rows,
         "tasks": list(encoded),
-        "parts": {name: conflict.as_dict() for name, conflict in parts.items()},
+        "parts": {name: finite(conflict.as_dict()) for name, conflict in parts.items()},
     }
     folder = Path(source).resolve()
     if folder == found.run_folder:  # of a checkpoint, it would be taken for the finished run's
@@ -52,7 +52,8 @@ def run(source: str, rows: int, *, as_json: bool) -> None:
         return
     console = out_console()
     whole = parts["all"]
-    lines = [[name, *(f"{v:+.3f}" for v in row)] for name, row in zip(whole.tasks, whole.cosine, strict=True)]
+    cosines = zip(whole.tasks, finite(whole.cosine), strict=True)
+    lines = [[name, *(_number(v, "+.3f") for v in row)] for name, row in cosines]
     console.print("Cosine between the tasks' gradients, all parameters of the adapter:", highlight=False)
     console.print(table(["", *whole.tasks], lines))
     shares = [[name, _number(c.mean, "+.3f"), _number(c.negative, ".0%")] for name, c in parts.items()]

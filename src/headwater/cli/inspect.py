@@ -158,9 +158,11 @@ def _loads(load: list[float]) -> str:
 
 
 def _print_tasks(console: Console, gates: GatesOnText) -> None:
-    """Each task's load, averaged over layers; of many heads only those that it uses most."""
-    count = max(len(layer.load) for layer in gates.together.values())
+    """Each task's load, averaged over the layers with the most heads; of many heads only those that it uses most."""
+    counts = [len(layer.load) for layer in gates.together.values()]
+    count = max(counts)
     few = count <= _FEW_HEADS
+    which = "layers" if min(counts) == count else f"the {counts.count(count)} layers with {count} heads"
     lines: list[list[object]] = []
     for task, layers in gates.by_task.items():
         loads = [layer.load for layer in layers.values() if len(layer.load) == count]
@@ -170,7 +172,7 @@ def _print_tasks(console: Console, gates: GatesOnText) -> None:
         best = sorted(range(count), key=lambda n: -mean[n])[:5]
         most = ", ".join(f"{n + 1} ({mean[n]:.0%})" for n in best)
         lines.append([task, *([f"{100 * share:.1f}" for share in mean] if few else [most])])
-    title = "Load by task in %, averaged over layers" + ("" if few else ": the heads that it uses most")
+    title = f"Load by task in %, averaged over {which}" + ("" if few else ": the heads that it uses most")
     columns = [f"head {n + 1}" for n in range(count)] if few else [f"of {count} heads"]
     console.print(title, soft_wrap=True, highlight=False)
     console.print(table(["task", *columns], lines))

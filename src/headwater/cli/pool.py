@@ -91,7 +91,7 @@ def remove(folder: str, names: Sequence[str]) -> None:
 
     pool = AdapterPool(folder)
     pool.require(*names)
-    for name in names:
+    for name in dict.fromkeys(names):
         pool.remove(name)
         _say(f"removed {name}")
 

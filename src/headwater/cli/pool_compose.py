@@ -38,7 +38,7 @@ class Scoring:
         """The file's settings and tasks.
 
         Raises:
-            HeadwaterError: for whatever is wrong with them.
+            HeadwaterError: for whatever is wrong with them; no task has rows in the split.
         """
         from headwater.config import TasksFile, load_config
         from headwater.data.tasks import load_tasks
@@ -49,9 +49,12 @@ class Scoring:
             raise HeadwaterError(Problem("the folder of this file does not exist", f"--scores {self.output}"))
         config = load_config(self.tasks, self.overrides, model=TasksFile)
         try:
-            return config, load_tasks(config.tasks, config.base_dir)
+            tasks = load_tasks(config.tasks, config.base_dir)
         except HeadwaterError as error:
             raise config.placed(error) from error
+        if not any(getattr(task, self.split) for task in tasks):  # said here, before anything is loaded or trained
+            raise HeadwaterError(Problem(f"no task has {self.split} rows", self.tasks, "give --split"))
+        return config, tasks
 
 
 def retrieve(
@@ -70,8 +73,6 @@ def retrieve(
     pool = AdapterPool(folder)
     if scoring is not None:
         _, tasks = scoring.read()
-        if not any(getattr(task, scoring.split) for task in tasks):
-            raise HeadwaterError(Problem(f"no task has {scoring.split} rows", scoring.tasks, "give --split"))
         ranks = ranks_of_own(_retriever(pool, encoder), tasks, scoring.split, scoring.max_rows)
         if not ranks:
             fix = "name tasks and adapters alike"
@@ -265,7 +266,7 @@ def evaluate(
         HeadwaterError: for whatever is wrong with the pool, the tasks or the ways.
     """
     from headwater.compose.retriever import mixtures
-    from headwater.compose.scoring import RETRIEVED
+    from headwater.compose.scoring import RETRIEVED, check_ways
 
     mixtures([], temperature)  # refuses one that cannot be before anything is loaded or scored
     config, tasks, found = _compose(folder, scoring)
@@ -273,6 +274,7 @@ def evaluate(
     composition = dataclasses.replace(
         found, retriever=retriever, top=top, exclude_own=exclude_own, temperature=temperature
     )
+    check_ways(ways, composition, tasks, split=scoring.split, max_rows=scoring.max_rows)
     _score_and_show(ways, composition, tasks, config, scoring)
 
 
@@ -318,8 +320,6 @@ def _score_and_show(
 ) -> None:
     from headwater.compose.scoring import score_way
 
-    if not any(getattr(task, scoring.split) for task in tasks):
-        raise HeadwaterError(Problem(f"no task has {scoring.split} rows", scoring.tasks, "give --split"))
     scores = {}
     with err_console().status("scoring") as status:
         for way in ways:

@@ -113,7 +113,7 @@ def _configs(config: RunConfig, spec: CompareSpec) -> dict[str, RunConfig]:
     problems: list[Problem] = []
     runs: dict[str, RunConfig] = {}
     for index, variant in enumerate(spec.methods):
-        label = variant.label or variant.method.get("name", config.method["name"])
+        label = _label(config, variant)
         place = config.where("compare", "methods", index)
         if label in runs:
             fix = "give one of them a `label` of its own, such as rlora+init"
@@ -125,6 +125,10 @@ def _configs(config: RunConfig, spec: CompareSpec) -> dict[str, RunConfig]:
     if problems:
         raise HeadwaterError(*dict.fromkeys(problems))
     return runs
+
+
+def _label(config: RunConfig, variant: Variant) -> str:
+    return variant.label or variant.method.get("name", config.method["name"])
 
 
 def _config_of(config: RunConfig, index: int, variant: Variant) -> RunConfig:
@@ -217,7 +221,7 @@ def choose(config: RunConfig, names: Sequence[str] | None, changes: dict[str, An
     spec = config.compare or CompareSpec()
     section = {**spec.model_dump(exclude_unset=True), **changes}
     if names is not None:
-        section["methods"] = [_named(name, spec) for name in names]
+        section["methods"] = [_named(name, config, spec) for name in names]
     places = {path: place for path, place in config._document.places.items() if path[:1] == ("compare",)}
     for key in [*changes, *(["methods"] if names is not None else [])]:
         places = {path: place for path, place in places.items() if path[1:2] != (key,)}
@@ -225,8 +229,8 @@ def choose(config: RunConfig, names: Sequence[str] | None, changes: dict[str, An
     return changed(config, {"compare": section}, places)
 
 
-def _named(name: str, spec: CompareSpec) -> dict[str, Any]:
-    labels = [variant.label or variant.method.get("name", "") for variant in spec.methods]
+def _named(name: str, config: RunConfig, spec: CompareSpec) -> dict[str, Any]:
+    labels = [_label(config, variant) for variant in spec.methods]
     if name in labels:
         return spec.methods[labels.index(name)].model_dump(exclude_unset=True)
     known = ["lora", *(m.name for m in methods())]

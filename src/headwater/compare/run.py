@@ -23,7 +23,7 @@ from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore
 from headwater.files import write_json
 from headwater.marked_yaml import parse_document, read_document
-from headwater.report import write_comparison_report
+from headwater.report import PAGE, write_comparison_report
 from headwater.training.folder import check_writable, last_checkpoint, make_folder
 from headwater.training.history import History
 from headwater.training.memory import free_memory
@@ -186,6 +186,11 @@ class _Bench:
             self._share(left, len(jobs), base, folder)
             if problems := _other_settings(jobs):
                 raise HeadwaterError(*problems)
+        from headwater.report import write_report
+
+        for job in jobs:  # a run's report is written last: a kept run that was killed there has none
+            if not (job.folder / PAGE).is_file():
+                write_report(job.folder)
         return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
 
     def _share(self, left: Sequence[Job], count: int, base: RunConfig, folder: Path) -> None:
@@ -232,7 +237,8 @@ def _run(job: Job, base_scores: Mapping[str, TaskScore], console: Console) -> No
     The base model is loaded anew: that takes a second, sharing it would not make runs faster by more than that, and
     every run is the one that `headwater train` would make of its config.
     """
-    checkpoint = last_checkpoint(job.folder)
+    # Of weights alone no run goes on as if it had not been stopped.
+    checkpoint = None if job.config.training.get("save_only_model") else last_checkpoint(job.folder)
     # Without a checkpoint, what a killed run left there is of no use.
     key, value = ("resume_from_checkpoint", str(checkpoint)) if checkpoint else ("overwrite_output_dir", True)
     config = job.config.model_copy(update={"training": {**job.config.training, key: value}})

@@ -74,9 +74,9 @@ def hold_out(task: Task) -> tuple[list[Row], list[Row]]:
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    if row.messages:
-        return {"messages": row.messages}
     fields: dict[str, Any] = {"prompt": row.prompt, "completion": row.completion}
+    if row.messages:
+        fields = {"messages": row.messages}
     return {**fields, "choices": row.choices} if row.choices else fields
 
 

@@ -298,13 +298,18 @@ class AdapterPool:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """No other process changes the pool meanwhile, and `entries` are those that are there now."""
+        lock = FileLock(self.path / _LOCK, timeout=_PATIENCE)
+        with saying_why(self.path / _LOCK):  # the pool may be somebody else's, to read only
+            try:
+                lock.acquire()
+            except Timeout:
+                what = f"another process has been changing this pool for {_PATIENCE:g} seconds"
+                raise HeadwaterError(Problem(what, str(self.path), "try again when it has finished")) from None
         try:
-            with FileLock(self.path / _LOCK, timeout=_PATIENCE):
-                self.entries = _read(self.path / _INDEX, _Index).adapters
-                yield
-        except Timeout:
-            what = f"another process has been changing this pool for {_PATIENCE:g} seconds"
-            raise HeadwaterError(Problem(what, str(self.path), "try again when it has finished")) from None
+            self.entries = _read(self.path / _INDEX, _Index).adapters
+            yield
+        finally:
+            lock.release()
 
     def _write(self, entries: dict[str, Entry]) -> None:
         index = _Index(schema=1, adapters=entries)

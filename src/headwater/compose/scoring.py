@@ -19,6 +19,7 @@ from ..evaluation.scoring import sample
 from .adapter import read_adapter
 from .arrow import Arrow
 from .flow import FlowGate
+from .merge import require_same_ranks
 from .mixed import Mixture, PooledModel
 from .pool import WAYS, AdapterPool
 from .retriever import Retriever, mixtures
@@ -87,6 +88,37 @@ def score_way(
                     composition, task, rows, plan, spec, data_spec, fused=way == "fusion", progress=progress
                 )
     return scores
+
+
+def check_ways(
+    ways: Sequence[str],
+    composition: Composition,
+    tasks: Sequence[Task],
+    *,
+    split: str = "test",
+    max_rows: int | None = None,
+) -> None:
+    """Tries what each way needs before the first one is scored, which may take long.
+
+    Raises:
+        HeadwaterError: all that is wrong with the ways.
+    """
+    problems = []
+    for way in ways:
+        try:
+            with _ready(way, composition) as everywhere:
+                for task in () if everywhere else tasks:
+                    rows = sample(getattr(task, split), max_rows)
+                    # ranks differ or not by what is found for a row; for the other ways rows are all alike
+                    plan = plan_rows(way, composition, task.name, rows if way == "fusion" else rows[:1]) if rows else ()
+                    for names in dict.fromkeys(tuple(sorted(mixture)) for mixture in plan):
+                        adapters = [composition.pooled.adapter(name) for name in names]
+                        if way == "fusion":
+                            require_same_ranks(adapters, "score mixture instead of fusion, or retrieve --top 1")
+        except HeadwaterError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise HeadwaterError(*problems)
 
 
 def plan_rows(way: str, composition: Composition, task: str, rows: Sequence[Row]) -> Sequence[Mixture]:

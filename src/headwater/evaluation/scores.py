@@ -19,12 +19,13 @@ class TaskScore:
         metric: `choice_accuracy`, `exact_match`, `final_number` or `loss`.
         value: mean over rows, in [0, 1]; for `loss` the mean over completion tokens of -log p, in nats.
         n: rows scored.
-        majority: share of the most frequent answer when all rows share their choices, which is what a model gets
-            that always says the same; None elsewhere.
+        majority: share of the most frequent right answer, which is what a model gets that always says the same; None
+            for `final_number` and `loss`.
         correct: one value per row, in the order of the rows: 1.0 or 0.0; for `loss` the row's mean -log p.
         detail: more about it, all of it fit for JSON: `interval` (95 %, low and high, or None); for choices
-            `predicted_shares` and `normalization`; for generated answers `examples` and `unfinished`; for `loss`
-            `tokens`.
+            `normalization`, `chance` and, where all rows have the same, `predicted_shares`; for generated answers
+            `examples` and `unfinished`; for `loss` `tokens`; `shortened_prompts` and `dropped_rows` where the data's
+            settings allow such.
     """
 
     task: str

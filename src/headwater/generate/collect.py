@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ..evaluation.forward import max_positions, pad_id
 from ..files import whole_folder, write_json
 from ..training.adapter import add_adapter
 from ..training.progress import ProgressDisplay
+from ..training.resume import digest
 from ..training.run import training_arguments
 from ..training.trainer import HeadwaterTrainer
 from .layout import Layout, read_adapter
@@ -79,21 +81,27 @@ def collect(
         HeadwaterError: the folder was collected under other settings; rows or settings that training refuses.
     """
     root = Path(config.output_dir) / "collect"
-    settings, limit = _settings(config), max_positions(model)
+    limit = max_positions(model)
     # of all tasks, before one is trained; each is the only task of its training
     encoded = {task.name: encode_rows(task.train, tokenizer, config.data, 0, limit)[0] for task in tasks}
+    settings = {name: {**_settings(config), "rows": digest(rows)} for name, rows in encoded.items()}
+    held = {task.name: _held(root / task.name) for task in tasks}
+    problems = []
+    for name, kept in held.items():
+        # one without rows was collected by an older headwater
+        if kept is not None and (other := {"rows": settings[name]["rows"], **kept}) != settings[name]:
+            changed = ", ".join(sorted(key for key in other if other[key] != settings[name].get(key)))
+            what = f"the adapters of {name} were collected under other settings: {changed} differ"
+            problems.append(Problem(what, str(root / name), "choose another output_dir, or delete this folder"))
+    if problems:
+        raise HeadwaterError(*problems)
     for task in tasks:
         folder = root / task.name
-        held = _held(folder)
-        if held is not None:
-            if held != settings:
-                changed = ", ".join(sorted(key for key in settings if held.get(key) != settings[key]))
-                what = f"the adapters of {task.name} were collected under other settings: {changed} differ"
-                raise HeadwaterError(Problem(what, str(folder), "choose another output_dir, or delete this folder"))
+        if held[task.name] is not None:
             console.print(f"task {task.name}: collected already", highlight=False, style="dim")
             continue
         _collect_task(config, model, pad_id(tokenizer), task.name, encoded[task.name], folder, console)
-        write_json(folder / DONE, settings)
+        write_json(folder / DONE, settings[task.name])
 
 
 def _collect_task(
@@ -112,6 +120,8 @@ def _collect_task(
     display = ProgressDisplay(console)
     console.print(f"task {task}: {len(encoded):,} training rows, {args.max_steps} steps", highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
+    for step in folder.glob("step-*"):  # of a run that was stopped, whose steps may have been others
+        shutil.rmtree(step)
     try:
         HeadwaterTrainer(
             adapted,

@@ -54,8 +54,8 @@ class MetaRun:
     def _collect(self) -> None:
         from ..config import dump_config
 
-        write_text(self.folder / "config.yaml", dump_config(self.config))
         collect(self.config, self.model, self.tokenizer, self.tasks, console=self.console)
+        write_text(self.folder / "config.yaml", dump_config(self.config))  # what was collected is of this config
         # Training moves the model, but only where something was left to collect; scores are of one device all the same.
         if self.config.model.device_map is None and self.model.device != self.config.device:
             self.model.to(self.config.device)

@@ -33,15 +33,29 @@ from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
 from headwater.training.adapter import add_adapter
 from headwater.training.arguments import HeadwaterArguments
-from headwater.training.folder import STATE, lock_folder
+from headwater.training.folder import STATE, last_checkpoint, lock_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
+from headwater.training.resume import check_files
 from headwater.training.run import require_one_process
 from headwater.training.write_errors import explained_writes
 
 RESULT = "result.json"
 FILE = "prefer.yaml"
+COMPARED = [
+    "model_name_or_path",
+    "model",
+    "method",
+    "tasks",
+    "data",
+    "mixture",
+    "evaluation",
+    "preference",
+    "seed",
+    "training",
+]
+"""The sections that a run which is gone on with keeps."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +74,8 @@ class _Part:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Its last checkpoint that is whole: transformers writes `trainer_state.json` last."""
-        whole = self.folder.glob(f"checkpoint-*/{STATE}")
-        return max((p.parent for p in whole), key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        """Its last checkpoint that is whole."""
+        return last_checkpoint(self.folder)
 
 
 def _part(output: Path, strategy: str, seed: int) -> _Part:
@@ -110,7 +123,8 @@ def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str
 
     held.enter_context(lock_folder(output))
     if not resume and (output / FILE).is_file():
-        for path in [*_held(output), *output.glob("*/seed-*")]:
+        # The file that tells of the run goes last: without it, results that are left would seem to be the new run's.
+        for path in [*output.glob("*/seed-*"), *_held(output)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not resume:
         write_text(output / FILE, dump_config(config))
@@ -153,7 +167,7 @@ def _check_trl() -> None:
 
 
 def _held(output: Path) -> Iterator[Path]:
-    names = ("results.json", "report.html", "figures", "adapter", "base.json", FILE, "config.yaml")
+    names = ("results.json", "report.html", "figures", "adapter", "base.json", "config.yaml", FILE)
     return (output / name for name in names if (output / name).exists())
 
 
@@ -171,7 +185,7 @@ def _check_folder(config: PreferConfig, output: Path) -> bool:
     if held and asked:
         before = parse_document((output / FILE).read_text(encoding="utf-8"), str(output / FILE)).data
         now = parse_document(dump_config(config), FILE).data
-        for key in ("model_name_or_path", "model", "method", "tasks", "data", "preference", "seed", "training"):
+        for key in COMPARED:
             old, new = (
                 {k: v for k, v in d[key].items() if k not in ("resume_from_checkpoint", "overwrite_output_dir")}
                 if key == "training"
@@ -278,7 +292,8 @@ def _run(
     console: Console,
     label: str,
 ) -> None:
-    from headwater.preference.trainer import PreferenceTrainer
+    from headwater.preference.trainer import STATE as BANDIT
+    from headwater.preference.trainer import TENSORS, PreferenceTrainer
 
     model, tokenizer = load_base_model(config.model_name_or_path, **config.model.model_dump())
     set_seed(part.seed)
@@ -301,7 +316,10 @@ def _run(
     checkpoint = part.checkpoint
     started = time.perf_counter()
     try:
-        if checkpoint is not None and _is_complete(checkpoint, trainer):
+        complete = checkpoint is not None and _is_complete(checkpoint, trainer)
+        if checkpoint is not None:
+            check_files(trainer, checkpoint, complete=complete, also=(BANDIT, TENSORS))
+        if complete:
             trainer._load_from_checkpoint(str(checkpoint))  # Trainer would add one more step
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -180,11 +180,13 @@ def _routing(comparison: Comparison) -> Section | None:
         shares = [values for _, _, values in found.values() if np.isfinite(values).any()]
         if not shares:
             continue
-        if max(values.shape[2] for values in shares) > MOST_HEADS:
+        heads = max(values.shape[2] for values in shares)
+        if heads > MOST_HEADS:
             left_out.append(label)
             continue
-        # One number per task and head: over layers here, as each projection may have its own.
-        flat = mean_over(np.stack([mean_over(values, 1) for values in shares]), 0)
+        # One number per task and head: over layers here, as each projection may have its own, and heads of its own.
+        alike = [np.pad(v, ((0, 0), (0, 0), (0, heads - v.shape[2])), constant_values=np.nan) for v in shares]
+        flat = mean_over(np.stack([mean_over(values, 1) for values in alike]), 0)
         arrays[label] = ([0], next(iter(found.values()))[1], flat[:, None, :])
     if not arrays:
         return None

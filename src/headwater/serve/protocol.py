@@ -24,7 +24,13 @@ class Extras(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    """What a stream holds beside the answer. The last two change nothing here: there is neither of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class Request(BaseModel):

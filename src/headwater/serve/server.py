@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -36,6 +38,18 @@ def bind(host: str, port: int) -> socket.socket:
     return server
 
 
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open. Longer than clients keep theirs (5, httpx and so OpenAI's), or a request
+could be sent on one that is just being closed, and be lost."""
+
+
+def _not_cancelled(record: logging.LogRecord) -> bool:
+    """False for what a second signal cuts off: its tracebacks, starlette's as text, would tell of no fault."""
+    raised = record.exc_info[1] if record.exc_info else None
+    cut_off = isinstance(raised, asyncio.CancelledError) or record.getMessage().rstrip().endswith("CancelledError")
+    return not cut_off
+
+
 def run(app: Any, listening: socket.socket, *, grace: float, on_ready: Callable[[], None]) -> None:
     """Serves until SIGTERM or SIGINT; then takes no new connections, finishes the answers that are being written, and
     returns. A second signal stops at once.
@@ -53,8 +67,14 @@ def run(app: Any, listening: socket.socket, *, grace: float, on_ready: Callable[
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)), lifespan="on"
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=max(1, round(grace)),
+            lifespan="on",
         )
+        logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
         Server(config).run(sockets=[listening])
     finally:
         for number, handler in before.items():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HeadwaterError, Problem
+from .folder import last_checkpoint
 from .history import AUXILIARY_LOSS, TASK_LOSS
 from .resume import SAVED, check_state, describe
 
@@ -161,7 +162,7 @@ class Accounts(TrainerCallback):
         return {"epoch": step // steps, "batches": step % steps * accumulation * ranks}
 
     def _not_finite(self, what: str, step: int, tasks: Sequence[str]) -> HeadwaterError:
-        last = get_last_checkpoint(self.trainer.args.output_dir)
+        last = last_checkpoint(Path(str(self.trainer.args.output_dir)))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
         return HeadwaterError(
             Problem(

@@ -61,10 +61,9 @@ def last_checkpoint(output: Path) -> Path | None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end: its state, which is written last, can be read."""
     try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return isinstance(json.loads((checkpoint / STATE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):  # another process may be taking it away
         return False
-    return True
 
 
 def is_of(checkpoint: Path | None, output: Path) -> bool:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 
 from ..errors import HeadwaterError, Problem
 from .folder import STATE
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ..data.encode import Encoded
     from .trainer import HeadwaterTrainer
 
 SAVED = "headwater"
@@ -41,6 +51,14 @@ MANY = 6
 NOT_COMPARED = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision"}
 
 
+def digest(rows: Iterable[Encoded]) -> str:
+    """Tells rows from others of the same number and lengths."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(array("q", [len(row), *row.input_ids, *row.labels]).tobytes())
+    return found.hexdigest()[:16]
+
+
 def describe(trainer: HeadwaterTrainer) -> dict[str, dict[str, Any]]:
     """What a checkpoint records of how its weights came about: the mixture, and settings by the key that they have in a
     run's file. As JSON holds them."""
@@ -48,6 +66,7 @@ def describe(trainer: HeadwaterTrainer) -> dict[str, dict[str, Any]]:
     mixture = {
         "rows": dict(zip(trainer.task_names, map(len, trainer.lengths), strict=True)),
         "tokens": dict(zip(trainer.task_names, map(sum, trainer.lengths), strict=True)),
+        "content": dict(zip(trainer.task_names, trainer.digests, strict=True)),
         "shares": [round(share, 9) for share in trainer.shares],
         "batching": trainer.mixture.batching,
         "batch_size": trainer._train_batch_size,
@@ -79,13 +98,70 @@ def check_checkpoint(trainer: HeadwaterTrainer, checkpoint: Path) -> None:
     """Checks all that a checkpoint holds. Nothing is loaded or written.
 
     Raises:
-        HeadwaterError: as `check_state`; or if its adapter is of another method, or on another base model.
+        HeadwaterError: as `check_state`; or if its adapter is of another method, or on another base model; or if it
+            lacks a file without which the run would go on as another one, or has one that cannot be read.
     """
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        complete = state["global_step"] >= trainer.total_steps()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _unreadable(checkpoint, f"{checkpoint / STATE} cannot be read: {error}") from error
+    check_files(trainer, checkpoint, complete=complete)
     saved = state.get("stateful_callbacks", {}).get(SAVED, {})
     if trainer.args.auto_find_batch_size and "mixture" in saved:  # the size that was found is not restored yet
         saved = {**saved, "mixture": {k: v for k, v in saved["mixture"].items() if k != "batch_size"}}
     _refuse([*_method(trainer, checkpoint), *_differences(trainer, saved)])
+
+
+def check_files(trainer: Trainer, checkpoint: Path, *, complete: bool, also: Sequence[str] = ()) -> None:
+    """Checks that a checkpoint's files are there and can be read: where one is missing, transformers goes on without,
+    as another run. Sharded training has files of its own, which are not checked.
+
+    Args:
+        complete: it has all steps, so that only its weights are needed.
+        also: further files that it needs.
+
+    Raises:
+        HeadwaterError: if one is missing or cannot be read.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    args, needed = trainer.args, [*also]
+    if not complete:
+        rank = f"_{args.process_index}" if args.world_size > 1 else ""
+        # other data make another run anyway, which may have other ranks
+        random_state = [] if args.ignore_data_skip else [f"rng_state{rank}.pth"]
+        needed += ["optimizer.pt", "scheduler.pt", *random_state]
+    if isinstance(trainer.model, PeftModel) and "default" in trainer.model.peft_config:
+        needed += ["adapter_config.json", "adapter_model.safetensors"]
+    problems = [reason for name in needed if (reason := _why_not_read(checkpoint / name))]
+    if problems:
+        raise _unreadable(checkpoint, *problems)
+
+
+def _unreadable(checkpoint: Path, *problems: str) -> HeadwaterError:
+    others = [p.parent for p in checkpoint.parent.glob(f"checkpoint-*/{STATE}") if p.parent != checkpoint]
+    there = ", ".join(map(str, sorted(others)))
+    fix = f"go on from another checkpoint: {there}" if there else "start a new run in another output_dir"
+    where = "training.resume_from_checkpoint"
+    return HeadwaterError(*(Problem(what, where) for what in problems[:-1]), Problem(problems[-1], where, fix))
+
+
+def _why_not_read(path: Path) -> str | None:
+    """Why a file cannot be read, as far as can be told without loading it; None if it can."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            zipfile.ZipFile(path).close()  # which is what torch writes; its index stands at the end
+    except FileNotFoundError:
+        return f"the checkpoint {path.parent} has no {path.name}"
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{path} cannot be read: {error}"
+    return None
 
 
 def _refuse(problems: list[Problem]) -> None:
@@ -114,7 +190,12 @@ def _differences(trainer: HeadwaterTrainer, saved: dict[str, Any]) -> list[Probl
         *(
             _problem(f"{key} {mixture[key]}", value, "training.resume_from_checkpoint")
             for key, value in now["mixture"].items()
-            if key in mixture and mixture[key] != value
+            if key != "content" and key in mixture and mixture[key] != value
+        ),
+        *(
+            Problem(f"the training rows of task {name} are not those that the checkpoint was trained on", "tasks")
+            for name, value in now["mixture"]["content"].items()
+            if mixture.get("content", {}).get(name, value) != value
         ),
     ]
 

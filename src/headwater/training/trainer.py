@@ -33,7 +33,7 @@ from .loss import CompletionCollator, CompletionHead, completion_losses, count_i
 from .memory import SavedBytes
 from .method_callback import MethodCallback
 from .packed import pack, rows_apart, why_not
-from .resume import check_checkpoint
+from .resume import check_checkpoint, digest
 from .write_errors import whole_or_gone
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class HeadwaterTrainer(Trainer):
             raise HeadwaterError("headwater trains decoder-only language models; this one is an encoder-decoder")
         self.task_names = list(train)
         self.lengths = [[len(row) for row in rows] for rows in train.values()]
+        self.digests = [digest(rows) for rows in train.values()]
         self.mixture = mixture
         sizes = [len(rows) for rows in train.values()]
         self.shares = shares(sizes, [(weights or {}).get(name, 1.0) for name in train], self.mixture)
@@ -193,12 +194,16 @@ class HeadwaterTrainer(Trainer):
             self.method_callback.close()
 
     def _restore_if_complete(self, checkpoint: str) -> bool:
-        """Takes the weights of a checkpoint that has all steps: Trainer would add one more."""
+        """Takes the weights of a checkpoint that has all steps, or the best ones: Trainer would add one more step."""
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if state.global_step < self.total_steps():
             return False
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_global_step:
+            # beside it, as the folder may have moved
+            state.best_model_checkpoint = str(Path(checkpoint).parent / f"checkpoint-{state.best_global_step}")
+            self._load_best_model()
         self.accounts.restore(state)
         return True
 

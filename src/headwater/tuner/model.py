@@ -27,6 +27,8 @@ from .targets import rank_of, settle_targets
 _CONTEXT = "_headwater_context"
 _HOOKS = "_headwater_hooks"
 _CHUNKS = "prefill_chunk_size"
+REFERENCE = "ref"
+"""TRL's name of the frozen copy of an adapter that is trained on."""
 
 
 class MethodModel(BaseTuner):
@@ -136,6 +138,8 @@ class MethodModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for finish in self.__dict__.pop("_shared").get("finish", ()):
             finish()
+        if adapter_name == REFERENCE and self.peft_config[adapter_name] is self.peft_config.get("default"):
+            copy_default(model, adapter_name)
         fuse_mlps(model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -182,6 +186,14 @@ class MethodModel(BaseTuner):
             leave_checkpoints(model)
         unfuse_mlps(model)
         return model
+
+
+def copy_default(model: nn.Module, adapter_name: str) -> None:
+    """Makes an adapter what `default` is. TRL's trainers copy parameters only, and buffers, such as a start that is
+    compensated or a frozen A, would be of another draw."""
+    for module in model.modules():
+        if isinstance(module, MethodLayer) and "default" in module.branches and adapter_name in module.branches:
+            module.branches[adapter_name].load_state_dict(module.branches["default"].state_dict())
 
 
 def add_branch(
