@@ -43,7 +43,7 @@ from headwater.training.write_errors import explained_writes
 
 RESULT = "result.json"
 FILE = "prefer.yaml"
-COMPARED = [
+COMPARED = (
     "model_name_or_path",
     "model",
     "method",
@@ -54,7 +54,7 @@ COMPARED = [
     "preference",
     "seed",
     "training",
-]
+)
 """The sections that a run which is gone on with keeps."""
 
 
