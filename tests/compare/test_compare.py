@@ -38,6 +38,7 @@ def _without_pages_of_single_runs():
     """They take most of the time, and are tested in tests/report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headwater.report.write_report", lambda folder: None)
+        patch.setattr("headwater.compare.run.write_report", lambda folder: None)
         yield
 
 
@@ -122,7 +123,7 @@ def test_a_run_that_was_killed_before_its_report_has_one_in_the_end(whole, tmp_p
     for folder in folders[1:]:
         (folder / "report.html").write_text("there")
     written = []
-    monkeypatch.setattr("headwater.report.write_report", written.append)
+    monkeypatch.setattr("headwater.compare.run.write_report", written.append)
     compared(path)
     assert written == folders[:1]
 

@@ -344,7 +344,7 @@ def test_a_finished_folder_is_neither_overwritten_nor_resumed_with_other_setting
     )
     assert code == 2
     assert "`preference` is not what it was in the run that is to be resumed" in err
-    for key, changed in {"mixture": "{strategy: uniform}", "evaluation": "{batch_size: 3}"}.items():
+    for key, changed in {"mixture": "{strategy: uniform}", "evaluation": "{max_new_tokens: 3}"}.items():
         sets = ["--set", "training.resume_from_checkpoint=true", "--set", f"{key}={changed}"]
         code, _, err = invoke(capsys, path, *sets)
         assert code == 2

@@ -113,7 +113,7 @@ def test_a_checkpoint_without_one_of_its_files_is_refused(folder, finished, tmp_
     (problem,) = caught.value.problems
     said = f"{file} cannot be read: " if torn else f"the checkpoint {file.parent} has no {name}"
     assert problem.what.startswith(said)
-    assert problem.fix == f"go on from another checkpoint: {out / 'checkpoint-2'}"
+    assert problem.fix == f"delete this checkpoint; left to go on from is {out / 'checkpoint-2'}"
     assert content(out) == before
 
 
@@ -147,6 +147,43 @@ def test_the_best_model_is_that_of_a_run_which_was_not_stopped_after_its_last_st
     (tmp_path / "out").rename(tmp_path / "moved")
     run(folder, tmp_path / "moved", *sets, RESUME)
     assert (tmp_path / "moved" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_the_best_model_may_be_in_the_folder_that_the_run_went_on_from(folder, tmp_path):
+    first, out = tmp_path / "first", tmp_path / "out"
+    sets = ("training.load_best_model_at_end=true", "training.eval_steps=2")
+    run(folder, first, *sets)
+    file = first / "checkpoint-4" / "trainer_state.json"
+    best = {"best_metric": 9.0, "best_global_step": 2, "best_model_checkpoint": str(first / "checkpoint-2")}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **best}))
+    run(folder, out, *sets, f"training.resume_from_checkpoint={file.parent}", "training.max_steps=6")
+    whole = (first / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    run(folder, out, *sets, RESUME, "training.max_steps=6")
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_other_rows_are_refused_though_they_are_as_many_and_as_long(folder, finished, tmp_path):
+    rows = (folder / "copy.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "copy.jsonl").write_text("".join([rows[1], rows[0], *rows[2:]]))
+    before = content(finished)
+    with pytest.raises(HeadwaterError) as caught:
+        run(folder, finished, RESUME, "training.max_steps=6", f"tasks.1.train={tmp_path / 'copy.jsonl'}")
+    (problem,) = caught.value.problems
+    assert problem.what == "the training rows of task copy are not those that the checkpoint was trained on"
+    assert content(finished) == before
+
+
+def test_a_checkpoint_of_other_ranks_is_refused_for_them_and_not_for_its_files(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    checkpoint = out / "checkpoint-4"  # as two ranks leave it
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["headwater"]["mixture"]["ranks"] = 2
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    with pytest.raises(HeadwaterError, match="trained with ranks 2, this run has 1"):
+        run(folder, out, RESUME, "training.max_steps=6")
 
 
 def test_a_longer_run_goes_on(folder, finished, tmp_path):

@@ -7,11 +7,10 @@ import torch
 from peft import get_peft_model_state_dict
 from transformers import TrainerCallback
 
-from headwater.data.encode import Encoded
 from headwater.data.mixture import MixtureSpec
 from headwater.errors import HeadwaterError
 
-from .common import adapted, make_rows, make_tasks, make_trainer, trained
+from .common import adapted, make_rows, make_trainer, trained
 
 
 class Seen(TrainerCallback):
@@ -113,16 +112,3 @@ def test_other_data_or_settings_are_refused(tiny_llama, tmp_path):
     assert "rows {'a': 12, 'b': 6}, this run has {'a': 12, 'b': 5}" in message
     assert "seed 42, this run has 3" in message
     assert "batch_size" not in message
-
-
-def test_other_rows_of_the_same_lengths_are_refused(tiny_llama, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    make_trainer(adapted(tiny_llama()), tmp_path, **settings).train()
-    other = make_tasks()
-    row = other["b"][3]
-    other["b"][3] = Encoded([*row.input_ids[:-1], 1], [*row.labels[:-1], 1], row.task)
-    trainer = make_trainer(adapted(tiny_llama()), tmp_path, tasks=other, **settings)
-    with pytest.raises(HeadwaterError) as error:
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    (problem,) = error.value.problems
-    assert problem.what == "the training rows of task b are not those that the checkpoint was trained on"

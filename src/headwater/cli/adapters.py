@@ -155,7 +155,8 @@ def attach(base: Any, adapter: Path, **options: Any) -> PeftModel:
 
 
 def _refuse_layers_elsewhere(model: PeftModel, adapter: Path) -> None:
-    """What a file holds for layers that have no adapter here would be left out without a word."""
+    """What a file holds for layers that have no adapter here would be left out without a word. Of headwater's methods
+    only: PEFT renames tensors of its own as it loads them."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 

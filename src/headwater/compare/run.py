@@ -23,7 +23,7 @@ from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore
 from headwater.files import write_json
 from headwater.marked_yaml import parse_document, read_document
-from headwater.report import PAGE, write_comparison_report
+from headwater.report import PAGE, write_comparison_report, write_report
 from headwater.training.folder import check_writable, last_checkpoint, make_folder
 from headwater.training.history import History
 from headwater.training.memory import free_memory
@@ -186,8 +186,6 @@ class _Bench:
             self._share(left, len(jobs), base, folder)
             if problems := _other_settings(jobs):
                 raise HeadwaterError(*problems)
-        from headwater.report import write_report
-
         for job in jobs:  # a run's report is written last: a kept run that was killed there has none
             if not (job.folder / PAGE).is_file():
                 write_report(job.folder)

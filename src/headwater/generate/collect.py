@@ -84,13 +84,14 @@ def collect(
     limit = max_positions(model)
     # of all tasks, before one is trained; each is the only task of its training
     encoded = {task.name: encode_rows(task.train, tokenizer, config.data, 0, limit)[0] for task in tasks}
-    settings = {name: {**_settings(config), "rows": digest(rows)} for name, rows in encoded.items()}
+    settings = {task.name: {**_settings(config), "rows": digest(task.train)} for task in tasks}
     held = {task.name: _held(root / task.name) for task in tasks}
     problems = []
     for name, kept in held.items():
         # one without rows was collected by an older headwater
         if kept is not None and (other := {"rows": settings[name]["rows"], **kept}) != settings[name]:
-            changed = ", ".join(sorted(key for key in other if other[key] != settings[name].get(key)))
+            now = settings[name]
+            changed = ", ".join(sorted(key for key in {*other, *now} if other.get(key) != now.get(key)))
             what = f"the adapters of {name} were collected under other settings: {changed} differ"
             problems.append(Problem(what, str(root / name), "choose another output_dir, or delete this folder"))
     if problems:

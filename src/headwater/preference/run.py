@@ -56,6 +56,8 @@ COMPARED = (
     "training",
 )
 """The sections that a run which is gone on with keeps."""
+FREE = ("resume_from_checkpoint", "overwrite_output_dir", "batch_size")
+"""What of them may change: it changes no result."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,7 @@ def _check_folder(config: PreferConfig, output: Path) -> bool:
         now = parse_document(dump_config(config), FILE).data
         for key in COMPARED:
             old, new = (
-                {k: v for k, v in d[key].items() if k not in ("resume_from_checkpoint", "overwrite_output_dir")}
-                if key == "training"
-                else d.get(key)
+                {k: v for k, v in d[key].items() if k not in FREE} if isinstance(d.get(key), dict) else d.get(key)
                 for d in (before, now)
             )
             if old != new:

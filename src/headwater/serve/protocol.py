@@ -24,7 +24,8 @@ class Extras(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds beside the answer. The last two change nothing here: there is neither of them."""
+    """What a stream holds beside the answer. There is no obfuscation, so asking for it changes nothing; usage in every
+    chunk is refused."""
 
     model_config = ConfigDict(extra="forbid")
 

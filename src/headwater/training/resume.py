@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from .folder import STATE
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from ..data.encode import Encoded
+    from ..data.rows import Row
     from .trainer import HeadwaterTrainer
 
 SAVED = "headwater"
@@ -51,11 +50,12 @@ MANY = 6
 NOT_COMPARED = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision"}
 
 
-def digest(rows: Iterable[Encoded]) -> str:
-    """Tells rows from others of the same number and lengths."""
+def digest(rows: Iterable[Row]) -> str:
+    """Tells rows from others of the same number and lengths. Of their texts: a chat template may write the date into
+    their tokens, which are then others the next day."""
     found = hashlib.sha256()
     for row in rows:
-        found.update(array("q", [len(row), *row.input_ids, *row.labels]).tobytes())
+        found.update(repr((row.prompt, row.completion, row.choices, row.messages)).encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:16]
 
 
@@ -66,7 +66,7 @@ def describe(trainer: HeadwaterTrainer) -> dict[str, dict[str, Any]]:
     mixture = {
         "rows": dict(zip(trainer.task_names, map(len, trainer.lengths), strict=True)),
         "tokens": dict(zip(trainer.task_names, map(sum, trainer.lengths), strict=True)),
-        "content": dict(zip(trainer.task_names, trainer.digests, strict=True)),
+        "content": trainer.digests,
         "shares": [round(share, 9) for share in trainer.shares],
         "batching": trainer.mixture.batching,
         "batch_size": trainer._train_batch_size,
@@ -106,20 +106,23 @@ def check_checkpoint(trainer: HeadwaterTrainer, checkpoint: Path) -> None:
         complete = state["global_step"] >= trainer.total_steps()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _unreadable(checkpoint, f"{checkpoint / STATE} cannot be read: {error}") from error
-    check_files(trainer, checkpoint, complete=complete)
     saved = state.get("stateful_callbacks", {}).get(SAVED, {})
+    check_files(trainer, checkpoint, complete=complete, ranks=saved.get("mixture", {}).get("ranks"))
     if trainer.args.auto_find_batch_size and "mixture" in saved:  # the size that was found is not restored yet
         saved = {**saved, "mixture": {k: v for k, v in saved["mixture"].items() if k != "batch_size"}}
     _refuse([*_method(trainer, checkpoint), *_differences(trainer, saved)])
 
 
-def check_files(trainer: Trainer, checkpoint: Path, *, complete: bool, also: Sequence[str] = ()) -> None:
+def check_files(
+    trainer: Trainer, checkpoint: Path, *, complete: bool, also: Sequence[str] = (), ranks: int | None = None
+) -> None:
     """Checks that a checkpoint's files are there and can be read: where one is missing, transformers goes on without,
     as another run. Sharded training has files of its own, which are not checked.
 
     Args:
         complete: it has all steps, so that only its weights are needed.
         also: further files that it needs.
+        ranks: how many wrote it. Where they are others now, that is what is wrong, not that one has no random state.
 
     Raises:
         HeadwaterError: if one is missing or cannot be read.
@@ -130,7 +133,8 @@ def check_files(trainer: Trainer, checkpoint: Path, *, complete: bool, also: Seq
     if not complete:
         rank = f"_{args.process_index}" if args.world_size > 1 else ""
         # other data make another run anyway, which may have other ranks
-        random_state = [] if args.ignore_data_skip else [f"rng_state{rank}.pth"]
+        others = args.ignore_data_skip or ranks not in (None, args.world_size)
+        random_state = [] if others else [f"rng_state{rank}.pth"]
         needed += ["optimizer.pt", "scheduler.pt", *random_state]
     if isinstance(trainer.model, PeftModel) and "default" in trainer.model.peft_config:
         needed += ["adapter_config.json", "adapter_model.safetensors"]
@@ -142,7 +146,7 @@ def check_files(trainer: Trainer, checkpoint: Path, *, complete: bool, also: Seq
 def _unreadable(checkpoint: Path, *problems: str) -> HeadwaterError:
     others = [p.parent for p in checkpoint.parent.glob(f"checkpoint-*/{STATE}") if p.parent != checkpoint]
     there = ", ".join(map(str, sorted(others)))
-    fix = f"go on from another checkpoint: {there}" if there else "start a new run in another output_dir"
+    fix = f"delete this checkpoint; left to go on from is {there}" if there else "start a new run in another output_dir"
     where = "training.resume_from_checkpoint"
     return HeadwaterError(*(Problem(what, where) for what in problems[:-1]), Problem(problems[-1], where, fix))
 

@@ -34,7 +34,7 @@ from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
 from .method_callback import check_steps, method_layers
 from .progress import ProgressDisplay
-from .resume import check_checkpoint
+from .resume import check_checkpoint, digest
 from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
 from .trainer import HeadwaterTrainer
 from .write_errors import explained_writes
@@ -153,6 +153,7 @@ def _train(
             pad_token_id=pad_id(tokenizer),
             mixture=mixture,
             weights={task.name: task.weight for task in tasks},
+            digests={task.name: digest(task.train) for task in tasks},
             evaluator=scorer.during,
             callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
         )

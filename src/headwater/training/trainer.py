@@ -33,7 +33,7 @@ from .loss import CompletionCollator, CompletionHead, completion_losses, count_i
 from .memory import SavedBytes
 from .method_callback import MethodCallback
 from .packed import pack, rows_apart, why_not
-from .resume import check_checkpoint, digest
+from .resume import check_checkpoint
 from .write_errors import whole_or_gone
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class HeadwaterTrainer(Trainer):
         pad_token_id: int,
         mixture: MixtureSpec,
         weights: Mapping[str, float] | None = None,
+        digests: Mapping[str, str] | None = None,
         evaluator: Evaluator | None = None,
         **kwargs: Any,
     ):
@@ -88,7 +89,7 @@ class HeadwaterTrainer(Trainer):
             raise HeadwaterError("headwater trains decoder-only language models; this one is an encoder-decoder")
         self.task_names = list(train)
         self.lengths = [[len(row) for row in rows] for rows in train.values()]
-        self.digests = [digest(rows) for rows in train.values()]
+        self.digests = dict(digests or {})
         self.mixture = mixture
         sizes = [len(rows) for rows in train.values()]
         self.shares = shares(sizes, [(weights or {}).get(name, 1.0) for name in train], self.mixture)
@@ -198,12 +199,13 @@ class HeadwaterTrainer(Trainer):
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if state.global_step < self.total_steps():
             return False
-        self._load_from_checkpoint(checkpoint)
+        weights = Path(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            # beside it, as the folder may have moved; or in that of the run that this one went on from
+            best = Path(state.best_model_checkpoint)
+            weights = next((p for p in (weights.parent / best.name, best) if p.is_dir()), weights)
+        self._load_from_checkpoint(str(weights))
         self.state = state
-        if self.args.load_best_model_at_end and state.best_global_step:
-            # beside it, as the folder may have moved
-            state.best_model_checkpoint = str(Path(checkpoint).parent / f"checkpoint-{state.best_global_step}")
-            self._load_best_model()
         self.accounts.restore(state)
         return True
 

@@ -63,7 +63,8 @@ def _hook(states: tuple[State, ...], followed: Tensor, share: Any) -> None:
 
 def _share(log_probs: Tensor, learned: Tensor, gradient: Tensor) -> Tensor:
     """One token's share times the number of learned tokens. Of a sum of negative log-probabilities that is each one's
-    gradient; dynamic fine-tuning (TRL's `loss_type: dft`) weighs tokens by their probability, which is taken out."""
+    gradient; dynamic fine-tuning (TRL's `loss_type: dft`) weighs tokens by their probability, which is taken out. Where
+    all of them have the same one, as a single token has, the two cannot be told apart, and it stays in."""
     one = -gradient.detach()[learned].float()
     if one.numel() == 0:
         return gradient.new_zeros(())
