@@ -110,9 +110,8 @@ def check_ways(
                 for task in () if everywhere else tasks:
                     # The first row stands for all: to find the adapters of every one takes as long as to score it.
                     rows = sample(getattr(task, split), max_rows)[:1]
-                    plan = plan_rows(way, composition, task.name, rows) if rows else ()
-                    for names in dict.fromkeys(tuple(sorted(mixture)) for mixture in plan):
-                        adapters = [composition.pooled.adapter(name) for name in names]
+                    for mixture in plan_rows(way, composition, task.name, rows) if rows else ():
+                        adapters = [composition.pooled.adapter(name) for name in mixture]
                         if way == "fusion":
                             require_same_ranks(adapters, "score mixture instead of fusion, or retrieve --top 1")
         except HeadwaterError as error:

@@ -51,8 +51,9 @@ def _hook(states: tuple[State, ...], followed: Tensor, share: Any) -> None:
         return
 
     def remember(gradient: Tensor) -> None:
+        found = share(gradient)
         for state in states:
-            state.gradient = share(gradient)
+            state.gradient = found
 
     handle = followed.register_hook(remember)
     for state in states:
