@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
@@ -162,3 +165,9 @@ def test_an_adapter_that_is_gone_is_503_and_its_path_stays_in_the_log(tmp_path, 
         assert str(tmp_path) not in streamed
         assert ask("twin").status_code == ask("rs").status_code == 200  # one is loaded already, the other is there
         assert 'finish="unavailable",model="plain"} 2.0' in httpx.get(f"{url}/metrics", timeout=60).text
+
+
+def test_a_python_that_ends_waits_for_the_forward_that_runs():
+    """The thread would abort the process where it came back from PyTorch; all the answers would take minutes."""
+    command = [sys.executable, "-m", "serve.cut_off"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=60)

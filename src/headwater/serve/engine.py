@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import logging
@@ -177,6 +178,7 @@ class Engine:
         routes.model.eval()
         self._thread = threading.Thread(target=self._run, name="headwater-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._stop)  # a thread that comes out of PyTorch into a Python that has ended aborts the process
 
     @property
     def running(self) -> int:
@@ -260,6 +262,14 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        atexit.unregister(self._stop)
+
+    def _stop(self) -> None:
+        """Ends the thread after the forward that is running; nobody waits for the answers any more."""
+        with self._wake:
+            for ticket in [*self._waiting, *self._placed]:
+                ticket.cancel()
+        self.close()
 
     def _run(self) -> None:
         while True:
