@@ -351,6 +351,22 @@ def test_a_finished_folder_is_neither_overwritten_nor_resumed_with_other_setting
         assert f"`{key}` is not what it was in the run that is to be resumed" in err
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_run_is_not_gone_on_with_on_other_rows(done, capsys, split):
+    out, _ = done
+    file = out.parent / f"b-{split}.jsonl"
+    text = file.read_text()
+    file.write_text(text.replace("3:", "8:"))
+    try:
+        code, _, err = invoke(capsys, out.parent / "prefer.yaml", "--set", "training.resume_from_checkpoint=true")
+    finally:
+        file.write_text(text)
+    assert code == 2
+    assert "tasks: the rows of b are not those that the run began with" in " ".join(err.split())
+    code, _, err = invoke(capsys, out.parent / "prefer.yaml", "--set", "training.resume_from_checkpoint=true")
+    assert code == 0, err
+
+
 def test_results_of_a_run_that_is_replaced_are_never_taken_for_the_new_runs(done, tmp_path, monkeypatch):
     """Killed while it clears the folder, a command leaves the file that says whose the rest is."""
     out = tmp_path / "out"

@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Expected errors are shown without a traceback; with HEADWATER_DEBUG=1 they are raised.
     """
+    debug = os.environ.get("HEADWATER_DEBUG") == "1"
     # Before torch is loaded: waiting threads that spin make training several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = show_warning
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if sys.stdout is not None:  # as it is where it was closed
                 sys.stdout.flush()
     except HeadwaterError as error:
-        if os.environ.get("HEADWATER_DEBUG") == "1":
+        if debug:
             raise
         show_error(error)
         sys.exit(2)
@@ -48,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         found = out_of_memory(error)
-        if found is None or os.environ.get("HEADWATER_DEBUG") == "1":
+        if found is None or debug:
             raise
         show_error(found)
         sys.exit(2)
     except OSError as error:  # most of what writes names its file; this is for the rest
-        if error.errno not in OF_WRITING or os.environ.get("HEADWATER_DEBUG") == "1":
+        if error.errno not in OF_WRITING or debug:
             raise
         where = error.filename or "standard output or a temporary file"
         try:

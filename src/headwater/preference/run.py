@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore, mean_score
 from headwater.evaluation.scoring import score_tasks
 from headwater.files import whole_folder, write_json, write_text
-from headwater.marked_yaml import parse_document
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
+from headwater.preference.folder import FILE, check_folder, clear_folder
 from headwater.preference.lengths import check_lengths
 from headwater.preference.results import summary
 from headwater.preference.sources import Source, make_sources
@@ -37,27 +37,11 @@ from headwater.training.folder import STATE, last_checkpoint, lock_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
-from headwater.training.resume import check_files
+from headwater.training.resume import check_files, digest
 from headwater.training.run import require_one_process
 from headwater.training.write_errors import explained_writes
 
 RESULT = "result.json"
-FILE = "prefer.yaml"
-COMPARED = (
-    "model_name_or_path",
-    "model",
-    "method",
-    "tasks",
-    "data",
-    "mixture",
-    "evaluation",
-    "preference",
-    "seed",
-    "training",
-)
-"""The sections that a run which is gone on with keeps."""
-FREE = ("resume_from_checkpoint", "overwrite_output_dir", "batch_size")
-"""What of them may change: it changes no result."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +98,7 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
 def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str, Any]:
     output = Path(config.output_dir)
     parts = [_part(output, strategy, seed) for strategy in config.preference.strategies for seed in config.seeds]
-    resume = _check_folder(config, output)
+    resume = check_folder(config, output)
     device = arguments(config, config.seed, output).device
     tasks = load_tasks(config.tasks, config.base_dir)
     _refuse_contamination(tasks)
@@ -125,9 +109,7 @@ def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str
 
     held.enter_context(lock_folder(output))
     if not resume and (output / FILE).is_file():
-        # The file that tells of the run goes last: without it, results that are left would seem to be the new run's.
-        for path in [*output.glob("*/seed-*"), *_held(output)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear_folder(output)
     if not resume:
         write_text(output / FILE, dump_config(config))
         plain = RunConfig.model_validate(config.model_dump(include=set(RunConfig.model_fields), exclude_unset=True))
@@ -166,42 +148,6 @@ def _check_trl() -> None:
     except ImportError as error:
         what = "preference training needs TRL"
         raise HeadwaterError(Problem(what, "", "pip install 'headwater[trl]'")) from error
-
-
-def _held(output: Path) -> Iterator[Path]:
-    names = ("results.json", "report.html", "figures", "adapter", "base.json", "config.yaml", FILE)
-    return (output / name for name in names if (output / name).exists())
-
-
-def _check_folder(config: PreferConfig, output: Path) -> bool:
-    """Whether the folder's run is gone on with.
-
-    Raises:
-        HeadwaterError: the folder holds one that is neither resumed nor to be replaced, or that was told other things.
-    """
-    asked = config.training.get("resume_from_checkpoint")
-    if asked and str(asked).lower() != "true":
-        what = "a run of several strategies is resumed as a whole"
-        raise HeadwaterError(Problem(what, "training.resume_from_checkpoint", "set it to true"))
-    held = (output / FILE).is_file()
-    if held and asked:
-        before = parse_document((output / FILE).read_text(encoding="utf-8"), str(output / FILE)).data
-        now = parse_document(dump_config(config), FILE).data
-        for key in COMPARED:
-            old, new = (
-                {k: v for k, v in d[key].items() if k not in FREE} if isinstance(d.get(key), dict) else d.get(key)
-                for d in (before, now)
-            )
-            if old != new:
-                what = f"`{key}` is not what it was in the run that is to be resumed"
-                raise HeadwaterError(Problem(what, key, f"{output / FILE} says what it was"))
-    elif held and not config.training.get("overwrite_output_dir"):
-        fix = (
-            "choose another folder, go on with it (training.resume_from_checkpoint: true), or replace it "
-            "(training.overwrite_output_dir: true)"
-        )
-        raise HeadwaterError(Problem(f"{output} holds a run already", "output_dir", fix))
-    return bool(held and asked)
 
 
 def _refuse_contamination(tasks: Sequence[Task]) -> None:
@@ -275,12 +221,23 @@ def _scores(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
 
 
 def _base_scores(output: Path, model: Any, tokenizer: Any, tasks: list[Task], config: PreferConfig) -> dict[str, Any]:
-    """Before training; the adapters start where the base model is."""
+    """Before training; the adapters start where the base model is.
+
+    Raises:
+        HeadwaterError: the folder's are of other rows.
+    """
     path = output / "base.json"
+    rows = {task.name: digest([*task.train, *task.validation, *task.test]) for task in tasks}
     if not path.is_file():
         scores = score_tasks(model, tokenizer, tasks, config.evaluation, config.data)
-        write_json(path, {"tasks": _scores(scores), "mean": mean_score(scores.values())})
-    return json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {"tasks": _scores(scores), "mean": mean_score(scores.values()), "rows": rows})
+    found = json.loads(path.read_text(encoding="utf-8"))
+    what = "are not those that the run began with"
+    fix = "bring them back, or start anew (training.overwrite_output_dir: true)"
+    then = found.get("rows", rows)  # an older headwater wrote none
+    if other := [Problem(f"the rows of {name} {what}", "tasks", fix) for name in rows if then[name] != rows[name]]:
+        raise HeadwaterError(*other)
+    return found
 
 
 def _run(
