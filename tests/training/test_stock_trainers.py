@@ -93,3 +93,29 @@ def test_trl_sft_trainer(tiny_llama, tiny_tokenizer, tmp_path, name):
     assert losses[-1] < losses[0]
     assert any(not torch.equal(weight, start[key]) for key, weight in trained(trainer.model).items())
     assert (tmp_path / "checkpoint-6" / "adapter_model.safetensors").is_file()
+
+
+def test_trl_sft_trainer_with_task_ids(tiny_llama, tiny_tokenizer, tmp_path):
+    """As docs/training.md says; no row is of task 1."""
+    texts = [{"prompt": f"say {i}:", "completion": f" {i}", "headwater_task_ids": i % 2 * 2} for i in range(8)]
+    options = {"max_steps": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "remove_unused_columns": False}
+    trainer = SFTTrainer(
+        model=tiny_llama(),
+        args=SFTConfig(output_dir=str(tmp_path), bf16=False, **options, **CPU),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tiny_tokenizer,
+        peft_config=method("mtl_lora").config(**FIELDS, num_tasks=3),
+    )
+    with pytest.raises(headwater.HeadwaterError, match=r"its collator has to keep them \(docs/training.md\)"):
+        trainer.train()
+    start = trained(trainer.model)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {
+        **collate(rows),
+        "headwater_task_ids": torch.tensor([row["headwater_task_ids"] for row in rows]),
+    }
+    trainer.train()
+    now = {key: weight for key, weight in trained(trainer.model).items() if key.endswith(".L")}
+    assert now
+    for key, weight in now.items():
+        assert [bool((weight[t] != start[key][t]).any()) for t in range(3)] == [True, False, True], key

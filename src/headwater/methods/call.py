@@ -156,7 +156,7 @@ class Call:
                     f"the adapter on {self.name} needs the task of every row, and none was given",
                     fix=f"pass {KEYWORD}=LongTensor[batch] to the model, or wrap the call in "
                     "`with headwater.task_ids(model, ids):`; a trainer that has them as a column of its data needs "
-                    "remove_unused_columns=False",
+                    "remove_unused_columns=False, and its collator has to keep them (docs/training.md)",
                 )
             )
         rows = state.task_ids.shape[0]

@@ -178,7 +178,7 @@ class Engine:
         routes.model.eval()
         self._thread = threading.Thread(target=self._run, name="headwater-engine", daemon=True)
         self._thread.start()
-        atexit.register(self._stop)  # a thread that comes out of PyTorch into a Python that has ended aborts the process
+        atexit.register(self._stop)  # a thread that comes out of PyTorch after Python's end aborts the process
 
     @property
     def running(self) -> int:
