@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -53,12 +52,15 @@ training: {{max_steps: 6, per_device_train_batch_size: 3, save_steps: 2, logging
 output_dir: {folder}/out
 """
 REWARDS = """\
-import os, time
+import os, signal
+def maybe_killed():
+    if os.path.isfile(os.environ.get("KILLED_AFTER", "")):
+        os.kill(os.getpid(), signal.SIGKILL)
 def vowels(*, prompt, response, answer, task):
-    time.sleep(float(os.environ.get("SLOW", 0)))
+    maybe_killed()
     return sum(c in "aeiou" for c in response)
 def digits(*, prompt, response, answer, task):
-    time.sleep(float(os.environ.get("SLOW", 0)))
+    maybe_killed()
     return sum(c in "0123456789abcdefghijklm" for c in response)
 """
 
@@ -170,17 +172,11 @@ def test_the_adapter_is_scored_by_headwater_evaluate(done):
 
 def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(done, tmp_path):
     path = write_run(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SLOW": "0.05"}
-    process = subprocess.Popen(
-        command(path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
     # Killed within the second of four runs, after its first checkpoint.
     state = tmp_path / "out" / "linucb" / "seed-1" / "checkpoint-2" / "trainer_state.json"
-    deadline = time.monotonic() + 240
-    while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "KILLED_AFTER": str(state)}
+    killed = subprocess.run(command(path), env={**os.environ, **variables}, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert state.is_file()
     assert not (tmp_path / "out" / "linucb" / "seed-1" / "result.json").exists()
     assert not (tmp_path / "out" / "results.json").exists()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 
 import torch
-from serve.engines import Plain, make_prompts
 from tiny_models import make_tiny_tokenizer
 
 from headwater.serve import Engine, Route, Sampling
+
+from .engines import Plain, make_prompts
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
 
     engine = Engine(Plain(), make_tiny_tokenizer(), on_step=work)
     for prompt in make_prompts(20):  # some are being answered, some wait
-        engine.submit(prompt, Route("plain"), Sampling(100), lambda piece: None)
+        engine.submit(prompt, Route("plain"), Sampling(400), lambda piece: None)
     began.wait()
 
 

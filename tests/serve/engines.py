@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 
 import torch
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
@@ -24,6 +26,24 @@ def running(routes, **options):
         yield engine
     finally:
         engine.close()
+
+
+def burst(engine, *asked) -> list[list[Piece]]:
+    """All at once, so that they are admitted together; each has to end."""
+    answers: list[list[Piece]] = [[] for _ in asked]
+    ended = threading.Semaphore(0)
+
+    def take(answer, piece):
+        answer.append(piece)
+        if piece.finish:
+            ended.release()
+
+    with engine._wake:
+        for answer, (prompt, route, sampling) in zip(answers, asked, strict=True):
+            engine.submit(prompt, route, sampling, functools.partial(take, answer))
+    for _ in asked:
+        assert ended.acquire(timeout=120), answers
+    return answers
 
 
 class Plain:
@@ -51,6 +71,13 @@ def sharp_llama(seed: int = 0, **fields):
             layer.mlp.down_proj.weight.mul_(30)
             for projection in ("q_proj", "k_proj", "o_proj"):
                 getattr(layer.self_attn, projection).weight.mul_(30)
+    return model
+
+
+def endless_llama():
+    """One whose greedy answers do not come to an end of their own."""
+    model = sharp_llama(max_position_embeddings=30_000)
+    model.lm_head.weight.data[257] = 0
     return model
 
 

@@ -26,8 +26,8 @@ from headwater.serve.server import bind
 from .engines import Plain, sharp_llama
 
 
-def save_base(folder: Path) -> Path:
-    sharp_llama().save_pretrained(folder)
+def save_base(folder: Path, model=None) -> Path:
+    (model or sharp_llama()).save_pretrained(folder)
     make_tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -40,7 +40,7 @@ class Process:
 
     def terminate(self) -> int:
         self.popen.send_signal(signal.SIGTERM)
-        return self.popen.wait(60)
+        return self.popen.wait(120)
 
 
 @contextlib.contextmanager
@@ -78,17 +78,17 @@ def thread(
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
     running = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     running.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_for(lambda: server.started or not running.is_alive())
+    assert server.started
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", engine
     finally:
         server.should_exit = True
-        running.join(30)
+        running.join(120)
         listening.close()
 
 
-def wait_for(condition, seconds: float = 30) -> None:
+def wait_for(condition, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until

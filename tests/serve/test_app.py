@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
+import os
+import signal
 import socket
+import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from headwater.errors import HeadwaterError
+from headwater.serve import Piece, Route, Sampling
+from headwater.serve.answers import Answers
 from headwater.serve.app import Limits
-from headwater.serve.server import bind
+from headwater.serve.server import bind, run
 
-from .engines import Plain, alone
+from .engines import Plain, alone, endless_llama
 from .servers import thread, wait_for
 
-LONG = {"prompt": "the cat", "max_tokens": 400, "temperature": 0}
+LONG = {"prompt": "the cat", "max_tokens": 20_000, "temperature": 0}
+LIMITS = Limits(max_tokens=20_000, timeout=1000)
 
 
 class Slow(Plain):
-    """A model that takes its time, and does not come to an end of its own."""
+    """A model that takes its time: a quarter of an hour for LONG."""
 
     def __init__(self):
-        super().__init__()
-        self.model.lm_head.weight.data[257] = 0
+        super().__init__(endless_llama())
 
     def apply(self, routes):
         time.sleep(0.05)
@@ -37,7 +47,8 @@ def post(url, path="/v1/completions", **fields):
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_back():
-    with thread(Slow(), max_batch=1, max_waiting=1) as (url, engine), httpx.Client(timeout=60) as client:
+    options = {"limits": LIMITS, "max_batch": 1, "max_waiting": 1}
+    with thread(Slow(), **options) as (url, engine), httpx.Client(timeout=60) as client:
         with client.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as one:
             lines = one.iter_lines()  # kept, because httpx closes the response with it
             next(lines)
@@ -60,26 +71,62 @@ def test_a_full_queue_is_429_with_a_time_to_come_back():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(stream):
-    with thread(Slow()) as (url, engine):
-        with httpx.Client(timeout=60 if stream else 0.5) as client:
-            if stream:
-                with client.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
-                    next(response.iter_lines())
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    client.post(f"{url}/v1/completions", json=LONG)
-        wait_for(lambda: engine.running == 0, 15)  # all 400 tokens would take 20 s
+    with thread(Slow(), limits=LIMITS) as (url, engine):
+        client = http.client.HTTPConnection(url.removeprefix("http://"))
+        body = json.dumps({**LONG, "stream": stream})
+        client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        wait_for(lambda: engine.running == 1)
+        client.close()
+        wait_for(lambda: engine.running == 0)
         wait_for(lambda: 'finish="cancelled",model="plain"} 1.0' in httpx.get(f"{url}/metrics", timeout=60).text)
 
 
 def test_requests_out_of_time_end():
-    with thread(Slow(), limits=Limits(timeout=0.3)) as (url, engine):
+    with thread(Slow(), limits=replace(LIMITS, timeout=0.3)) as (url, engine):
         late = post(url, **LONG)
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "timeout"
         lines = [line for line in post(url, **LONG, stream=True).text.splitlines() if line]
         assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
         wait_for(lambda: engine.running == 0)  # the answer is out before its row is gone
+
+
+def test_a_piece_that_comes_when_the_loop_has_been_closed_is_nobodys():
+    """The engine's thread may be that late where a second signal ends the server."""
+    receivers = []
+    engine = SimpleNamespace(submit=lambda *given, **_: receivers.append(given[3]))
+
+    async def ask():
+        service = SimpleNamespace(engine=engine, limits=LIMITS)
+        Answers(service, "plain", gates=False, logprobs=False).ask([1], Route("plain"), Sampling())
+
+    asyncio.run(ask())
+    receivers[0](Piece("late"))
+
+
+def test_a_signal_that_comes_before_the_server_listens_to_them_ends_it(monkeypatch):
+    original, late = uvicorn.Server.run, []
+
+    def early(self, sockets):
+        signal.raise_signal(signal.SIGTERM)
+        original(self, sockets)
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] != "lifespan.shutdown":
+            await send({"type": f"{message['type']}.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def again():
+        late.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(uvicorn.Server, "run", early)
+    impatient = threading.Timer(60, again)
+    impatient.start()
+    with bind("127.0.0.1", 0) as listening:
+        run(app, listening, grace=1, on_ready=lambda: None)
+    impatient.cancel()
+    assert not late
 
 
 def test_what_the_model_raises_is_a_500_and_no_end():

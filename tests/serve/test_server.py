@@ -25,7 +25,7 @@ from headwater.data.encode import DataSpec, encode_prompt
 from headwater.data.rows import Row
 from headwater.evaluation.generate import decode
 
-from .engines import alone, sharp_llama
+from .engines import alone, endless_llama, sharp_llama
 from .servers import process, save_base
 
 TOKENIZER = make_tiny_tokenizer()
@@ -204,21 +204,22 @@ def test_a_connection_outlasts_those_that_clients_keep(run):
 
 
 def test_a_second_signal_stops_at_once_and_without_tracebacks(tmp_path):
-    base = save_base(tmp_path / "base")
+    base = save_base(tmp_path / "base", endless_llama())
     pool = AdapterPool.create(tmp_path / "pool", str(base))
-    with process(tmp_path, pool.path) as server:
-        fields = {"model": "base", "prompt": "the cat", "max_tokens": 400, "n": 16, "temperature": 1, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=fields, timeout=60) as answer:
+    with process(tmp_path, pool.path, "--max-tokens", "20000", "--timeout", "1000") as server:
+        # minutes of answers, so that they are cut off however late this process comes to it
+        fields = {"model": "base", "prompt": "the cat", "max_tokens": 20_000, "n": 16, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=fields, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.popen.send_signal(signal.SIGINT)
             with contextlib.suppress(httpx.HTTPError):  # until it takes no more
-                while httpx.get(f"{server.url}/health", timeout=5):
+                while httpx.get(f"{server.url}/health", timeout=120):
                     pass
             server.popen.send_signal(signal.SIGINT)
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
-        assert server.popen.wait(60) == 0
+        assert server.popen.wait(120) == 0
         assert "Traceback" not in server.log.read_text()
 
 

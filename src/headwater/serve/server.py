@@ -63,19 +63,25 @@ def run(app: Any, listening: socket.socket, *, grace: float, on_ready: Callable[
             await super().startup(sockets)
             on_ready()
 
-    # uvicorn raises the signals again once it is through; by then there is nothing left to stop.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(1, round(grace)),
+        lifespan="on",
+    )
+    server = Server(config)
+    logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
+
+    def stop(*_: Any) -> None:
+        """For signals that come before uvicorn listens to them; it raises its own again once it is through, when there
+        is nothing left to stop."""
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=max(1, round(grace)),
-            lifespan="on",
-        )
-        logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
-        Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
