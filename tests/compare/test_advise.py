@@ -87,10 +87,16 @@ def test_a_pilot_on_a_tiny_model(tmp_path, capsys):
     used = {json.loads(line)["prompt"] for text in texts for line in text.splitlines()}
     assert used
     assert not used & test_rows
-    runs = [p.stat().st_mtime_ns for p in sorted((folder / "pilot").glob("*/*/results.json"))]
-    code, _, err = advise(capsys, path, "--minutes", 30, "--seeds", "0,1", "--method", "rlora")  # fmt: skip
+    file, pilots = folder / "pilot.json", "pilot-rlora-8/*/*/results.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "steps": 7}))
+    assert advise(capsys, path, "--minutes", 30, "--seeds", "0,1", "--method", "rlora")[0] == 0
+    assert json.loads((folder / "advice.json").read_text())["steps"] == 7  # that pilot goes on, however long it is
+    runs = [p.stat().st_mtime_ns for p in sorted(folder.glob(pilots))]
+    assert len(runs) == 4
+    code, _, err = advise(capsys, path, "--minutes", 31, "--seeds", "0,1", "--method", "rlora")  # fmt: skip
     assert code == 0, err
-    assert runs == [p.stat().st_mtime_ns for p in sorted((folder / "pilot").glob("*/*/results.json"))]
+    assert json.loads((folder / "advice.json").read_text())["steps"] == 8  # other minutes are measured anew
+    assert runs == [p.stat().st_mtime_ns for p in sorted(folder.glob(pilots))]  # and what is finished is kept
 
 
 def test_plain_lora_takes_the_nearest_rank_and_how_far_off_it_is_is_said(tmp_path, capsys):
@@ -116,6 +122,7 @@ def test_too_little_time_and_one_seed_are_said(tmp_path, capsys):
     assert re.search(r"give --minutes \d+ or more", err)  # how many, the machine decides
     for option, value, said in (
         ("--seeds", "0", "no interval"),
+        ("--seeds", "0,0,1", "--seeds: 0 is given more than once"),
         ("--seeds", "0,x", "not whole numbers"),
         ("--method", "lora", "--method lora: plain LoRA is what a method is compared with"),
         *(("--minutes", minutes, "--minutes: this is no length of time") for minutes in ("inf", "1e308")),
@@ -123,6 +130,16 @@ def test_too_little_time_and_one_seed_are_said(tmp_path, capsys):
         code, _, err = advise(capsys, path, option, value)
         assert (code, said in err) == (2, True)
         assert "Traceback" not in err
+
+
+def test_losses_alone_are_refused_before_anything_is_trained(tmp_path, capsys):
+    path = write_file(tmp_path)
+    for file in tmp_path.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({k: r[k] for k in ("prompt", "completion")}) + "\n" for r in rows))
+    code, out, err = advise(capsys, path)
+    assert (code, out) == (2, "")
+    assert "run.yaml:3: tasks: the tasks have no score to compare, only a loss" in err
 
 
 def test_the_budget_is_counted_with_a_part_for_each_task(tmp_path, monkeypatch):

@@ -213,6 +213,46 @@ def test_other_settings_for_a_kept_run_are_an_error_that_names_them(whole, tmp_p
         compared(path, "tasks.1.weight=2")
 
 
+def test_other_rows_under_a_kept_run_are_an_error_until_it_is_made_again(tmp_path):
+    path = write_file(tmp_path)
+    out, asked = tmp_path / "out", ("compare.methods=[lora]", "compare.seeds=[0]")
+    before = compared(path, *asked)
+    run = out / "lora" / "seed-0"
+    (tmp_path / "animals-test.jsonl").write_text((tmp_path / "animals-test.jsonl").read_text().replace("cat", "cow"))
+    with pytest.raises(HeadwaterError) as caught:
+        compared(path, *asked)
+    (problem,) = caught.value.problems
+    assert problem.where == str(run)
+    assert problem.what == "the run there has other data: the test rows of animals were others"
+    assert "delete such a folder" in problem.fix
+    with pytest.raises(HeadwaterError, match=r"other settings: data\.max_length"):
+        compared(path, *asked, "data.max_length=99")
+    results = json.loads((run / "results.json").read_text())
+    del results["extra"]["digests"]  # as an older headwater wrote it
+    (run / "results.json").write_text(json.dumps(results))
+    assert timeless(compared(path, *asked))["summary"] == timeless(before)["summary"]
+    shutil.rmtree(run)
+    again = compared(path, *asked)
+    own = train(load_config(run / "config.yaml", [f"output_dir={tmp_path / 'own'}"]), console=Console(quiet=True))
+    assert again["runs"][0]["extra"]["digests"] == own.results["extra"]["digests"]
+    assert again["runs"][0]["extra"]["intervals"] == own.results["extra"]["intervals"]
+    assert again["runs"][0]["tasks"] == own.results["tasks"]  # the base model's scores, too, are of the new rows
+
+
+def test_rows_that_change_between_the_runs_are_noticed_in_the_end(tmp_path, monkeypatch):
+    path = write_file(tmp_path)
+    original = run_module._run
+
+    def before_a_change(job, scores, console):
+        original(job, scores, console)
+        file = tmp_path / "colours-train.jsonl"
+        file.write_text(file.read_text().replace("train colours 3 is", f"after {job.name}"))
+
+    monkeypatch.setattr(run_module, "_run", before_a_change)
+    with pytest.raises(HeadwaterError, match="seed-0: the run there has other data: the train rows of colours were"):
+        compared(path, "compare.methods=[lora]")
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths}
@@ -290,20 +330,28 @@ def test_what_a_killed_run_left_without_a_checkpoint_is_replaced(whole, tmp_path
 def test_the_table_is_printed(whole, tmp_path, capsys):
     from headwater.cli.compare import show_plan, show_summary
 
-    console = Console(width=160)
+    console = Console(width=80)
     show_plan(plan_of(whole[0]), console)
-    show_summary(whole[1], console)
+    content = timeless(whole[1])
+    content["summary"][1].update(trainable_parameters=12345678, paired_ci95=[-0.685, 0.585])
+    show_summary(content, console)
     shown = capsys.readouterr().out
+    assert "12,345,678" in shown  # no number is broken in two
+    assert "-0.685 to +0.585" in shown
     entry = whole[1]["summary"][1]
     assert f"{entry['mean']:.3f}" in shown
     assert f"{entry['paired_difference']:+.3f}" in shown
     assert "minus lora" in shown
-    assert "Student's t over 2 seeds" in shown
+    assert "Student's t over 2 seeds" in " ".join(shown.split())
     one = timeless(whole[1])
     for summary in one["summary"]:
         summary.update(n=1, ci95=None, paired_ci95=None)
     show_summary(one, console)
     assert "One seed" in capsys.readouterr().out
+    for summary in one["summary"]:
+        summary.update(mean=None, paired_difference=None)
+    show_summary(one, console)
+    assert "No task has a score; losses are" in capsys.readouterr().out
 
 
 def test_learning_rates_are_chosen_on_rows_that_no_score_is_from(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 from comparison_runs import METHODS, write_comparison
 from report_runs import LONG, TASKS
@@ -71,11 +72,43 @@ def test_the_table_and_the_lead_say_what_comparison_json_says(folder):
         assert row[2].text == f"{entry['mean']:.3f}"
         assert row[2].small == "{:.3f} – {:.3f}".format(*entry["ci95"])
         assert row[3].sort == entry["paired_difference"]
+    sentences = built.lead.split(". ")
     for entry in content["summary"][1:]:
         low, high = entry["paired_ci95"]
         said = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
-        (sentence,) = [s for s in built.lead.split(". ") if said in s]
-        assert entry["method"] in sentence
+        (sentence,) = [s for s in sentences if entry["method"] in re.split(", | and ", re.split(" is | are ", s)[0])]
+        assert said in sentence  # and no other one names it
+
+
+def test_tiles_and_pictures_say_what_comparison_json_says(folder):
+    summary = json.loads((folder / "comparison.json").read_text())["summary"]
+    built, drawn = blocks(folder, FigureBlock)
+    best = max(summary, key=lambda entry: entry["mean"])
+    small = f"{best['method']}; base model {best['extra']['before']:.3f}"
+    assert ("Highest mean", f"{best['mean']:.3f}", small) in built.tiles
+    said = {b.name: [text.get_text() for text in b.draw(780).texts] for b in drawn if b.name.startswith("task_")}
+    tasks = {t: first for t, first in summary[0]["extra"]["tasks"].items() if first["metric"] != "loss"}
+    apart = [f"{e['extra']['tasks'][t]['paired_difference']:+.3f}" for e in summary[1:] for t in tasks]
+    assert [t for t in said["task_differences"] if re.fullmatch(r"[+−]\d\.\d{3}", t)][2:] == [
+        value.replace("-", "−") for value in apart
+    ]
+    assert [t for t in said["task_scores"] if t.startswith("base ")] == [
+        f"base {first['before']:.3f}" for first in tasks.values()
+    ]
+
+
+def test_a_seeds_points_are_its_own_scores_and_differences(folder):
+    """Those in the picture: what each run's `results.json` says, as it is and minus that of the first method."""
+    _, drawn = blocks(folder, FigureBlock)
+    figure = next(b for b in drawn if b.name == "comparison").draw(780)
+    after = {
+        label: np.array([json.loads((folder / label / f"seed-{s}" / "results.json").read_text())["mean"]["after"]
+                         for s in (0, 1, 2)])
+        for label in METHODS
+    }  # fmt: skip
+    means, apart = ([line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 3] for axes in figure.axes)
+    assert np.allclose(means, list(after.values()))
+    assert np.allclose(apart, [after[label] - after["lora"] for label in list(METHODS)[1:]])
 
 
 def test_the_same_folder_gives_the_same_page(folder, page):
@@ -106,6 +139,19 @@ def test_losses_alone_are_compared_task_by_task(tmp_path):
     html = write_comparison_report(folder).read_text(encoding="utf-8")
     assert "No task has a score; losses are compared task by task." in html
     assert 'id="figure-task_losses"' in html
+
+
+def test_the_interval_of_a_loss_is_drawn_around_its_mean(tmp_path):
+    losses = {"notes": ("loss", 50, 3.1, 2.2, None)}
+    folder = write_comparison(tmp_path / "losses", methods=FEW, tasks=losses)
+    content = json.loads((folder / "comparison.json").read_text())
+    content["summary"][1]["extra"]["tasks"]["notes"].update(mean=1.9, ci95=[0.9, 2.9])
+    (folder / "comparison.json").write_text(json.dumps(content))
+    _, drawn = blocks(folder, FigureBlock)
+    figure = next(b for b in drawn if b.name == "task_losses").draw(780)
+    lines = [sorted(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert [0.9, 2.9] in lines
+    assert figure.axes[0].get_xlim()[1] > 2.9
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"summary": []}'])

@@ -58,6 +58,18 @@ def test_the_gap_is_paired_by_seed(folder):
     assert gap.mean == pytest.approx(gap.shared - gap.single)
 
 
+def test_an_interval_of_differences_ends_where_scores_do(tmp_path):
+    folder = write_comparison(
+        tmp_path / "two", methods={m: METHODS_AND_ARMS[m] for m in ("plain", "alone-1")}, train_on=TRAIN_ON,
+        seeds=(0, 1), tasks={name: TASKS[name] for name in (FIRST, SECOND)}, steps=2, layers=1,
+    )  # fmt: skip
+    content = json.loads((folder / "comparison.json").read_text())
+    for run, value in zip(content["runs"], (0.2, 0.9, 0.5, 0.5), strict=True):  # twice plain, twice alone-1
+        run["tasks"][FIRST]["after"] = value
+    (folder / "comparison.json").write_text(json.dumps(content))
+    assert seesaw(read_comparison(folder))["plain"][FIRST].ci95 == (-1, 1)
+
+
 def test_transfer_is_the_change_on_every_task(folder):
     found = transfer(read_comparison(folder))
     assert list(found["plain"]) == [FIRST, SECOND]

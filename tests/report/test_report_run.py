@@ -106,3 +106,8 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_run(tmp_path / "absent")
     with pytest.raises(HeadwaterError, match="this folder is not a run"):
         read_run(tmp_path)
+
+
+def test_a_task_that_the_history_alone_names_is_one_of_the_run(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0, "task_losses": {"a": 2.0}}\n')
+    assert read_run(tmp_path).tasks == ["a"]

@@ -80,20 +80,19 @@ def show_summary(content: dict[str, Any], console: Console) -> None:
         rows.append(
             [
                 entry["method"],
-                f"{entry['trainable_parameters']:,}",
-                "" if deviation is None else f"{deviation:+.1%}",
+                _stacked(f"{entry['trainable_parameters']:,}", "" if deviation is None else f"{deviation:+.1%}"),
                 f"{about[entry['method']]['learning_rate']:g}",
                 entry["n"],
-                _score(entry["mean"]),
-                _interval(entry["ci95"], ""),
-                _score(entry["paired_difference"], "+"),
-                _interval(entry["paired_ci95"], "+"),
+                _stacked(_score(entry["mean"]), _interval(entry["ci95"], "")),
+                _stacked(_score(entry["paired_difference"], "+"), _interval(entry["paired_ci95"], "+")),
             ]
         )
-    first = summary[0]["method"]
-    columns = ["method", "parameters", "off", "learning rate", "seeds", "mean", "95 %", f"minus {first}", "95 %"]
+    mean, apart = _stacked("mean", "95 %"), _stacked(f"minus {summary[0]['method']}", "95 %")
+    columns = ["method", "parameters", _stacked("learning", "rate"), "seeds", mean, apart]
     console.print(table(columns, rows))
-    if summary[0]["n"] == 1:
+    if all(entry["mean"] is None for entry in summary):
+        said = "No task has a score; losses are compared task by task in the report."
+    elif summary[0]["n"] == 1:
         said = "One seed: there is no interval over seeds, and differences of a few points may be chance."
     else:
         said = (
@@ -116,6 +115,11 @@ def _number(value: Any) -> str:
 
 def _score(value: float | None, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.3f}"
+
+
+def _stacked(number: str, about: str) -> str:
+    """One below the other: side by side they do not fit into 80 columns, and would be broken anywhere."""
+    return f"{number}\n{about}".rstrip()
 
 
 def _interval(pair: Sequence[float] | None, sign: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,9 @@ def advise(
 
     if not math.isfinite(minutes * 60):
         raise HeadwaterError(Problem(f"this is no length of time: {minutes}", "--minutes", "give a number of minutes"))
-    if len(set(seeds)) < 2:
+    if twice := [str(seed) for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        raise HeadwaterError(Problem(f"{', '.join(twice)} is given more than once", "--seeds", "give each seed once"))
+    if len(seeds) < 2:
         raise HeadwaterError(Problem("one seed gives no interval", "--seeds", "give at least two, e.g. 0,1,2"))
     if method == "lora":
         fix = "name another; `headwater methods` lists them"
@@ -72,6 +75,9 @@ def advise(
     started = time.perf_counter()
     output = Path(config.output_dir) / "advice"
     tasks = choosing_tasks(config, output / "tasks")
+    if all(task["metric"] == "loss" for task in tasks):
+        what, fix = "the tasks have no score to compare, only a loss", "give one of them choices or a metric"
+        raise HeadwaterError(Problem(what, config.where("tasks"), fix))
     for task in tasks:
         task["max_test_rows"] = MOST_ROWS
     own = config.method["name"]
@@ -94,12 +100,14 @@ def advise(
         sections = {"tasks": tasks, "training": training, "compare": section, "output_dir": str(folder)}
         return changed(config, sections, {})
 
-    console.print("measuring how long a step takes", highlight=False)
-    measured = compare(make_plan(pilot(PROBE_STEPS, variants, probe)), console=Console(quiet=True))
-    per_step = {entry["method"]: entry["extra"]["seconds_per_step"] for entry in measured["summary"]}
     full = full_steps(config)
-    steps = _kept_steps(output)
+    asked = {"minutes": minutes, "method": name, "full_steps": full}
+    steps = _kept_steps(output, asked)
     if steps is None:
+        console.print("measuring how long a step takes", highlight=False)
+        shutil.rmtree(probe, ignore_errors=True)  # of runs that are kept nothing could be measured
+        measured = compare(make_plan(pilot(PROBE_STEPS, variants, probe)), console=Console(quiet=True))
+        per_step = {entry["method"]: entry["extra"]["seconds_per_step"] for entry in measured["summary"]}
         spent = time.perf_counter() - started
         scoring = max(spent - PROBE_STEPS * sum(per_step.values()), 0.0) / (len(variants) + 1)  # the base's, too
         steps = _affordable(minutes * 60 - spent - scoring * (1 + len(variants) * len(seeds)), per_step, len(seeds))
@@ -110,9 +118,9 @@ def advise(
             fix = f"give --minutes {math.ceil(needed / 60)} or more, fewer --seeds, or tasks with shorter rows"
             what = f"{minutes:g} minutes are too short for a pilot of {LEAST_STEPS} steps"
             raise HeadwaterError(Problem(what, "--minutes", fix))
-        write_json(output / "pilot.json", {"steps": steps})
+        write_json(output / "pilot.json", {"steps": steps, **asked})
     console.print(f"{len(variants)} methods, {len(seeds)} seeds, {steps} of {full} steps each", highlight=False)
-    plan = make_plan(pilot(steps, variants, output / "pilot"))
+    plan = make_plan(pilot(steps, variants, output / f"pilot-{name}-{steps}"))
     if unequal := _unequal(plan):
         console.print(unequal, highlight=False, soft_wrap=True)
     content = compare(plan, console=console)
@@ -141,10 +149,11 @@ def _unequal(plan: Plan) -> str:
     )
 
 
-def _kept_steps(output: Path) -> int | None:
-    """The steps of a pilot that was begun here: a second measurement must not change them under finished runs."""
+def _kept_steps(output: Path, asked: dict[str, Any]) -> int | None:
+    """The steps of such a pilot that was begun here: a second measurement must not change them under finished runs."""
     file = output / "pilot.json"
-    return int(json.loads(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else None
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return kept["steps"] if asked.items() <= kept.items() else None
 
 
 def _affordable(seconds: float, per_step: dict[str, float], seeds: int) -> int:
@@ -170,12 +179,7 @@ def advice_of(content: dict[str, Any], *, steps: int, full: int) -> dict[str, An
     The verdict is "multi-head" or "plain" only where the 95 % interval of the paired difference keeps off 0.
     """
     plain, other = content["summary"]
-    difference, interval = other["paired_difference"], other["paired_ci95"]
-    if interval is None:
-        raise HeadwaterError(
-            Problem("the tasks have no score to compare, only a loss", "tasks", "give one of them choices or a metric")
-        )
-    low, high = interval
+    difference, (low, high) = other["paired_difference"], other["paired_ci95"]
     verdict = "multi-head" if low > 0 else "plain" if high < 0 else "undecided"
     return {
         "schema": 1,

@@ -18,7 +18,7 @@ from headwater.base_model import load_to_run
 from headwater.compare.plan import Plan, Planned
 from headwater.compare.selection import best_rate, choosing_tasks, quality
 from headwater.compare.summary import summarise
-from headwater.data.tasks import load_tasks
+from headwater.data.tasks import Task, load_tasks
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore
 from headwater.files import write_json
@@ -28,6 +28,7 @@ from headwater.training.folder import check_writable, last_checkpoint, make_fold
 from headwater.training.history import History
 from headwater.training.memory import free_memory
 from headwater.training.progress import ProgressDisplay, duration
+from headwater.training.resume import digest, digests
 from headwater.training.run import require_one_process, train, training_arguments
 from headwater.training.scorer import Scorer
 
@@ -57,6 +58,9 @@ class Job:
     def finished(self) -> bool:
         return (self.folder / "results.json").is_file()
 
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+
 
 def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
     """Trains every method with every seed, and writes `comparison.json`, a plot and a report to the `output_dir`.
@@ -73,7 +77,8 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
         The content of `comparison.json`.
 
     Raises:
-        HeadwaterError: if a run that is kept was made with other settings; and all that `training.train` raises.
+        HeadwaterError: if a run that is kept was made with other settings or rows; and all that
+            `training.train` raises.
         KeyboardInterrupt: on Ctrl-C; the run under way has then saved a checkpoint.
     """
     require_one_process("headwater compare")
@@ -174,22 +179,20 @@ class _Bench:
         """The results of all jobs, by name; `base` has their base model, tasks and evaluation.
 
         Raises:
-            HeadwaterError: before the first run, for every kept run that was made with other settings; in the end, for
-                those that another process has made so meanwhile.
+            HeadwaterError: before the first run, for every kept run that was made with other settings or rows; in the
+                end, for those that another process has made so meanwhile, or whose data have changed since.
         """
-        if problems := _other_settings(jobs):
-            raise HeadwaterError(*problems)
+        _refuse_others(jobs, base)
         left = [job for job in jobs if not job.finished]
         if len(left) < len(jobs):
             self.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished and kept")
         if left:
             self._share(left, len(jobs), base, folder)
-            if problems := _other_settings(jobs):
-                raise HeadwaterError(*problems)
+            _refuse_others(jobs, base)
         for job in jobs:  # a run's report is written last: a kept run that was killed there has none
             if not (job.folder / PAGE).is_file():
                 write_report(job.folder)
-        return {job.name: json.loads((job.folder / "results.json").read_text(encoding="utf-8")) for job in jobs}
+        return {job.name: job.results() for job in jobs}
 
     def _share(self, left: Sequence[Job], count: int, base: RunConfig, folder: Path) -> None:
         """Does what is left of `count` jobs, and waits for what other processes do of it."""
@@ -256,15 +259,13 @@ def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str,
         for key in ("train", "train_split", "validation", "validation_split", "weight", "max_train_rows"):
             task.pop(key, None)
     known = {key: about[key] for key in ("model_name_or_path", "model", "tasks", "data", "evaluation")}
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
-    history = History(folder / f"before-{digest}.jsonl")
+    tasks = _tasks(config)
+    known["rows"] = {task.name: digest(task.test) for task in tasks}
+    name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+    history = History(folder / f"before-{name}.jsonl")
     if scores := history.scores(0):
         return scores
     history.start()  # a process that stopped while it wrote may have left half a line
-    try:
-        tasks = load_tasks(config.tasks, config.base_dir)
-    except HeadwaterError as error:
-        raise config.placed(error) from error
     device = training_arguments(config).device
     model, tokenizer = load_to_run(config.model_name_or_path, device, **config.model.model_dump())
     console.print("scoring the base model, once for all runs", highlight=False)
@@ -275,26 +276,56 @@ def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str,
         display.close()
 
 
+def _tasks(config: RunConfig) -> list[Task]:
+    try:
+        return load_tasks(config.tasks, config.base_dir)
+    except HeadwaterError as error:
+        raise config.placed(error) from error
+
+
 def _settings(config: RunConfig) -> dict[str, Any]:
     from headwater.config import dump_config
 
     return parse_document(dump_config(config), "").data
 
 
-def _other_settings(jobs: Sequence[Job]) -> list[Problem]:
-    """What kept runs were made with, where that differs from their job's config; one problem for the same changes."""
+def _refuse_others(jobs: Sequence[Job], base: RunConfig) -> None:
+    """Raises:
+    HeadwaterError: for kept runs that were made with other settings or rows; one problem for the same differences.
+    """
+    settings = {job.name: f"other settings: {changes}" for job in jobs if (changes := _changes(job))}
+    others = settings or _other_rows(jobs, base)  # other settings may be why rows are others
     folders: dict[str, list[Path]] = {}
     for job in jobs:
-        if changes := _changes(job):
-            folders.setdefault(changes, []).append(job.folder)
-    return [
+        if job.name in others:
+            folders.setdefault(others[job.name], []).append(job.folder)
+    problems = [
         Problem(
-            f"the run there has other settings: {changes}",
-            f"{first}" + (f" and {len(others)} more" if others else ""),
+            f"the run there has {what}",
+            f"{first}" + (f" and {len(more)} more" if more else ""),
             "choose another output_dir, take the change back, or delete such a folder to have its run made again",
         )
-        for changes, (first, *others) in folders.items()
+        for what, (first, *more) in folders.items()
     ]
+    if problems:
+        raise HeadwaterError(*problems)
+
+
+def _other_rows(jobs: Sequence[Job], base: RunConfig) -> dict[str, str]:
+    """Of each finished job whose rows have changed since, which. What an older headwater made does not say what its
+    rows were; where no run says it, no data are read."""
+    kept = {job.name: then for job in jobs if job.finished and (then := job.results()["extra"].get("digests"))}
+    now = digests(_tasks(base)) if kept else {}
+    changed = {
+        name: [
+            f"{split} rows of {task}"
+            for task, splits in then.items()
+            for split, was in splits.items()
+            if was != now.get(task, {}).get(split)
+        ]
+        for name, then in kept.items()
+    }
+    return {name: f"other data: the {', the '.join(parts)} were others" for name, parts in changed.items() if parts}
 
 
 def _changes(job: Job) -> str:

@@ -83,7 +83,8 @@ def seesaw(comparison: Comparison) -> dict[str, dict[str, Gap]]:
             if known:
                 values = [a - b for a, b in known]
                 shared_mean, single_mean = (sum(column) / len(known) for column in zip(*known, strict=True))
-                table.setdefault(label, {})[task] = Gap(shared_mean, single_mean, values, t_interval(values))
+                ends = t_interval(values, (-1.0, 1.0))
+                table.setdefault(label, {})[task] = Gap(shared_mean, single_mean, values, ends)
     return table
 
 

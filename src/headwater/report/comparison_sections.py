@@ -222,18 +222,13 @@ def _bar_groups(summary: list[Summary], tasks: list[str], fills: dict[str, str])
     groups, ends = [], [1e-9]
     for task in tasks:
         of_task = {e.method: e.extra.tasks[task] for e in summary if task in e.extra.tasks}
-        bars = [Bar(label, finite(t.mean), fills[label], _inside(t.ci95)) for label, t in of_task.items()]
+        bars = [Bar(label, finite(t.mean), fills[label], t.ci95) for label, t in of_task.items()]
         before = finite(next(iter(of_task.values())).before)
         ends += [v for b in bars for v in (b.value or 0.0, b.interval[1] if b.interval else 0.0)] + [before or 0.0]
         groups.append(
             BarGroup(task, colour("muted"), bars, mark=before, mark_note="" if before is None else f"base {before:.3f}")
         )
     return groups, max(ends) * 1.03
-
-
-def _inside(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    """With two seeds an interval may reach far below 0 or above 1, where no score is."""
-    return None if interval is None else (max(interval[0], 0.0), min(interval[1], max(1.0, interval[0])))
 
 
 def _choices(comparison: Comparison) -> Section | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
+from ..data.tasks import SPLITS, Task
 from ..errors import HeadwaterError, Problem
 from .folder import STATE
 
@@ -57,6 +58,11 @@ def digest(rows: Iterable[Row]) -> str:
     for row in rows:
         found.update(repr((row.prompt, row.completion, row.choices, row.messages)).encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:16]
+
+
+def digests(tasks: Iterable[Task]) -> dict[str, dict[str, str]]:
+    """Task -> split -> `digest` of its rows, of those splits that have some."""
+    return {task.name: {split: digest(rows) for split in SPLITS if (rows := getattr(task, split))} for task in tasks}
 
 
 def describe(trainer: HeadwaterTrainer) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
 from .method_callback import check_steps, method_layers
 from .progress import ProgressDisplay
-from .resume import check_checkpoint, digest
+from .resume import check_checkpoint, digest, digests
 from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
 from .trainer import HeadwaterTrainer
 from .write_errors import explained_writes
@@ -191,7 +191,7 @@ def _train(
         after = scorer.all_rows(adapted, steps)
     finally:
         display.close()
-    results = _results(config, trainer, before, after, peak)
+    results = _results(config, tasks, trainer, before, after, peak)
     temporary = output / ".adapter"
     try:
         trainer.save_model(str(temporary))  # every rank: weights that are sharded are gathered
@@ -325,6 +325,7 @@ def _device_name(device: torch.device) -> str:
 
 def _results(
     config: RunConfig,
+    tasks: Sequence[Task],
     trainer: HeadwaterTrainer,
     before: dict[str, TaskScore],
     after: dict[str, TaskScore],
@@ -362,6 +363,7 @@ def _results(
                 for name, score in after.items()
             },
             "majority": {name: score.majority for name, score in after.items()},
+            "digests": digests(tasks),
             "versions": {"headwater": __version__, **{p: version(p) for p in ("torch", "transformers", "peft")}},
         },
     }
