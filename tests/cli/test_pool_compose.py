@@ -199,11 +199,15 @@ def test_what_is_refused(made, tmp_path, capsys):
             "penalty: it is none, and should be paper or official",
         ),
         ("hub", [*one, "-o", tmp_path / "x", "--optimiser", "none"], "no optimiser 'none'"),
-        ("arrow", [*one, "--top-k", 0], "top_k: it is 0, and should be at least 1"),
+        ("arrow", [*one, "--top-k", 0], "top_k: it is 0, and should be a whole number, at least 1"),
         ("arrow", [*one, "--combine", "sum"], "combine: it is sum, and should be output or factors"),
         ("arrow", [*one, "--subtract", "factors"], "--subtract: the option does not apply here"),
         ("arrow", [*one, "--general", "nobody"], "no adapter 'nobody'"),
         ("retrieve", ["-p", "x", "--encoder", tmp_path / "nothing"], "the encoder cannot be loaded"),
+        ("evaluate", [*one, "--way", "base", "--encoder", "x"], "--encoder: the option does not apply here"),
+        ("evaluate", [*one, "--way", "own", "--exclude-own"], "--exclude-own: the option does not apply here"),
+        ("evaluate", [*one, "--way", "selection", "--top", 3], "--top: the option does not apply here"),
+        ("evaluate", [*one, "--way", "base", "--scores", tmp_path], f"--scores {tmp_path}: this is a folder"),
     ):
         refused = run(capsys, made, command, *options, code=2)
         assert message in refused.err, refused.err
@@ -217,6 +221,49 @@ def test_a_split_without_rows_is_said_before_the_work(made, tmp_path, capsys, co
     asked = ["--tasks", made / "one.yaml", "--split", "validation", *output]
     assert "no task has validation rows" in run(capsys, made, command, *asked, code=2).err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["flow", "hub", "arrow", "evaluate"])
+def test_rows_that_cannot_be_scored_are_named_before_the_work(made, tmp_path, capsys, command):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600, "completion": " a"}) + "\n")
+    task = f"{{name: news, train: {made}/news-train.jsonl, test: long.jsonl, metric: loss}}"
+    (tmp_path / "t.yaml").write_text(f"tasks:\n  - {task}\n")
+    options = ["--way", "base"] if command == "evaluate" else ["-o", tmp_path / "x"]
+    refused = run(capsys, made, command, "--tasks", tmp_path / "t.yaml", *options, code=2)
+    assert "long.jsonl:1: the row has" in refused.err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["flow", "hub"])
+def test_what_is_written_is_scored_and_not_what_else_has_its_name(made, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr("headwater.compose.scoring.score_way", lambda way, *_, **__: seen.append(way) or {})
+    short = ["--epochs", 1] if command == "flow" else ["--budget", 1]
+    run(capsys, made, command, "--tasks", made / "one.yaml", "-o", "news", *short)
+    assert seen == [Path("news")]
+
+
+@pytest.mark.parametrize(
+    ("command", "does"),
+    [("flow", "headwater.compose.flow.train_gates"), ("hub", "headwater.compose.hub.search")],
+)
+def test_what_another_process_has_written_meanwhile_stays(made, tmp_path, capsys, monkeypatch, command, does):
+    import importlib
+
+    module, _, name = does.rpartition(".")
+    work = getattr(importlib.import_module(module), name)
+
+    def slow(*args, **options):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "theirs").write_text("x")
+        return work(*args, **options)
+
+    monkeypatch.setattr(does, slow)
+    short = ["--epochs", 1] if command == "flow" else ["--budget", 1]
+    refused = run(capsys, made, command, "--tasks", made / "one.yaml", "-o", tmp_path / "x", *short, code=2)
+    assert "not an empty folder" in refused.err
+    assert [file.name for file in (tmp_path / "x").iterdir()] == ["theirs"]
 
 
 def test_ways_are_looked_at_before_any_is_scored(made, tmp_path, capsys, monkeypatch):

@@ -40,7 +40,7 @@ class Letters:
         return torch.tensor([[float(text.count(c)) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
 
 
-def routes_of(pool, *, top=3, way=None, held=None):
+def routes_of(pool, *, top=None, way=None, held=None):
     return _routes(str(pool.path), 4, "", top, way, held or contextlib.ExitStack())
 
 
@@ -128,6 +128,18 @@ def test_ways_that_cannot_be_served(headwater, tmp_path):
     pool = make_pool(tmp_path)
     assert "needs a pool" in headwater("serve", pool.folder("plain"), "--port", "0", "--way", "arrow").err
     assert "nothing fitted on a pool" in headwater("serve", pool.path, "--port", "0", "--way", tmp_path).err
+
+
+def test_options_about_retrieval_are_refused_where_nothing_is_retrieved(headwater, tmp_path):
+    pool = make_pool(tmp_path)
+    about = ["--encoder", "mine", "--top", 3]
+    for served in ([pool.folder("plain")], [pool.path, "--way", "arrow"]):
+        done = headwater("serve", *served, "--port", "0", *about)
+        assert done.code == 2
+        for option in ("--encoder", "--top"):
+            assert f"error: {option}: adapters are retrieved for `auto` alone" in done.err
+    done = headwater("serve", pool.folder("plain"), "--port", "0", "--way", "arrow", "--top", 1)
+    assert ("--way: a way" in done.err, "--top: adapters" in done.err, "--encoder" in done.err) == (True, True, False)
 
 
 def test_what_cannot_be_served(headwater, tmp_path, monkeypatch):

@@ -310,3 +310,33 @@ def test_settings_that_are_refused(pool):
     for names, general in ((["plain", "plain"], []), (["plain"], ["rs", "rs"])):
         with pytest.raises(HeadwaterError, match=r"the adapters are (plain, plain|rs, rs)\n.*name each once"):
             Arrow(model_of(pool), pool, names, general=general)
+
+
+def test_damaged_files_are_named(pool, tmp_path):
+    """Settings and prototypes as no routing has them, whoever made them so."""
+    folder = tmp_path / "routing"
+    for field, value, message in (
+        ("temperature", "x", "temperature: it is x, and should be a finite number above 0"),
+        ("temperature", None, "temperature: it is None"),
+        ("top_k", 1.5, "top_k: it is 1.5, and should be a whole number"),
+    ):
+        Arrow(model_of(pool), pool, NAMES[:3]).save(folder)
+        file = folder / "arrow.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+        with pytest.raises(HeadwaterError, match=message):
+            Arrow.load(folder, pool, model_of(pool))
+    for damage in (
+        lambda rows: rows[:-1],
+        lambda rows: rows[:, :-1],
+        lambda rows: rows * math.nan,
+    ):
+        arrow = Arrow(model_of(pool), pool, NAMES[:3])
+        arrow.prototypes[UP] = damage(arrow.prototypes[UP])
+        arrow.save(folder)
+        with pytest.raises(HeadwaterError, match=f"{folder}: the prototypes at {UP} do not fit these adapters"):
+            Arrow.load(folder, pool, model_of(pool))
+    arrow = Arrow(model_of(pool), pool, NAMES[:3])
+    arrow.prototypes["model.layers.7.mlp.up_proj"] = arrow.prototypes.pop(UP)
+    arrow.save(folder)
+    with pytest.raises(HeadwaterError, match=r"the prototypes at model\.layers\.7\.mlp\.up_proj do not fit"):
+        Arrow.load(folder, pool, model_of(pool))

@@ -91,6 +91,8 @@ def test_all_in_one_and_each_alone():
     for count in (0, 5):
         with pytest.raises(HeadwaterError, match=f"4 adapters cannot make {count} clusters"):
             cluster(adapters, count)
+    with pytest.raises(HeadwaterError, match=r"0 adapters cannot make 1 clusters\n.*headwater pool add"):
+        cluster([], 1)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

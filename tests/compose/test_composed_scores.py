@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from pool_support import make_pool
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
 from headwater.compose import AdapterPool, PooledModel
+from headwater.compose.hub import HubResult, compose
 from headwater.compose.scoring import WAYS, Composition, plan_rows, ranks_of_own, score_mixtures, score_way
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
@@ -134,6 +137,29 @@ def test_a_way_that_an_older_pool_s_adapter_is_named_after_is_refused(found, tmp
     assert score_way("twin", changed(found, pool=pool), [task], *SPECS)
     pool.remove(way)
     assert way not in AdapterPool(tmp_path / "pool")
+
+
+def composed(pool, folder):
+    adapter = compose([pool.load("plain"), pool.load("twin")], [0.5, -1.0])
+    HubResult({"plain": 0.5, "twin": -1.0}, adapter, 0.0, "by hand", []).save(folder, pool)
+
+
+@pytest.mark.parametrize("name", ["plain", "base"])
+def test_a_folder_may_have_the_name_of_a_way(found, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in (name, "other"):
+        composed(found.pool, tmp_path / folder)
+    task = Task("mine", 0, "loss", 1.0, test=rows(4))
+    value = {way: score_way(way, found, [task], *SPECS)["mine"].value for way in (Path(name), name, "other")}
+    assert value[Path(name)] == value["other"] != value[name]
+
+
+def test_what_was_composed_for_another_base_model_is_refused(found, tmp_path):
+    composed(found.pool, tmp_path / "hub")
+    file = tmp_path / "hub" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "some/model"}))
+    with pytest.raises(HeadwaterError, match="this was composed for the base model some/model, and the pool's is"):
+        score_way(str(tmp_path / "hub"), found, [Task("mine", 0, "loss", 1.0, test=rows(1))], *SPECS)
 
 
 def test_the_split_and_the_rows_that_were_asked_for(found):

@@ -217,6 +217,11 @@ def test_an_adapter_that_is_named_twice_is_refused(pooled):
         search(pooled, ["a", "b", "a"], [Encoded([1, 2], [-100, 2], 0)], 258, HubSpec(budget=1))
 
 
+def test_a_search_among_no_adapters_is_refused(pool, pooled):
+    with pytest.raises(HeadwaterError, match="there are no adapters to compose"):
+        search(pooled, [], rows(pool, 1), 258, HubSpec())
+
+
 def test_another_optimiser(pool, pooled):
     spec = HubSpec(budget=5, optimiser="CMA", seed=1)
     found = search(pooled, NAMES, rows(pool, 2), 258, spec)
@@ -253,7 +258,16 @@ def test_without_nevergrad(pool, pooled, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("examples", 0), ("budget", -1), ("budget", math.nan), ("seed", -1), ("penalty", "none")]
+    ("field", "value"),
+    [
+        ("examples", 0),
+        ("examples", 1.5),
+        ("budget", -1),
+        ("budget", math.nan),
+        ("budget", None),
+        ("seed", -1),
+        ("penalty", "none"),
+    ],
 )
 def test_settings_that_no_search_could_go_by_are_refused(field, value):
     with pytest.raises(HeadwaterError, match=f"{field}: it is {value}, and should be"):

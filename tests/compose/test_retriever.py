@@ -131,6 +131,8 @@ def test_keys_are_kept_in_the_pool_and_made_again_when_samples_or_encoder_change
     pool.entries["tweet"] = SimpleNamespace(samples=["tweet5"])
     changed = keys()
     assert sorted(encoded) == ["law1", "law2", "tweet5"]
+    assert keys().keys() == changed.keys()
+    assert encoded == []
     assert torch.equal(changed["news"], first["news"])
     assert not torch.allclose(changed["tweet"], first["tweet"])
     everything = {name: entry.samples for name, entry in pool.entries.items()}
@@ -153,6 +155,25 @@ def test_keys_are_kept_in_the_pool_and_made_again_when_samples_or_encoder_change
 def test_a_pool_that_cannot_be_written_to_is_searched_all_the_same(tiny, tmp_path):
     pool = SimpleNamespace(path=tmp_path / "gone", entries={"a": SimpleNamespace(samples=["news1"])})
     assert Retriever.of(pool, tiny).names == ["a"]
+
+
+def test_a_text_without_negatives_is_no_batch():
+    three = {name: [f"{name}0", f"{name}1"] for name in "abc"}
+    assert [len(batch) for batch in batches(three, ContrastiveSpec(epochs=1, batch_size=2))] == [2, 2]
+
+
+def test_the_rate_is_warmed_up_over_a_tenth_of_the_steps(tiny, monkeypatch):
+    import sentence_transformers
+
+    made, arguments = [], sentence_transformers.SentenceTransformerTrainingArguments
+    monkeypatch.setattr(
+        sentence_transformers,
+        "SentenceTransformerTrainingArguments",
+        lambda **options: made.append(options) or arguments(**options),
+    )
+    spec = ContrastiveSpec(epochs=5)
+    fine_tune(tiny, samples(), spec)
+    assert made[0]["warmup_steps"] == len(batches(samples(), spec)) // 10 > 0
 
 
 def test_no_batch_holds_an_adapter_twice():

@@ -285,7 +285,10 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 1 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
     encoder: Annotated[str, typer.Option(help="A pool's sentence encoder for `auto`: folder or hub name.")] = "",
-    top: Annotated[int, typer.Option(min=1, help="Adapters of a pool that `auto` mixes.")] = 3,
+    top: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Adapters of a pool that `auto` mixes, 3 by default."),
+    ] = None,
     way: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

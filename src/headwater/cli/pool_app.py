@@ -284,7 +284,10 @@ def evaluate(
             "or arrow wrote; repeatable.",
         ),
     ],
-    top: Top = 3,
+    top: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Adapters to retrieve for mixture and fusion, 3 by default."),
+    ] = None,
     encoder: Encoder = "",
     exclude_own: Annotated[
         bool, typer.Option("--exclude-own", help="Never retrieve the adapter of the task's own name.")
@@ -302,10 +305,13 @@ def evaluate(
     from headwater.cli.evaluate import refuse
     from headwater.cli.pool_compose import Scoring
     from headwater.cli.pool_compose import evaluate as run
+    from headwater.compose.scoring import RETRIEVED
 
     if not {"mixture", "fusion"} & set(way):
-        refuse(
-            {"--temperature": temperature}, "it is about --way mixture and fusion: leave it out, or give one of them"
-        )
+        fix = "it is about --way mixture and fusion: leave it out, or give one of them"
+        refuse({"--temperature": temperature, "--top": top}, fix)
+    if not set(RETRIEVED) & set(way):
+        fix = "it is about --way selection, mixture and fusion: leave it out, or give one of them"
+        refuse({"--encoder": encoder or None, "--exclude-own": exclude_own}, fix)
     scoring = Scoring(tasks, split, max_rows, scores, overrides or [])
-    run(pool, scoring, way, top=top, encoder=encoder, exclude_own=exclude_own, temperature=temperature)
+    run(pool, scoring, way, top=top or 3, encoder=encoder, exclude_own=exclude_own, temperature=temperature)

@@ -47,6 +47,8 @@ class Scoring:
             raise HeadwaterError(Problem(f"unknown split {self.split!r}", "--split", f"one of {', '.join(SPLITS)}"))
         if self.output is not None and not Path(self.output).absolute().parent.is_dir():
             raise HeadwaterError(Problem("the folder of this file does not exist", f"--scores {self.output}"))
+        if self.output is not None and Path(self.output).is_dir():
+            raise HeadwaterError(Problem("this is a folder", f"--scores {self.output}", "give a file"))
         config = load_config(self.tasks, self.overrides, model=TasksFile)
         try:
             tasks = load_tasks(config.tasks, config.base_dir)
@@ -176,11 +178,12 @@ def flow(
             spec,
             progress=lambda step, steps, loss: status.update(f"step {step} of {steps}, loss {loss:.3f}"),
         )
+    check_output(Path(output))  # another process may have been faster
     gate.save(Path(output), found.pool, training={**dataclasses.asdict(spec), "steps": len(losses), "losses": losses})
     size = sum(parameter.numel() for parameter in gate.parameters())
     used = min(spec.examples, len(rows))
     _say(f"{output}: {size:,} numbers in gates for {', '.join(chosen)}, trained on {used} rows in {len(losses)} steps")
-    _score_and_show([output], found, tasks, config, scoring)
+    _score_and_show([Path(output)], found, tasks, config, scoring)
 
 
 def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: Any) -> None:
@@ -210,10 +213,11 @@ def hub(folder: str, scoring: Scoring, output: str, names: Sequence[str], spec: 
             spec,
             progress=lambda done, budget, best: status.update(f"evaluation {done} of {budget}, best {best:.3f}"),
         )
+    check_output(Path(output))  # another process may have been faster
     result.save(Path(output), found.pool, search=dataclasses.asdict(spec), tasks=[task.name for task in tasks])
     weights = ", ".join(f"{weight:.2f} {name}" for name, weight in result.weights.items())
     _say(f"{output}: {weights}; objective {result.objective:.3f}, optimiser {result.optimiser}")
-    _score_and_show([output], found, tasks, config, scoring)
+    _score_and_show([Path(output)], found, tasks, config, scoring)
 
 
 def arrow(
@@ -282,12 +286,16 @@ def _compose(folder: str, scoring: Scoring) -> tuple[RunConfig, list[Task], Comp
     from headwater.base_model import load_to_run
     from headwater.compose import AdapterPool, PooledModel
     from headwater.compose.scoring import Composition
+    from headwater.evaluation.scoring import check_rows
 
     quiet_libraries()
     pool = AdapterPool(folder)
     config, tasks = scoring.read()
     model, tokenizer = load_to_run(pool.base_model, config.device, **config.model.model_dump())
     pool.fingerprint.require(model, pool.base_model)
+    # before anything is fitted or scored, which may take long
+    how = (config.evaluation, config.data)
+    check_rows(model, tokenizer, tasks, *how, split=scoring.split, max_rows=scoring.max_rows)
     return config, tasks, Composition(pool, PooledModel(model, pool.load), tokenizer)
 
 
@@ -316,7 +324,7 @@ def _training_rows(tasks: Sequence[Task], found: Composition, config: RunConfig)
 
 
 def _score_and_show(
-    ways: Sequence[str], found: Composition, tasks: Sequence[Task], config: RunConfig, scoring: Scoring
+    ways: Sequence[str | Path], found: Composition, tasks: Sequence[Task], config: RunConfig, scoring: Scoring
 ) -> None:
     from headwater.compose.scoring import score_way
 
@@ -324,10 +332,10 @@ def _score_and_show(
     with err_console().status("scoring") as status:
         for way in ways:
 
-            def show(task: str, done: int, total: int, way: str = way) -> None:
+            def show(task: str, done: int, total: int, way: str | Path = way) -> None:
                 status.update(f"{way}, {task}: {done} of {total} rows")
 
-            scores[way] = score_way(
+            scores[str(way)] = score_way(
                 way,
                 found,
                 tasks,

@@ -35,7 +35,7 @@ def run(
     max_body: int,
     timeout: float,
     encoder: str,
-    top: int,
+    top: int | None,
     way: str | None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
@@ -95,16 +95,24 @@ def run(
 
 
 def _routes(
-    source: str, max_batch: int, encoder: str, top: int, way: str | None, held: contextlib.ExitStack
+    source: str, max_batch: int, encoder: str, top: int | None, way: str | None, held: contextlib.ExitStack
 ) -> tuple[Routes, Any, DataSpec]:
     """What is served, its tokenizer, and how prompts become tokens; `held` keeps what has to last as long as it."""
     from headwater.data.encode import DataSpec
     from headwater.serve import RunRoutes
 
-    if (Path(source) / "pool.json").is_file():
-        return _pool_routes(source, max_batch, encoder, top, way, held)
-    if way is not None:
-        raise HeadwaterError(Problem("a way to combine adapters needs a pool of them", "--way", "give the pool"))
+    pool = (Path(source) / "pool.json").is_file()
+    problems = []
+    if way is not None and not pool:
+        problems.append(Problem("a way to combine adapters needs a pool of them", "--way", "give the pool"))
+    if way is not None or not pool:
+        what = "adapters are retrieved for `auto` alone, which a pool served without --way has"
+        given = [name for name, value in (("--encoder", encoder), ("--top", top)) if value]
+        problems += [Problem(what, name, "leave it out") for name in given]
+    if problems:
+        raise HeadwaterError(*problems)
+    if pool:
+        return _pool_routes(source, max_batch, encoder, top or 3, way, held)
     found = locate(source)
     model, tokenizer = load(found)
     tasks = [task.name for task in found.config.tasks] if found.config else []

@@ -201,8 +201,13 @@ class Arrow:
         names, fields, tensors = read_fitted(folder, KIND, pool)
         known = {field.name for field in dataclasses.fields(ArrowSpec)}
         arrow = cls.__new__(cls)
-        arrow.pooled, arrow.pool, arrow.general = pooled, pool, tuple(fields.get("general", ()))
+        arrow.pooled, arrow.pool, arrow.general = pooled, pool, tuple(fields.get("general") or ())
         arrow.names = tuple(name for name in names if name not in arrow.general)
         arrow.spec = ArrowSpec(**{key: value for key, value in fields.items() if key in known})
+        for layer, rows in tensors.items():
+            width = pool.fingerprint.layers.get(layer, (0, 0))[0]
+            if rows.shape != (len(arrow.names), width) or not rows.isfinite().all():
+                what = f"the prototypes at {layer} do not fit these adapters on this model"
+                raise HeadwaterError(Problem(what, str(folder), "write the routing again with headwater pool arrow"))
         arrow._build(tensors)
         return arrow

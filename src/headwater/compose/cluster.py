@@ -60,7 +60,8 @@ def cluster(adapters: Sequence[Adapter], count: int, *, seed: int = 0) -> list[l
         raise HeadwaterError(Problem(what, fix="pip install 'headwater[pool]'")) from None
     if not 1 <= count <= len(adapters):
         what = f"{len(adapters)} adapters cannot make {count} clusters"
-        raise HeadwaterError(Problem(what, "clusters", f"give a number from 1 to {len(adapters)}"))
+        fix = f"give a number from 1 to {len(adapters)}" if adapters else "add adapters with headwater pool add"
+        raise HeadwaterError(Problem(what, "clusters", fix))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different adapters than clusters
         labels = KMeans(count, n_init=10, random_state=seed).fit(similarity(adapters).numpy()).labels_

@@ -125,11 +125,13 @@ def search(
         progress: called after each evaluation with its number, the budget and the best J so far.
 
     Raises:
-        HeadwaterError: nevergrad is missing or does not know the optimiser, there are no rows, adapters are named twice
-            or differ in layers, ranks or scalings, or no loss is finite.
+        HeadwaterError: nevergrad is missing or does not know the optimiser, there are no rows or adapters, adapters are
+            named twice or differ in layers, ranks or scalings, or no loss is finite.
     """
     from ..evaluation.forward import evaluating
 
+    if not names:
+        raise HeadwaterError(Problem("there are no adapters to compose"))
     ranges.require_once(names)
     optimiser = _optimiser(len(names), spec)
     if not rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,9 @@ def require_once(names: Sequence[str]) -> None:
         raise HeadwaterError(Problem(f"the adapters are {', '.join(names)}", fix="name each once"))
 
 
-def at_least(least: int, value: float) -> tuple[bool, str]:
-    return value >= least, f"at least {least}"  # which NaN is not
+# Values may be of any type: they are read from files, too.
+def at_least(least: int, value: Any) -> tuple[bool, str]:
+    return isinstance(value, numbers.Integral) and int(value) >= least, f"a whole number, at least {least}"
 
 
 def one_of(known: Collection[str], value: str) -> tuple[bool, str]:
@@ -48,9 +50,9 @@ def seed(value: int) -> tuple[bool, str]:
     return is_seed(value), RANGE
 
 
-def rate(value: float) -> tuple[bool, str]:
-    return 0 <= value < math.inf, "a finite number, at least 0"
+def rate(value: Any) -> tuple[bool, str]:
+    return isinstance(value, numbers.Real) and 0 <= float(value) < math.inf, "a finite number, at least 0"
 
 
-def positive(value: float) -> tuple[bool, str]:
-    return 0 < value < math.inf, "a finite number above 0"
+def positive(value: Any) -> tuple[bool, str]:
+    return isinstance(value, numbers.Real) and 0 < float(value) < math.inf, "a finite number above 0"

@@ -16,7 +16,7 @@ from ..data.tasks import Task, majority
 from ..errors import HeadwaterError, Problem
 from ..evaluation import EvaluationSpec, Progress, TaskScore, interval, score_task
 from ..evaluation.scoring import sample
-from .adapter import read_adapter
+from .adapter import CONFIG_FILE, read_adapter, read_config
 from .arrow import Arrow
 from .flow import FlowGate
 from .merge import require_same_ranks
@@ -52,7 +52,7 @@ class Composition:
 
 
 def score_way(
-    way: str,
+    way: str | Path,
     composition: Composition,
     tasks: Sequence[Task],
     spec: EvaluationSpec,
@@ -67,7 +67,8 @@ def score_way(
     Args:
         way: `base` (no adapter), `own` (the adapter of the task's name: the oracle), `uniform` (the mean of all
             adapters' outputs), `selection`, `mixture` or `fusion` (retrieved for each row), `arrow`, the name of an
-            adapter, or a folder that `headwater pool flow`, `hub` or `arrow` wrote.
+            adapter, or a folder that `headwater pool flow`, `hub` or `arrow` wrote. A text that is a name and a folder
+            is the name; a `Path` is always a folder.
 
     Raises:
         HeadwaterError: an unknown way, one that an adapter has the name of, a task without an adapter of its name, or
@@ -83,7 +84,7 @@ def score_way(
                 model, tokenizer = composition.pooled.model, composition.tokenizer
                 scores[task.name] = score_task(model, tokenizer, task, rows, spec, data_spec, progress=progress)
             else:
-                plan = plan_rows(way, composition, task.name, rows)
+                plan = plan_rows(str(way), composition, task.name, rows)
                 scores[task.name] = score_mixtures(
                     composition, task, rows, plan, spec, data_spec, fused=way == "fusion", progress=progress
                 )
@@ -184,7 +185,7 @@ def score_mixtures(
 
 
 @contextlib.contextmanager
-def _ready(way: str, composition: Composition) -> Iterator[bool]:
+def _ready(way: str | Path, composition: Composition) -> Iterator[bool]:
     """Puts a way that is the same for all rows on the model; yields whether it is one."""
     folder = Path(way)
     if way in WAYS and way in composition.pool:  # from before such names were refused
@@ -194,7 +195,7 @@ def _ready(way: str, composition: Composition) -> Iterator[bool]:
         yield False
         return
     if way != "arrow" and not folder.is_dir():
-        plan_rows(way, composition, "", ())  # raises, and says what there is
+        plan_rows(str(way), composition, "", ())  # raises, and says what there is
     with on_model("arrow" if way == "arrow" else folder, composition.pool, composition.pooled):
         yield True
 
@@ -205,11 +206,16 @@ def on_model(way: str | Path, pool: AdapterPool, pooled: PooledModel) -> Iterato
     "arrow" for Arrow's routing among all adapters.
 
     Raises:
-        HeadwaterError: the folder holds nothing of the kind, or was fitted on other adapters.
+        HeadwaterError: the folder holds nothing of the kind, or was fitted on other adapters or another base model.
     """
     kind = "arrow" if way == "arrow" else kind_of(Path(way))
     if kind == "hub":
         adapter = read_adapter(Path(way), "hub", pool.fingerprint.layers)
+        base = read_config(Path(way)).get("base_model_name_or_path")
+        if base != pool.base_model:  # it is an adapter by itself: the pool's may have changed since, the model may not
+            what = f"this was composed for the base model {base}, and the pool's is {pool.base_model}"
+            fix = "if both are the same model, headwater pool add takes it with --same-base"
+            raise HeadwaterError(Problem(what, str(Path(way) / CONFIG_FILE), fix))
         with pooled.all_rows(pooled.place(adapter)):
             yield
     elif kind == "flow":
