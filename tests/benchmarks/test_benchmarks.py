@@ -157,12 +157,17 @@ def test_the_table_of_scales_is_that_of_the_runs():
         "lora": "LoRA",
         "lora-scaled": "LoRA, `lora_alpha: 102`",
     }
-    rows = dict(re.findall(r"^\| ([^|]+) \| \d\.\d\d \| [CG]PU \|(.*)\|$", text, re.M))
+    rows = {
+        (name, on): cells
+        for name, on, cells in re.findall(r"^\| ([^|]+) \| \d\.\d\d \| ([CG]PU) \|(.*)\|$", text, re.M)
+    }
     found = json.loads((measure.RESULTS / "claim_scale.json").read_text(encoding="utf-8"))["runs"]
     assert {run["method"] for run in found} == set(names)
-    for method, name in names.items():
-        losses = {run["seed"]: f"{run['loss']:.3f}" for run in found if run["method"] == method}
-        assert [cell.strip() for cell in rows[name].split("|")] == [losses.get(seed, "") for seed in range(4)]
+    assert set(rows) == {(names[run["method"]], run["device"].upper()) for run in found}
+    for (name, on), cells in rows.items():
+        mine = [run for run in found if (names[run["method"]], run["device"].upper()) == (name, on)]
+        losses = {run["seed"]: f"{run['loss']:.3f}" for run in mine}
+        assert [cell.strip() for cell in cells.split("|")] == [losses.get(seed, "") for seed in range(4)]
 
 
 def test_the_readme_s_table_of_costs_is_what_was_measured():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,3 +74,27 @@ def test_router_use_is_drawn_where_projections_differ_in_their_number_of_experts
     assert "router_use.svg" in files
     svg = files["router_use.svg"].decode()
     assert [number in svg for number in (">20<", ">60<", ">40<")] == [True] * 3
+
+
+def test_router_use_knows_tasks_without_scores_and_methods_with_tasks_of_their_own(tmp_path):
+    methods = dict.fromkeys(("one", "other"), METHODS["rlora"])
+    folder = write_comparison(tmp_path / "c", methods=methods, seeds=(0,), tasks=TWO)
+    first, second = TWO
+    for label, shares in {
+        "one": {first: [0.51, 0.49], "unscored": [0.23, 0.77]},
+        "other": {second: [0.38, 0.62]},
+    }.items():
+        file = folder / label / "seed-0" / "analysis.json"
+        routing = {task: {"model.layers.0.up_proj": row} for task, row in shares.items()}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "routing": routing}))
+    _, files = render(build_comparison_page(read_comparison(folder)))
+    svg = files["router_use.svg"].decode()
+    assert "unscored" in svg
+    places = {}
+    for text in re.findall(r"<text [^>]*>[^<]*</text>", svg):
+        found = re.search(r'y="([\d.]+)".*>(.*)</text>', text)
+        places.setdefault(found[2], set()).add(found[1])
+    assert places["51"] < places["–"]
+    assert places["38"] < places["–"]
+    assert places["23"] < places["–"]
+    assert len({*places["51"], *places["38"], *places["23"]}) == 3

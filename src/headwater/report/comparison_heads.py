@@ -173,7 +173,7 @@ def _over_training(comparison: Comparison) -> list[FigureBlock]:
 
 
 def _routing(comparison: Comparison) -> Section | None:
-    arrays: dict[str, tuple[list[int], list[str], Array]] = {}
+    rows: dict[str, dict[str, Array]] = {}
     left_out = []
     for label, runs in comparison.runs.items():
         found = routing_arrays(runs[0].analysis.routing) if runs and runs[0].analysis else {}
@@ -187,10 +187,16 @@ def _routing(comparison: Comparison) -> Section | None:
         # One number per task and head: over layers here, as each projection may have its own, and heads of its own.
         alike = [np.pad(v, ((0, 0), (0, 0), (0, heads - v.shape[2])), constant_values=np.nan) for v in shares]
         flat = mean_over(np.stack([mean_over(values, 1) for values in alike]), 0)
-        arrays[label] = ([0], next(iter(found.values()))[1], flat[:, None, :])
-    if not arrays:
+        rows[label] = dict(zip(next(iter(found.values()))[1], flat, strict=True))
+    if not rows:
         return None
-    fills = task_fills(comparison.tasks)
+    # Tasks that are only trained on have no scores, and a method may have tasks of its own.
+    tasks = list(dict.fromkeys([*comparison.tasks, *(task for known in rows.values() for task in known)]))
+    arrays: dict[str, tuple[list[int], list[str], Array]] = {}
+    for label, known in rows.items():
+        absent = np.full_like(next(iter(known.values())), np.nan)
+        arrays[label] = ([0], tasks, np.stack([known.get(task, absent) for task in tasks])[:, None, :])
+    fills = task_fills(tasks)
     more = f" Left out, with more than {MOST_HEADS} heads: {names_text(left_out)}." if left_out else ""
     figure = FigureBlock(
         "router_use",
