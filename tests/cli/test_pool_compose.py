@@ -224,7 +224,8 @@ def test_a_split_without_rows_is_said_before_the_work(made, tmp_path, capsys, co
 
 
 @pytest.mark.parametrize("command", ["flow", "hub", "arrow", "evaluate"])
-def test_rows_that_cannot_be_scored_are_named_before_the_work(made, tmp_path, capsys, command):
+def test_rows_that_cannot_be_scored_are_named_before_the_work(made, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("headwater.compose.scoring.score_way", lambda *_, **__: pytest.fail("it scored"))
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600, "completion": " a"}) + "\n")
     task = f"{{name: news, train: {made}/news-train.jsonl, test: long.jsonl, metric: loss}}"
     (tmp_path / "t.yaml").write_text(f"tasks:\n  - {task}\n")

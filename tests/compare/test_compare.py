@@ -223,7 +223,7 @@ def test_other_rows_under_a_kept_run_are_an_error_until_it_is_made_again(tmp_pat
         compared(path, *asked)
     (problem,) = caught.value.problems
     assert problem.where == str(run)
-    assert problem.what == "the run there has other data: the test rows of animals were others"
+    assert problem.what == "the run there has other data: the test rows of animals have changed since"
     assert "delete such a folder" in problem.fix
     with pytest.raises(HeadwaterError, match=r"other settings: data\.max_length"):
         compared(path, *asked, "data.max_length=99")
@@ -249,7 +249,9 @@ def test_rows_that_change_between_the_runs_are_noticed_in_the_end(tmp_path, monk
         file.write_text(file.read_text().replace("train colours 3 is", f"after {job.name}"))
 
     monkeypatch.setattr(run_module, "_run", before_a_change)
-    with pytest.raises(HeadwaterError, match="seed-0: the run there has other data: the train rows of colours were"):
+    with pytest.raises(
+        HeadwaterError, match="seed-0: the run there has other data: the train rows of colours have changed"
+    ):
         compared(path, "compare.methods=[lora]")
 
 

@@ -158,7 +158,7 @@ def test_what_was_composed_for_another_base_model_is_refused(found, tmp_path):
     composed(found.pool, tmp_path / "hub")
     file = tmp_path / "hub" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "some/model"}))
-    with pytest.raises(HeadwaterError, match="this was composed for the base model some/model, and the pool's is"):
+    with pytest.raises(HeadwaterError, match="the adapter names 'some/model' as its base model, and the pool's is"):
         score_way(str(tmp_path / "hub"), found, [Task("mine", 0, "loss", 1.0, test=rows(1))], *SPECS)
 
 

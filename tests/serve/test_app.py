@@ -22,6 +22,7 @@ from headwater.errors import HeadwaterError
 from headwater.serve import Piece, Route, Sampling
 from headwater.serve.answers import Answers
 from headwater.serve.app import Limits
+from headwater.serve.engine import Ticket
 from headwater.serve.server import bind, run
 
 from .engines import Plain, alone, endless_llama
@@ -93,15 +94,21 @@ def test_requests_out_of_time_end():
 
 def test_a_piece_that_comes_when_the_loop_has_been_closed_is_nobodys():
     """The engine's thread may be that late where a second signal ends the server."""
-    receivers = []
-    engine = SimpleNamespace(submit=lambda *given, **_: receivers.append(given[3]))
+    tickets = []
+
+    def submit(prompt, route, sampling, on_piece, *, timeout, gates, logprobs):
+        tickets.append(Ticket(prompt, route, sampling, on_piece, timeout, gates, logprobs))
+        return tickets[-1]
+
+    engine = SimpleNamespace(submit=submit)
 
     async def ask():
         service = SimpleNamespace(engine=engine, limits=LIMITS)
         Answers(service, "plain", gates=False, logprobs=False).ask([1], Route("plain"), Sampling())
 
     asyncio.run(ask())
-    receivers[0](Piece("late"))
+    tickets[0].deliver(Piece("late"))
+    assert tickets[0].cancelled  # so that its place is free
 
 
 def test_a_signal_that_comes_before_the_server_listens_to_them_ends_it(monkeypatch):
@@ -123,9 +130,11 @@ def test_a_signal_that_comes_before_the_server_listens_to_them_ends_it(monkeypat
     monkeypatch.setattr(uvicorn.Server, "run", early)
     impatient = threading.Timer(60, again)
     impatient.start()
-    with bind("127.0.0.1", 0) as listening:
-        run(app, listening, grace=1, on_ready=lambda: None)
-    impatient.cancel()
+    try:
+        with bind("127.0.0.1", 0) as listening:
+            run(app, listening, grace=1, on_ready=lambda: None)
+    finally:
+        impatient.cancel()
     assert not late
 
 

@@ -88,7 +88,7 @@ def show_summary(content: dict[str, Any], console: Console) -> None:
             ]
         )
     mean, apart = _stacked("mean", "95 %"), _stacked(f"minus {summary[0]['method']}", "95 %")
-    columns = ["method", "parameters", _stacked("learning", "rate"), "seeds", mean, apart]
+    columns = ["method", _stacked("parameters", "off"), _stacked("learning", "rate"), "seeds", mean, apart]
     console.print(table(columns, rows))
     if all(entry["mean"] is None for entry in summary):
         said = "No task has a score; losses are compared task by task in the report."

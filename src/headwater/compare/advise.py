@@ -75,7 +75,7 @@ def advise(
     started = time.perf_counter()
     output = Path(config.output_dir) / "advice"
     tasks = choosing_tasks(config, output / "tasks")
-    if all(task["metric"] == "loss" for task in tasks):
+    if tasks and all(task["metric"] == "loss" for task in tasks):
         what, fix = "the tasks have no score to compare, only a loss", "give one of them choices or a metric"
         raise HeadwaterError(Problem(what, config.where("tasks"), fix))
     for task in tasks:
@@ -105,7 +105,7 @@ def advise(
     steps = _kept_steps(output, asked)
     if steps is None:
         console.print("measuring how long a step takes", highlight=False)
-        shutil.rmtree(probe, ignore_errors=True)  # of runs that are kept nothing could be measured
+        shutil.rmtree(probe, ignore_errors=True)  # kept runs take no time: nothing could be measured
         measured = compare(make_plan(pilot(PROBE_STEPS, variants, probe)), console=Console(quiet=True))
         per_step = {entry["method"]: entry["extra"]["seconds_per_step"] for entry in measured["summary"]}
         spent = time.perf_counter() - started
@@ -150,7 +150,7 @@ def _unequal(plan: Plan) -> str:
 
 
 def _kept_steps(output: Path, asked: dict[str, Any]) -> int | None:
-    """The steps of such a pilot that was begun here: a second measurement must not change them under finished runs."""
+    """The steps of such a pilot that was begun here, which goes on rather than being measured and trained anew."""
     file = output / "pilot.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return kept["steps"] if asked.items() <= kept.items() else None

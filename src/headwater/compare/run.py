@@ -182,13 +182,13 @@ class _Bench:
             HeadwaterError: before the first run, for every kept run that was made with other settings or rows; in the
                 end, for those that another process has made so meanwhile, or whose data have changed since.
         """
-        _refuse_others(jobs, base)
+        _refuse_other_runs(jobs, base)
         left = [job for job in jobs if not job.finished]
         if len(left) < len(jobs):
             self.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished and kept")
         if left:
             self._share(left, len(jobs), base, folder)
-            _refuse_others(jobs, base)
+            _refuse_other_runs(jobs, base)
         for job in jobs:  # a run's report is written last: a kept run that was killed there has none
             if not (job.folder / PAGE).is_file():
                 write_report(job.folder)
@@ -289,7 +289,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return parse_document(dump_config(config), "").data
 
 
-def _refuse_others(jobs: Sequence[Job], base: RunConfig) -> None:
+def _refuse_other_runs(jobs: Sequence[Job], base: RunConfig) -> None:
     """Raises:
     HeadwaterError: for kept runs that were made with other settings or rows; one problem for the same differences.
     """
@@ -325,7 +325,9 @@ def _other_rows(jobs: Sequence[Job], base: RunConfig) -> dict[str, str]:
         ]
         for name, then in kept.items()
     }
-    return {name: f"other data: the {', the '.join(parts)} were others" for name, parts in changed.items() if parts}
+    return {
+        name: f"other data: the {', the '.join(parts)} have changed since" for name, parts in changed.items() if parts
+    }
 
 
 def _changes(job: Job) -> str:

@@ -195,7 +195,7 @@ class AdapterPool:
         try:
             adapter = read_adapter(source, name, self.fingerprint.layers)
             trained_on = str(read_config(source).get("base_model_name_or_path") or "")
-            problems += [] if same_base else self._base_problems(trained_on, source)
+            problems += [] if same_base else self.base_problems(trained_on, source)
         except HeadwaterError as error:
             problems += error.problems
         if any(not isinstance(text, str) or not text.strip() for text in samples):
@@ -280,7 +280,7 @@ class AdapterPool:
                 problems.append(Problem("this file is not the one that was added", str(path), fix))
         return problems
 
-    def _base_problems(self, trained_on: str, source: Path) -> list[Problem]:
+    def base_problems(self, trained_on: str, source: Path) -> list[Problem]:
         """Whether the adapter's base model is the pool's: by name, else by looking at it where it lies here."""
         local = expanded(trained_on, str(source / CONFIG_FILE)) if trained_on else None
         if trained_on and (trained_on == self.base_model or (local and str(local.resolve()) == self.base_model)):

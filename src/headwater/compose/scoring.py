@@ -16,7 +16,7 @@ from ..data.tasks import Task, majority
 from ..errors import HeadwaterError, Problem
 from ..evaluation import EvaluationSpec, Progress, TaskScore, interval, score_task
 from ..evaluation.scoring import sample
-from .adapter import CONFIG_FILE, read_adapter, read_config
+from .adapter import read_adapter, read_config
 from .arrow import Arrow
 from .flow import FlowGate
 from .merge import require_same_ranks
@@ -211,11 +211,10 @@ def on_model(way: str | Path, pool: AdapterPool, pooled: PooledModel) -> Iterato
     kind = "arrow" if way == "arrow" else kind_of(Path(way))
     if kind == "hub":
         adapter = read_adapter(Path(way), "hub", pool.fingerprint.layers)
-        base = read_config(Path(way)).get("base_model_name_or_path")
-        if base != pool.base_model:  # it is an adapter by itself: the pool's may have changed since, the model may not
-            what = f"this was composed for the base model {base}, and the pool's is {pool.base_model}"
-            fix = "if both are the same model, headwater pool add takes it with --same-base"
-            raise HeadwaterError(Problem(what, str(Path(way) / CONFIG_FILE), fix))
+        # It is an adapter by itself: the pool's may have changed since, the model may not.
+        base = read_config(Path(way)).get("base_model_name_or_path") or ""
+        if problems := pool.base_problems(base, Path(way)):
+            raise HeadwaterError(*problems)
         with pooled.all_rows(pooled.place(adapter)):
             yield
     elif kind == "flow":

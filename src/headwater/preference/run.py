@@ -37,7 +37,7 @@ from headwater.training.folder import STATE, last_checkpoint, lock_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
-from headwater.training.resume import check_files, digest
+from headwater.training.resume import check_files, digests
 from headwater.training.run import require_one_process
 from headwater.training.write_errors import explained_writes
 
@@ -115,7 +115,7 @@ def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str
         plain = RunConfig.model_validate(config.model_dump(include=set(RunConfig.model_fields), exclude_unset=True))
         plain._base_dir = config.base_dir
         write_text(output / "config.yaml", dump_config(plain))
-    base = _base_scores(output, model, tokenizer, tasks, config)
+    base = _base_scores(output, model, tokenizer, tasks, config, resume)
     del model
     free_memory()
 
@@ -220,22 +220,24 @@ def _scores(scores: Mapping[str, TaskScore]) -> dict[str, Any]:
     }
 
 
-def _base_scores(output: Path, model: Any, tokenizer: Any, tasks: list[Task], config: PreferConfig) -> dict[str, Any]:
+def _base_scores(
+    output: Path, model: Any, tokenizer: Any, tasks: list[Task], config: PreferConfig, resume: bool
+) -> dict[str, Any]:
     """Before training; the adapters start where the base model is.
 
     Raises:
         HeadwaterError: the folder's are of other rows.
     """
     path = output / "base.json"
-    rows = {task.name: digest([*task.train, *task.validation, *task.test]) for task in tasks}
-    if not path.is_file():
+    rows = digests(tasks)
+    if not (resume and path.is_file()):
         scores = score_tasks(model, tokenizer, tasks, config.evaluation, config.data)
         write_json(path, {"tasks": _scores(scores), "mean": mean_score(scores.values()), "rows": rows})
     found = json.loads(path.read_text(encoding="utf-8"))
     what = "are not those that the run began with"
     fix = "bring them back, or start anew (training.overwrite_output_dir: true)"
     then = found.get("rows", rows)  # an older headwater wrote none
-    if other := [Problem(f"the rows of {name} {what}", "tasks", fix) for name in rows if then[name] != rows[name]]:
+    if other := [Problem(f"the rows of {name} {what}", "tasks", fix) for name in rows if then.get(name) != rows[name]]:
         raise HeadwaterError(*other)
     return found
 

@@ -208,7 +208,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # Releases of transformers up to 5.20, if not later ones, read the other adapters' subfolders alone.
+        # transformers 5.23 does so, too; 5.20 and before read the other adapters' subfolders alone.
         self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         self.load_bandit(Path(resume_from_checkpoint))
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse, Response
@@ -41,8 +41,10 @@ class Answers:
         index = len(self.tickets)
 
         def on_piece(piece: Piece) -> None:
-            with suppress(RuntimeError):  # the loop was closed a moment ago, as a second signal does: nobody waits
+            try:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+            except RuntimeError:  # the loop was closed a moment ago, which a second signal does: nobody waits
+                self.cancel()
 
         submit, timeout = self.service.engine.submit, self.service.limits.timeout
         self.tickets.append(

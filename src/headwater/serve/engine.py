@@ -267,6 +267,7 @@ class Engine:
     def _stop(self) -> None:
         """Ends the thread after the forward that is running; nobody waits for the answers any more."""
         with self._wake:
+            self._closing = True
             for ticket in [*self._waiting, *self._placed]:
                 ticket.cancel()
         self.close()
