@@ -116,7 +116,7 @@ def test_a_run_that_was_trained_on_the_cpu_is_scored_there(device_of, folder):
 
 @pytest.mark.parametrize("source", ["run", "pool"])
 def test_a_server_runs_its_model_on_the_gpu(folder, source):
-    routes, _, _ = _routes(str(folder / source), 4, "", 1, None, contextlib.ExitStack())
+    routes, _, _ = _routes(str(folder / source), 4, "", None, None, contextlib.ExitStack())
     assert {p.device.type for p in routes.model.parameters()} == {"meta"}
 
 
