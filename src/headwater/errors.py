@@ -30,3 +30,7 @@ class HeadwaterError(ValueError):
     def __init__(self, *problems: Problem | str):
         self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+
+class DivergedError(HeadwaterError):
+    """A loss, a gradient or a model's outputs are not finite numbers, most often by too high a learning rate."""

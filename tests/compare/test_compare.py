@@ -387,6 +387,36 @@ def test_learning_rates_are_chosen_on_rows_that_no_score_is_from(tmp_path):
     )
 
 
+def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
+    path = write_file(tmp_path)
+    asked = ["compare.learning_rate=[1e-2, 1e30]", "compare.seeds=[0]", "compare.methods=[lora]"]
+    console = Console(record=True, quiet=False, file=StringIO(), width=200)
+    plan = plan_of(path, *asked)
+    content = compare(plan, console=console)
+    choice = content["extra"]["learning_rate"]["lora"]
+    assert choice["chosen"] == 1e-2
+    assert choice["scores"]["1e+30"] is None
+    assert choice["scores"]["0.01"] is not None
+    said = console.export_text()
+    assert "lora: learning rate 0.01, the smallest tried: a wider grid may have a better one; 1e+30 diverged" in said
+    assert "it diverged: the " in said
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert '<td data-name="1e+30"><span>diverged</span></td>' in page
+    assert not (tmp_path / "out" / "learning-rate" / "lora" / "1e+30" / "results.json").exists()
+    known = timeless(content)
+    assert timeless(compared(path, *asked)) == known  # and it is not tried again
+
+    (tmp_path / "animals-train.jsonl").write_text((tmp_path / "colours-train.jsonl").read_text())
+    with pytest.raises(HeadwaterError, match="animals have changed since"):
+        compared(path, *asked)
+
+
+def test_learning_rates_that_all_diverge_are_an_error(tmp_path):
+    path = write_file(tmp_path)
+    with pytest.raises(HeadwaterError, match=r"learning_rate: the runs of lora diverged at every .*\n *add a lower"):
+        compared(path, "compare.learning_rate=[1e29, 1e30]", "compare.methods=[lora]")
+
+
 def test_a_folder_of_one_run_is_not_taken_for_a_comparison(whole, tmp_path):
     path = copy_of(whole, tmp_path)
     run = tmp_path / "out" / "lora" / "seed-0"

@@ -19,7 +19,7 @@ from headwater.compare.plan import Plan, Planned
 from headwater.compare.selection import best_rate, choosing_tasks, quality
 from headwater.compare.summary import summarise
 from headwater.data.tasks import Task, load_tasks
-from headwater.errors import HeadwaterError, Problem
+from headwater.errors import DivergedError, HeadwaterError, Problem
 from headwater.evaluation.scores import TaskScore
 from headwater.files import write_json
 from headwater.marked_yaml import parse_document, read_document
@@ -39,16 +39,20 @@ CHOOSING = "learning-rate"
 """The folder of the runs that choose learning rates."""
 LOCKS = ".locks"
 """The folder of files that say which runs a process is at."""
+DIVERGED = "diverged.json"
+"""In the place of a run's `results.json`: it tried a learning rate, and that one was too high."""
 POLL = 1.0  # seconds between looks at the runs of other processes
 _NOT_SETTINGS = {("output_dir",), ("training", "resume_from_checkpoint"), ("training", "overwrite_output_dir")}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do: whose it is and its config, whose `output_dir` is its folder."""
+    """One run to do: whose it is, its config, whose `output_dir` is its folder, and whether it only tries a learning
+    rate, so that diverging is a result as well."""
 
     name: str
     config: RunConfig
+    tries: bool = False
 
     @property
     def folder(self) -> Path:
@@ -56,10 +60,15 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "results.json").is_file()
+        return self.diverged or (self.folder / "results.json").is_file()
+
+    @property
+    def diverged(self) -> bool:
+        return self.tries and (self.folder / DIVERGED).is_file()
 
     def results(self) -> dict[str, Any]:
-        return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        name = DIVERGED if self.diverged else "results.json"
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
 
 def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
@@ -153,11 +162,14 @@ def _with_learning_rates(plan: Plan, output: Path, bench: _Bench) -> tuple[list[
         config = changed(p.config, {"tasks": own}, {})
         for rate in p.learning_rates:
             run = dataclasses.replace(p, config=config).with_learning_rate(rate).run(seed, folder / label / f"{rate:g}")
-            jobs[label, rate] = Job(f"{label}, learning rate {rate:g}", run)
+            jobs[label, rate] = Job(f"{label}, learning rate {rate:g}", run, tries=True)
     found = bench.run(list(jobs.values()), base, folder)
     chosen: dict[str, Any] = {}
     for label, p in asked.items():
         scores = {rate: quality(found[jobs[label, rate].name], trained[label]) for rate in p.learning_rates}
+        if all(score is None for score in scores.values()):
+            what = f"the runs of {label} diverged at every learning rate that was tried"
+            raise HeadwaterError(Problem(what, plan.config.where("compare", "learning_rate"), "add a lower one"))
         best, said = best_rate(scores)
         chosen[label] = {"seed": seed, "scores": {f"{rate:g}": s for rate, s in scores.items()}, "chosen": best}
         bench.say(f"{label}: learning rate {best:g}{said}")
@@ -190,7 +202,7 @@ class _Bench:
             self._share(left, len(jobs), base, folder)
             _refuse_other_runs(jobs, base)
         for job in jobs:  # a run's report is written last: a kept run that was killed there has none
-            if not (job.folder / PAGE).is_file():
+            if not job.diverged and not (job.folder / PAGE).is_file():
                 write_report(job.folder)
         return {job.name: job.results() for job in jobs}
 
@@ -246,8 +258,12 @@ def _run(job: Job, base_scores: Mapping[str, TaskScore], console: Console) -> No
     try:
         train(config, console=console, base_scores=base_scores)
     except HeadwaterError as error:
-        named = [dataclasses.replace(p, what=f"{job.name}: {p.what}") for p in config.placed(error).problems]
-        raise HeadwaterError(*named) from error.__cause__
+        if not (job.tries and isinstance(error, DivergedError)):
+            named = [dataclasses.replace(p, what=f"{job.name}: {p.what}") for p in config.placed(error).problems]
+            raise HeadwaterError(*named) from error.__cause__
+        what = error.problems[0].what
+        console.print(f"it diverged: {what}", highlight=False, soft_wrap=True, markup=False)
+        write_json(job.folder / DIVERGED, {"diverged": what, "extra": {"digests": digests(_tasks(config))}})
     free_memory()
 
 

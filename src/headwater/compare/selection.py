@@ -80,20 +80,26 @@ def _fields(row: Row) -> dict[str, Any]:
     return {**fields, "choices": row.choices} if row.choices else fields
 
 
-def quality(results: Mapping[str, Any], trained: Sequence[str]) -> float:
+def quality(results: Mapping[str, Any], trained: Sequence[str]) -> float | None:
     """How good a run is on what chooses: the mean score of the tasks that it was trained on; where all of them are
-    losses, minus their mean."""
+    losses, minus their mean; None if it diverged."""
+    if "diverged" in results:
+        return None
     tasks = [task for name, task in results["tasks"].items() if name in trained]
     scores = [task["after"] for task in tasks if task["metric"] != "loss"]
     return sum(scores) / len(scores) if scores else -sum(task["after"] for task in tasks) / len(tasks)
 
 
-def best_rate(scores: Mapping[float, float]) -> tuple[float, str]:
-    """The learning rate with the best score, the smaller of two equal ones, and what has to be said about it."""
-    best = max(scores, key=lambda rate: (scores[rate], -rate))
+def best_rate(scores: Mapping[float, float | None]) -> tuple[float, str]:
+    """The learning rate with the best score, the smaller of two equal ones, and what has to be said about it. Those
+    whose score is None diverged."""
+    known = {rate: score for rate, score in scores.items() if score is not None}
+    best = max(known, key=lambda rate: (known[rate], -rate))
+    too_high = ", ".join(f"{rate:g}" for rate in sorted(scores.keys() - known.keys()))
+    said = f"; {too_high} diverged" if too_high else ""
     if len(scores) == 1 or min(scores) < best < max(scores):
-        return best, ""
-    if len(set(scores.values())) == 1:
-        return best, ", the smallest: all that were tried score the same"
+        return best, said
+    if len(known) > 1 and len(set(known.values())) == 1:
+        return best, f", the smallest: all that were tried score the same{said}"
     edge = "smallest" if best == min(scores) else "largest"
-    return best, f", the {edge} tried: a wider grid may have a better one"
+    return best, f", the {edge} tried: a wider grid may have a better one{said}"

@@ -14,7 +14,7 @@ from torch import nn
 
 from headwater.data.encode import DataSpec, Encoded, EncodingReport, encode_completion, encode_prompt, encode_rows
 from headwater.data.rows import one_screen
-from headwater.errors import HeadwaterError, Problem
+from headwater.errors import DivergedError, HeadwaterError, Problem
 from headwater.evaluation.forward import evaluating, max_positions, pad_id
 from headwater.evaluation.generate import generate_from_ids, length_problems
 from headwater.evaluation.intervals import interval
@@ -373,7 +373,7 @@ def _refuse_nan(task: Task, rows: Sequence[Row], values: Iterable[float]) -> Non
     if bad:
         fix = "Its weights have most likely diverged: take an earlier checkpoint, or train at a lower learning rate."
         where = rows[bad[0]].where if rows else task.name
-        raise HeadwaterError(Problem(f"the model's outputs are not numbers (NaN) on {len(bad)} rows", where, fix))
+        raise DivergedError(Problem(f"the model's outputs are not numbers (NaN) on {len(bad)} rows", where, fix))
 
 
 def _refuse(task: Task, problems: Sequence[Problem]) -> None:

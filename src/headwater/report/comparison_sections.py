@@ -240,7 +240,11 @@ def _choices(comparison: Comparison) -> Section | None:
     for label, choice in chosen.items():
         taken = f"{choice.chosen:g}" if choice.chosen is not None else ""
         cells = [
-            Cell(score_text(choice.scores.get(rate)), "taken" if rate == taken else "", sort=choice.scores.get(rate))
+            Cell(
+                "diverged" if choice.scores.get(rate, 0.0) is None else score_text(choice.scores.get(rate)),
+                "taken" if rate == taken else "",
+                sort=choice.scores.get(rate),
+            )
             for rate in rates
         ]
         rows.append([Cell(label), *cells])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
-from ..errors import HeadwaterError, Problem
+from ..errors import DivergedError, Problem
 from .folder import last_checkpoint
 from .history import AUXILIARY_LOSS, TASK_LOSS
 from .resume import SAVED, check_state, describe
@@ -161,10 +161,10 @@ class Accounts(TrainerCallback):
         steps = self.trainer.steps_per_epoch
         return {"epoch": step // steps, "batches": step % steps * accumulation * ranks}
 
-    def _not_finite(self, what: str, step: int, tasks: Sequence[str]) -> HeadwaterError:
+    def _not_finite(self, what: str, step: int, tasks: Sequence[str]) -> DivergedError:
         last = last_checkpoint(Path(str(self.trainer.args.output_dir)))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
-        return HeadwaterError(
+        return DivergedError(
             Problem(
                 f"the {what} became non-finite at step {step}, in task {', '.join(tasks)}",
                 "training",
