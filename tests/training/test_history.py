@@ -20,7 +20,7 @@ def test_a_damaged_line_is_named(tmp_path, damage):
     with history.path.open("ab") as file:
         file.write(b"\n")
     before = history.path.read_bytes()
-    for read in (history.lines, history.start, lambda: history.scores(1)):
+    for read in (history.lines, history.start, lambda: history.scores(1, {})):
         with pytest.raises(HeadwaterError, match=re.escape(f"{history.path}:2: this line is damaged")):
             read()
     assert history.path.read_bytes() == before

@@ -81,9 +81,17 @@ def test_history_survives_a_torn_line_and_non_finite_numbers(tmp_path):
 def test_scores_come_back_from_the_history(tmp_path):
     history = History(tmp_path / "history.jsonl")
     score = TaskScore("a", "exact_match", 0.25, 4, 0.5, [0.0, 1.0, 0.0, 0.0], {"interval": [0.1, 0.6], "more": 1})
-    history.append_scores(0, {"a": score})
-    assert history.scores(0) == {"a": TaskScore("a", "exact_match", 0.25, 4, 0.5, [], {"interval": [0.1, 0.6]})}
-    assert history.scores(3) == {}
+    history.append_scores(0, {"a": score}, {"a": "some rows"})
+    known = {"a": TaskScore("a", "exact_match", 0.25, 4, 0.5, [], {"interval": [0.1, 0.6]})}
+    assert history.scores(0, {"a": "some rows"}) == known
+    assert history.scores(3, {"a": "some rows"}) == {}
+    assert history.scores(0, {"a": "others"}) == {}
+    assert history.scores(0, {"a": "some rows", "b": "more"}) == {}
+    [line] = history.lines()
+    del line["tasks"]["a"]["rows"]  # as an older headwater wrote it
+    history.start()
+    history.append(line)
+    assert history.scores(0, {"a": "some rows"}) == known
 
 
 def test_the_table_says_what_is_measured_and_a_sinking_loss_is_a_gain():

@@ -24,6 +24,7 @@ from headwater.training import run as training_run
 from headwater.training.folder import last_checkpoint
 from headwater.training.history import History
 
+THREE = (("colour", "colour"), ("copy", "copy"), ("new", "colour"))
 RESUME = "training.resume_from_checkpoint=true"
 SHORT = ("training.max_steps=4", "training.save_steps=2", "training.eval_steps=null", "training.logging_steps=1")
 
@@ -243,6 +244,33 @@ def test_other_data_may_be_taken_where_that_is_asked_for(folder, finished, tmp_p
     with pytest.raises(HeadwaterError, match="trained with seed"):
         run(folder, out, *sets)
     assert run(folder, out, *sets, "training.ignore_data_skip=true").results["steps"] == 6
+
+
+def test_a_resumed_run_is_scored_before_training_on_the_test_rows_that_it_has(folder, finished, tmp_path):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(finished, out)
+    data.mkdir()
+    few = (folder / "colour.jsonl").read_text().splitlines(keepends=True)[:3]
+    (data / "few.jsonl").write_text("".join(few))
+    sets = ("training.max_steps=6", f"tasks.0.test={data / 'few.jsonl'}")
+    result = run(folder, out, RESUME, *sets)
+    fresh = run(folder, tmp_path / "fresh", *sets)
+    assert result.results["tasks"]["colour"]["n"] == 3
+    assert {k: v["before"] for k, v in result.results["tasks"].items()} == {
+        k: v["before"] for k, v in fresh.results["tasks"].items()
+    }
+    evals = [line for line in History(out / "history.jsonl").lines() if line["kind"] == "eval"]
+    assert [line["step"] for line in evals] == [0, 4, 6]
+    assert evals[0]["tasks"]["colour"]["n"] == 3
+
+
+def test_a_task_that_is_new_in_a_resumed_run_is_scored_before_training(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    tasks = "tasks=[" + ", ".join(f"{{name: {n}, train: {f}.jsonl, test: {f}.jsonl}}" for n, f in THREE) + "]"
+    result = run(folder, out, RESUME, "training.max_steps=6", "training.ignore_data_skip=true", tasks)
+    assert set(result.results["tasks"]) == {"colour", "copy", "new"}
+    assert result.results["steps"] == 6
 
 
 def test_a_checkpoint_goes_on_in_a_folder_of_its_own_without_anothers_history(folder, finished, tmp_path):

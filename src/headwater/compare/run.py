@@ -276,10 +276,10 @@ def _base_scores(config: RunConfig, folder: Path, console: Console) -> dict[str,
             task.pop(key, None)
     known = {key: about[key] for key in ("model_name_or_path", "model", "tasks", "data", "evaluation")}
     tasks = _tasks(config)
-    known["rows"] = {task.name: digest(task.test) for task in tasks}
+    known["rows"] = {task.name: digest(task.test) for task in tasks if task.test}
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     history = History(folder / f"before-{name}.jsonl")
-    if scores := history.scores(0):
+    if scores := history.scores(0, known["rows"]):
         return scores
     history.start()  # a process that stopped while it wrote may have left half a line
     device = training_arguments(config).device

@@ -43,18 +43,21 @@ class History:
                 raise HeadwaterError(Problem(f"this line is damaged: {error}", f"{self.path}:{number}", fix)) from error
         return found
 
-    def start(self, checkpoint: Path | None = None) -> None:
-        """Begins a run: empty, or with what was written before the checkpoint that it is resumed from."""
+    def start(self, checkpoint: Path | None = None, rows: Mapping[str, str] | None = None) -> None:
+        """Begins a run: empty, or with what was written before the checkpoint that it is resumed from, but for scores
+        before training of other test rows than `rows` tells."""
         step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step if checkpoint else -1
-        write_text(self.path, "".join(_line(line) for line in self.lines() if line["step"] <= step))
+        kept = [line for line in self.lines() if line["step"] <= step]
+        kept = [line for line in kept if line["step"] or _same_rows(line.get("tasks", {}), rows or {})]
+        write_text(self.path, "".join(map(_line, sorted(kept, key=lambda line: line["step"]))))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Adds one line; non-finite numbers become null."""
         with saying_why(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(entry))
 
-    def append_scores(self, step: int, scores: Mapping[str, TaskScore]) -> None:
-        """Adds an evaluation after `step` steps."""
+    def append_scores(self, step: int, scores: Mapping[str, TaskScore], rows: Mapping[str, str]) -> None:
+        """Adds an evaluation after `step` steps; `rows` has what tells each task's test rows from others."""
         tasks = {
             name: {
                 "metric": score.metric,
@@ -62,22 +65,30 @@ class History:
                 "n": score.n,
                 "majority": score.majority,
                 "interval": score.detail.get("interval"),
+                "rows": rows.get(name),
             }
             for name, score in scores.items()
         }
         self.append({"kind": "eval", "step": step, "tasks": tasks})
 
-    def scores(self, step: int) -> dict[str, TaskScore]:
-        """The first evaluation after `step` steps, without the values of single rows; empty if there was none."""
+    def scores(self, step: int, rows: Mapping[str, str]) -> dict[str, TaskScore]:
+        """The first evaluation after `step` steps of tasks that have these test rows, without the values of single
+        rows; empty if there was none."""
         for line in self.lines():
-            if line["kind"] == "eval" and line["step"] == step:
+            tasks = line["tasks"] if line["kind"] == "eval" and line["step"] == step else {}
+            if tasks and tasks.keys() == rows.keys() and _same_rows(tasks, rows):
                 return {
                     name: TaskScore(
                         name, s["metric"], s["value"], s["n"], s["majority"], [], {"interval": s["interval"]}
                     )
-                    for name, s in line["tasks"].items()
+                    for name, s in tasks.items()
                 }
         return {}
+
+
+def _same_rows(tasks: Mapping[str, Mapping[str, Any]], rows: Mapping[str, str]) -> bool:
+    """Where an older headwater did not say what rows it scored, they are taken for the same."""
+    return all(s.get("rows") in (None, rows.get(name)) for name, s in tasks.items())
 
 
 def named(logs: Mapping[str, float], prefix: str) -> dict[str, float]:

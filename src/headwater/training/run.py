@@ -97,9 +97,16 @@ class _Start(TrainerCallback):
     """
 
     def __init__(
-        self, config: RunConfig, args: HeadwaterArguments, resume: Path | None, history: History, held: ExitStack
+        self,
+        config: RunConfig,
+        args: HeadwaterArguments,
+        resume: Path | None,
+        history: History,
+        rows: Mapping[str, str],
+        held: ExitStack,
     ):
-        self.config, self.args, self.resume, self.history, self.held = config, args, resume, history, held
+        self.config, self.args, self.resume, self.held = config, args, resume, held
+        self.history, self.rows = history, rows
         self.done = args.process_index != 0
 
     def now(self) -> None:
@@ -114,7 +121,7 @@ class _Start(TrainerCallback):
         check_folder(output, resume=self.resume, overwrite=self.args.overwrite_output_dir)
         clear_folder(output, resume=self.resume, overwrite=self.args.overwrite_output_dir)
         write_text(output / "config.yaml", dump_config(self.config))
-        self.history.start(self.resume if is_of(self.resume, output) else None)
+        self.history.start(self.resume if is_of(self.resume, output) else None, self.rows)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.now()
@@ -164,7 +171,7 @@ def _train(
     if resume is not None:
         check_checkpoint(trainer, resume)
     trainer.check_optimizer()
-    start = _Start(config, args, resume, history, held)
+    start = _Start(config, args, resume, history, scorer.rows, held)
     trainer.add_callback(start)
     goes_on = is_of(resume, output)
     if not goes_on:
@@ -172,7 +179,7 @@ def _train(
         start.now()
     _say_what_is_trained(console, config, tasks, encoded, trainer)
     try:
-        before = history.scores(0) if goes_on else {}
+        before = history.scores(0, scorer.rows) if goes_on else {}
         if not before and base_scores and changes_nothing(trainer.model, encoded, pad_id(tokenizer)):
             before = scorer.known(base_scores, 0)
         before = before or scorer.all_rows(trainer.model, 0)

@@ -21,6 +21,7 @@ from ..tuner import needs_task_ids
 from ..tuner.context import KEYWORD
 from .history import History
 from .progress import ProgressDisplay
+from .resume import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ class Scorer:
         self.data_spec = data_spec
         self.history = history
         self.display = display
+        self.rows = {task.name: digest(task.test) for task in tasks if task.test}
 
     def check(self, model: nn.Module, *, during: bool) -> None:
         """Refuses rows that could not be scored.
@@ -75,7 +77,7 @@ class Scorer:
         """Takes scores that are known already; shows them and writes them down as if they had just been found."""
         scores = {task.name: scores[task.name] for task in self.tasks if task.name in scores}
         if self.history is not None:
-            self.history.append_scores(step, scores)
+            self.history.append_scores(step, scores, self.rows)
         self.display.scored(scores, step)
         return scores
 
