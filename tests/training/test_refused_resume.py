@@ -87,32 +87,37 @@ def test_a_resume_that_fails_changes_nothing(folder, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "torn"),
+    ("name", "fault"),
     [
-        ("optimizer.pt", False),
-        ("scheduler.pt", False),
-        ("rng_state.pth", False),
-        ("adapter_model.safetensors", False),
-        ("optimizer.pt", True),
-        ("rng_state.pth", True),
-        ("adapter_config.json", True),
-        ("adapter_model.safetensors", True),
+        ("optimizer.pt", "gone"),
+        ("scheduler.pt", "gone"),
+        ("rng_state.pth", "gone"),
+        ("adapter_model.safetensors", "gone"),
+        ("optimizer.pt", "torn"),
+        ("rng_state.pth", "torn"),
+        ("adapter_config.json", "torn"),
+        ("adapter_model.safetensors", "torn"),
+        ("optimizer.pt", "flipped"),  # PyTorch would load it
     ],
 )
-def test_a_checkpoint_without_one_of_its_files_is_refused(folder, finished, tmp_path, name, torn):
+def test_a_checkpoint_without_one_of_its_files_is_refused(folder, finished, tmp_path, name, fault):
     """transformers goes on without an optimizer's state, a schedule or a random state, and says nothing."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     file = out / "checkpoint-4" / name
-    if torn:
-        file.write_bytes(file.read_bytes()[:-200])
+    data = bytearray(file.read_bytes())
+    if fault == "torn":
+        file.write_bytes(data[:-200])
+    elif fault == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
     else:
         file.unlink()
     before = content(out)
     with pytest.raises(HeadwaterError) as caught:
         run(folder, out, RESUME, "training.max_steps=6")
     (problem,) = caught.value.problems
-    said = f"{file} cannot be read: " if torn else f"the checkpoint {file.parent} has no {name}"
+    said = f"the checkpoint {file.parent} has no {name}" if fault == "gone" else f"{file} cannot be read: "
     assert problem.what.startswith(said)
     assert problem.fix == f"delete this checkpoint; left to go on from is {out / 'checkpoint-2'}"
     assert content(out) == before

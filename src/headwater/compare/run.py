@@ -227,16 +227,17 @@ class _Bench:
         """Does the job, if no other process is at it or has done it."""
         lock = "-".join(job.folder.relative_to(folder).parts)
         try:
-            with FileLock(folder / LOCKS / lock, timeout=0):
-                if job.finished:
-                    return False
-                self.say(title)
-                started = time.perf_counter()
-                _run(job, base_scores, self.console)
-                self.seconds.append(time.perf_counter() - started)
-                return True
+            held = FileLock(folder / LOCKS / lock).acquire(timeout=0)
         except Timeout:
             return False
+        with held:
+            if job.finished:
+                return False
+            self.say(title)
+            started = time.perf_counter()
+            _run(job, base_scores, self.console)
+            self.seconds.append(time.perf_counter() - started)
+            return True
 
     def _time_left(self, runs: int) -> str:
         if not self.seconds:

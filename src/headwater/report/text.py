@@ -34,7 +34,7 @@ def count_text(value: float | None) -> str:
 def short_count_text(value: int) -> str:
     """`3,732,480` as `3.73 M`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if value >= 0.999995 * size:  # what rounds to a whole one is one
             return f"{value / size:.2f}".rstrip("0").rstrip(".") + f" {unit}"
     return str(value)
 

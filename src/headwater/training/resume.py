@@ -158,7 +158,7 @@ def _unreadable(checkpoint: Path, *problems: str) -> HeadwaterError:
 
 
 def _why_not_read(path: Path) -> str | None:
-    """Why a file cannot be read, as far as can be told without loading it; None if it can."""
+    """Why a file cannot be read, as far as can be told without unpickling it; None if it can."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -166,7 +166,9 @@ def _why_not_read(path: Path) -> str | None:
         elif path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         else:
-            zipfile.ZipFile(path).close()  # which is what torch writes; its index stands at the end
+            with zipfile.ZipFile(path) as archive:  # which is what torch writes; it does not look at the sums itself
+                if part := archive.testzip():
+                    return f"{path} cannot be read: {part} in it is damaged"
     except FileNotFoundError:
         return f"the checkpoint {path.parent} has no {path.name}"
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
