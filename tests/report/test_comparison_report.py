@@ -127,6 +127,7 @@ def test_without_the_runs_folders_the_scores_are_still_shown(tmp_path):
     folder = write_comparison(tmp_path / "moved", methods=FEW, tasks=TWO_TASKS)
     for label in FEW:
         shutil.rmtree(folder / label)
+    (folder / next(iter(FEW)) / "seed-0").mkdir(parents=True)  # as an archive without its files leaves it
     _, drawn = blocks(folder, FigureBlock)
     assert {b.name for b in drawn} == {"comparison", "parameters_score", "task_differences", "task_scores"}
     html = write_comparison_report(folder).read_text(encoding="utf-8")

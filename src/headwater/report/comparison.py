@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel
 
 from headwater.errors import HeadwaterError, Problem
-from headwater.report.run import Interval, Results, Run, finite, finite_pair, read_json, read_run
+from headwater.report.run import Interval, Results, Run, finite, finite_pair, is_run, read_json, read_run
 
 # What is not finite is shown as missing, as in a run's report.
 _Number = Annotated[float | None, AfterValidator(finite)]
@@ -103,7 +103,7 @@ class Comparison:
     @cached_property
     def runs(self) -> dict[str, list[Run]]:
         """label -> what is still there of its run folders."""
-        return {label: [read_run(f) for f in folders if f.is_dir()] for label, folders in self.folders.items()}
+        return {label: [read_run(f) for f in folders if is_run(f)] for label, folders in self.folders.items()}
 
 
 def read_comparison(folder: Path) -> Comparison:

@@ -272,6 +272,11 @@ def _read_history(path: Path, notes: dict[str, str]) -> tuple[list[TrainRecord],
     return [train[s] for s in sorted(train)], [evals[s] for s in sorted(evals)]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `read_run` finds something in a folder."""
+    return any((folder / name).is_file() for name in FILES)
+
+
 def read_run(folder: Path) -> Run:
     """Reads what there is of `results.json`, `history.jsonl`, `analysis.json` and `config.yaml`.
 
@@ -280,7 +285,7 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise HeadwaterError(Problem("there is no such folder", str(folder), "give the output_dir of a run"))
-    if not any((folder / name).is_file() for name in FILES):
+    if not is_run(folder):
         fix = f"give the output_dir of a run, which holds {', '.join(FILES)}"
         raise HeadwaterError(Problem("this folder is not a run", str(folder), fix))
     notes: dict[str, str] = {}
