@@ -63,6 +63,27 @@ def saying_why(path: str | os.PathLike[str]) -> Iterator[None]:
         raise NotWritten(path, reason) from error
 
 
+def check_file(path: str, option: str) -> None:
+    """Before work that may take long: whether the file that an option names can be written in the end.
+
+    Raises:
+        HeadwaterError: if it cannot.
+    """
+    file, where = Path(path), f"{option} {path}"
+    if file.is_dir():
+        raise HeadwaterError(Problem("this is a folder", where, "give a file"))
+    if file.exists() and not file.is_file():
+        return  # a device or a pipe
+    if not file.absolute().parent.is_dir():
+        raise HeadwaterError(Problem("the folder of this file does not exist", where))
+    try:
+        with tempfile.TemporaryFile(dir=file.absolute().parent):
+            pass
+    except OSError as error:
+        what = f"nothing can be written to the folder of this file: {error.strerror}"
+        raise HeadwaterError(Problem(what, where, "choose another place")) from None
+
+
 def finite(value: Any) -> Any:
     """`value` with non-finite floats as None, since JSON has none."""
     if isinstance(value, float):

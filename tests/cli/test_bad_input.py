@@ -338,6 +338,8 @@ def test_tasks_that_cannot_be_scored(headwater, run_file, tmp_path):
     refused(headwater("evaluate", run, "--split", "validation"), "no task has validation rows")
     refused(headwater("evaluate", run, "--tasks", tmp_path / "none.yaml"), "none.yaml: there is no such file")
     refused(headwater("evaluate", run, "-o", tmp_path / "no" / "s.json"), "the folder of this file does not exist")
+    refused(headwater("evaluate", run, "-o", tmp_path), f"--output {tmp_path}: this is a folder")
+    refused(headwater("evaluate", run, "-o", "/proc/s.json"), "nothing can be written to the folder of this file")
     refused(headwater("generate", run, "-p", "x", "--task", "animal"), "unknown task `animal`", "animals, colours")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headwater.cli.adapters import Source, adapter_fields, load, locate
 from headwater.cli.console import err_console, out_console, table
 from headwater.errors import HeadwaterError, Problem
+from headwater.files import check_file, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,8 +71,8 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
     """
     if split not in SPLITS:
         raise HeadwaterError(Problem(f"unknown split {split!r}", "--split", f"one of {', '.join(SPLITS)}"))
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise HeadwaterError(Problem("the folder of this file does not exist", f"--output {output}"))
+    if output is not None:
+        check_file(output, "--output")
     require_effect(overrides, READ)
     found = locate(source)
     config = _what_to_score(found, tasks_file, overrides)
@@ -109,8 +110,6 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
         rows.append(["mean", "", "", f"{mean:.3f}", "", ""])
     out_console().print(table(["task", "metric", "rows", "score", "95 % interval", "always the same answer"], rows))
     if output is not None:
-        from headwater.files import write_json
-
         write_json(Path(output), _as_json(found, split, scores, mean))
         err_console().print(f"wrote {output}", soft_wrap=True, highlight=False)
 

@@ -11,6 +11,7 @@ from headwater.cli.adapters import adapter_fields, load, locate
 from headwater.cli.console import err_console, out_console, table
 from headwater.cli.evaluate import require_effect
 from headwater.errors import HeadwaterError, Problem
+from headwater.files import check_file, write_json
 
 READ = ("model_name_or_path", "model", "evaluation.batch_size", "training.use_cpu")
 """The keys of a run's file that lm-eval's tasks are scored by."""
@@ -35,8 +36,8 @@ def run(
     """
     if not names:
         raise HeadwaterError(Problem("names no task", "--lm-eval", "e.g. --lm-eval bbh,mmlu"))
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise HeadwaterError(Problem("the folder of this file does not exist", f"--output {output}"))
+    if output is not None:
+        check_file(output, "--output")
     from headwater.config import load_config
     from headwater.evaluation.lm_eval import lm_eval_scores
 
@@ -71,8 +72,6 @@ def run(
     out_console().print(table(["task", "metric", "filter", "shots", "rows", "value", "standard error"], rows))
     if output is not None:
         from importlib.metadata import version
-
-        from headwater.files import write_json
 
         fields = adapter_fields(found.adapter)
         document = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
 from headwater.cli.generate import prompt_texts
 from headwater.errors import HeadwaterError, Problem
+from headwater.files import check_file, write_json
 
 if TYPE_CHECKING:
     from headwater.compose import AdapterPool
@@ -45,10 +46,8 @@ class Scoring:
 
         if self.split not in SPLITS:
             raise HeadwaterError(Problem(f"unknown split {self.split!r}", "--split", f"one of {', '.join(SPLITS)}"))
-        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
-            raise HeadwaterError(Problem("the folder of this file does not exist", f"--scores {self.output}"))
-        if self.output is not None and Path(self.output).is_dir():
-            raise HeadwaterError(Problem("this is a folder", f"--scores {self.output}", "give a file"))
+        if self.output is not None:
+            check_file(self.output, "--scores")
         config = load_config(self.tasks, self.overrides, model=TasksFile)
         try:
             tasks = load_tasks(config.tasks, config.base_dir)
@@ -350,7 +349,6 @@ def _score_and_show(
 
 def _show(scores: dict[str, dict[str, TaskScore]], scoring: Scoring) -> None:
     from headwater.evaluation import mean_score
-    from headwater.files import write_json
 
     rows: list[list[object]] = []
     record: dict[str, Any] = {"schema": 1, "split": scoring.split, "ways": {}}
