@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_tensors_are_as_readable_as_other_files(tmp_path, umask):
     written = (tmp_path / "single.safetensors", tmp_path / "whole/below/a.safetensors", checkpoint / "a.safetensors")
     assert {mode(path) for path in written} == {mode(tmp_path / "plain")}
     assert mode(tmp_path / "whole") == mode(tmp_path / "folder")
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    replace = Path.replace
+
+    def fails(self, target):
+        if self == new:
+            raise OSError(errno.EIO, "broken disk")
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="broken disk"):
+        patch.setattr(Path, "replace", fails)
+        replace_folder(new, old)
+    assert (old / "name").read_text() == "old"
+    replace_folder(new, old)
+    assert (old / "name").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def in_a_whole_folder(path):

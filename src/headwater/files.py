@@ -139,10 +139,21 @@ def open_to_readers(folder: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Puts the folder `new`, which lies beside `path`, in its place."""
+    """Puts the folder `new`, which lies beside `path`, in its place; where that fails, `path` is as it was."""
     open_to_readers(new)
-    shutil.rmtree(path, ignore_errors=True)
-    new.replace(path)
+    if not path.is_dir():
+        new.replace(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.replace(aside / path.name)  # not deleted yet: a kill here must not lose both
+        try:
+            new.replace(path)
+        except OSError:
+            (aside / path.name).replace(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

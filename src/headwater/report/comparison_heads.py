@@ -110,7 +110,8 @@ def _similarity(comparison: Comparison) -> Section | None:
             table[label] = {layer: float(np.mean(by_layer[layer])) for layer in sorted(by_layer)}
     if not table:
         return None
-    means = "; ".join(f"{label} {np.mean(list(row.values())):.2f}".replace("-", "−") for label, row in table.items())
+    found = {label: f"{np.mean(list(row.values())):.2f}".replace("-", "−") for label, row in table.items()}
+    means = "; ".join(f"{label} {mean}" for label, mean in found.items())
     text = (
         "Cosine between the up-projections of every two heads, averaged over pairs, projections and seeds: 1 means "
         f"that the heads have become one, 0 that they have nothing in common. Mean over layers: {means}. "
