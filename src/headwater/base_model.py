@@ -132,13 +132,12 @@ def shape_of(name_or_path: str, *, trust_remote_code: bool = False) -> PreTraine
     """A base model on the meta device: its layers and their sizes, no weights.
 
     Raises:
-        HeadwaterError: its config cannot be loaded.
+        HeadwaterError: there is no such model, or its config cannot be loaded.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = expanded(name_or_path, name_or_path)
-    name = str(dequantise_gguf(path)) if path.is_file() else name_or_path
+    name = _resolve(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

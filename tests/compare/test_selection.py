@@ -41,8 +41,12 @@ def test_the_files_hold_the_same_rows(tmp_path):
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = "{name: a, train: animals-train.jsonl, validation: mixed.jsonl, metric: loss, weight: 2.0}"
     config = load_config(path, [f"tasks=[{first}, {{name: b, test: mixed.jsonl}}]"])
-    sections = choosing_tasks(config, tmp_path / "chosen")
+    sections = choosing_tasks(config, tmp_path / "chosen", [{"name": "moe_lora", "num_tasks": 2}])
     assert [section["name"] for section in sections] == ["a"]  # the other has nothing but test rows
+    for by_place in ({"continue_from": "earlier"}, {"task_types": [0, 1]}):
+        with pytest.raises(HeadwaterError, match=r"task b has only test rows.*\n.*`validation:`") as caught:
+            choosing_tasks(config, tmp_path / "chosen", [{"name": "lora"}, {"num_tasks": 2, **by_place}])
+        assert caught.value.problems[0].where == "tasks[1]"
     again = load_tasks(load_config(path, [f"tasks={json.dumps(sections)}"]).tasks, tmp_path)[0]
     given = load_tasks(config.tasks, tmp_path)[0]
     strip = [[(r.prompt, r.completion, r.choices, r.messages) for r in rows] for rows in (again.train, again.test)]
@@ -57,7 +61,7 @@ def test_conversations_keep_their_choices(tmp_path):
     turns = [[{"role": "user", "content": f"{n} is"}, {"role": "assistant", "content": "b"}] for n in range(10)]
     rows = [{"messages": messages, "choices": ["a", "b"]} for messages in turns]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sections = choosing_tasks(load_config(path, ["tasks=[{name: a, train: chats.jsonl}]"]), tmp_path / "chosen")
+    sections = choosing_tasks(load_config(path, ["tasks=[{name: a, train: chats.jsonl}]"]), tmp_path / "chosen", [])
     (task,) = load_tasks(load_config(path, [f"tasks={json.dumps(sections)}"]).tasks, tmp_path)
     assert task.metric == "choice_accuracy"
     assert {row.choices for row in (*task.train, *task.test)} == {("a", "b")}
@@ -67,7 +71,7 @@ def test_validation_rows_are_drawn_from_everywhere_as_evaluate_draws_them(tmp_pa
     path = write_file(tmp_path)
     first = "{name: a, train: animals-test.jsonl, validation: animals-train.jsonl, max_test_rows: 6}"
     config = load_config(path, [f"tasks=[{first}]"])
-    (section,) = choosing_tasks(config, tmp_path / "chosen")
+    (section,) = choosing_tasks(config, tmp_path / "chosen", [])
     with open(section["test"]) as file:
         chosen = [json.loads(line)["prompt"] for line in file]
     assert len(chosen) == 6
@@ -81,14 +85,14 @@ def test_tasks_with_too_few_rows_are_named_with_their_place_in_the_file(tmp_path
     (tmp_path / "animals-train.jsonl").write_text(row)
     (tmp_path / "colours-train.jsonl").write_text(row * 3)
     with pytest.raises(HeadwaterError) as caught:
-        choosing_tasks(load_config(path), tmp_path / "chosen")
+        choosing_tasks(load_config(path), tmp_path / "chosen", [])
     for problem, line, task in zip(caught.value.problems, (4, 5), ("animals", "colours"), strict=True):
         assert problem.where.endswith(f"run.yaml:{line}: tasks[{line - 4}].train")
         assert f"task {task} has too few" in problem.what
         assert "validation" in problem.fix
     (tmp_path / "animals-train.jsonl").unlink()
     with pytest.raises(HeadwaterError, match=r"run\.yaml:4"):
-        choosing_tasks(load_config(path), tmp_path / "chosen")
+        choosing_tasks(load_config(path), tmp_path / "chosen", [])
 
 
 def test_what_is_said_of_a_chosen_learning_rate():

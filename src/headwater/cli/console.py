@@ -64,9 +64,9 @@ def _lines(problem: Problem) -> Iterable[Text | Padding]:
         yield Padding(Text(problem.fix, style="green"), (0, 0, 0, 2))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table whose columns are right-aligned except the first; None is an empty cell."""
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         result.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:

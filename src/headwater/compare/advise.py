@@ -74,7 +74,7 @@ def advise(
         raise config.placed(error) from None
     started = time.perf_counter()
     output = Path(config.output_dir) / "advice"
-    tasks = choosing_tasks(config, output / "tasks")
+    tasks = choosing_tasks(config, output / "tasks", [config.method])
     if tasks and all(task["metric"] == "loss" for task in tasks):
         what, fix = "the tasks have no score to compare, only a loss", "give one of them choices or a metric"
         raise HeadwaterError(Problem(what, config.where("tasks"), fix))

@@ -152,7 +152,7 @@ def _with_learning_rates(plan: Plan, output: Path, bench: _Bench) -> tuple[list[
     from headwater.config import changed
 
     folder, seed = output / CHOOSING, plan.spec.selection_seed
-    tasks = choosing_tasks(plan.config, folder / "tasks")
+    tasks = choosing_tasks(plan.config, folder / "tasks", [p.config.method for p in asked.values()])
     base = changed(plan.config, {"tasks": tasks, "compare": None}, {})
     jobs: dict[tuple[str, float], Job] = {}
     trained: dict[str, list[str]] = {}

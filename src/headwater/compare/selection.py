@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,24 @@ SHARE, MOST = 0.1, 200
 """Of a task without validation rows, this share of its training rows chooses, but at most so many."""
 
 
-def choosing_tasks(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+def choosing_tasks(config: RunConfig, folder: Path, methods: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The `tasks:` section of runs that choose: what is trained on and, as their test rows, what chooses.
 
-    The rows are written to `folder` as JSONL files, the same ones in every call. The tasks' test rows are in neither.
+    The rows are written to `folder` as JSONL files, the same ones in every call. The tasks' test rows are in neither;
+    a task that has no others is left out.
+
+    Args:
+        methods: the `method:` sections of the runs.
 
     Raises:
-        HeadwaterError: if the tasks cannot be read, or some are left without rows, with file and line.
+        HeadwaterError: if the tasks cannot be read, or some are left without rows, with file and line; if one is left
+            out and a method is told of tasks by their place.
     """
     try:
         tasks = load_tasks(config.tasks, config.base_dir)
         splits = _splits(tasks)
+        if any(_goes_by_place(method) for method in methods):
+            _refuse_left_out(tasks, splits)
     except HeadwaterError as error:
         raise config.placed(error) from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +69,25 @@ def _splits(tasks: Sequence[Task]) -> list[tuple[list[Row], list[Row]]]:
     if problems:
         raise HeadwaterError(*problems)
     return splits
+
+
+def _goes_by_place(method: Mapping[str, Any]) -> bool:
+    """What an earlier adapter learnt of each task, and types of tasks, are by the tasks' order."""
+    return "num_tasks" in method and bool(method.get("continue_from") or method.get("task_types"))
+
+
+def _refuse_left_out(tasks: Sequence[Task], splits: Sequence[tuple[list[Row], list[Row]]]) -> None:
+    problems = [
+        Problem(
+            f"task {task.name} has only test rows, which choose nothing, and without it others would take its place",
+            f"tasks[{task.index}]",
+            "give it `validation:` rows",
+        )
+        for task, (train, chosen) in zip(tasks, splits, strict=True)
+        if not (train or chosen)
+    ]
+    if problems:
+        raise HeadwaterError(*problems)
 
 
 def hold_out(task: Task) -> tuple[list[Row], list[Row]]:
