@@ -9,12 +9,13 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
     field_validator,
@@ -39,7 +40,7 @@ from headwater.tuner.align import AlignSpec
 if TYPE_CHECKING:
     import torch
 
-# What a file gets that has no `method:`. Where it comes from, and how sure that is: docs/recommended.md.
+# What a file gets that names no method. Where it comes from, and how sure that is: docs/recommended.md.
 RECOMMENDED = {"name": DEFAULT_METHOD, "r": 8, "num_heads": 3, "lora_alpha": 16, "target_modules": "all-linear"}
 RECOMMENDED_LEARNING_RATE = 1e-3
 
@@ -64,8 +65,8 @@ class RunConfig(BaseModel):
         model_name_or_path: hub id, local folder or GGUF file. Local ones become absolute: they start from the file's
             folder where there is something of that name, else from the current folder.
         model: how the base model is loaded.
-        method: `name` and the fields of that method's config; where it is left out, `RECOMMENDED`, and then
-            `RECOMMENDED_LEARNING_RATE` unless `training` has one.
+        method: `name` and the fields of that method's config; without a name, `RECOMMENDED` but for the fields that are
+            given, and `RECOMMENDED_LEARNING_RATE` unless `training` has one.
         tasks: at least one; their paths are relative to `base_dir`. A task's position is its task id.
         mixture: how tasks are mixed.
         align: an alignment loss between tasks, with any method; it then draws balanced batches.
@@ -94,6 +95,21 @@ class RunConfig(BaseModel):
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
     _document: Document = PrivateAttr(default_factory=lambda: Document({}))
+    _recommended: bool = PrivateAttr(default=False)
+    _recommended_rate: ClassVar[float | None] = RECOMMENDED_LEARNING_RATE
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_a_name_it_is_the_recommended_method(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        method = data.get("method", {}) if isinstance(data, dict) else None
+        recommended = isinstance(method, dict) and "name" not in method
+        if recommended and "method" in data:
+            data = {**data, "method": {**RECOMMENDED, **method}}
+        config = handler(data)
+        config._recommended = recommended
+        if recommended and cls._recommended_rate is not None:
+            config.training.setdefault("learning_rate", cls._recommended_rate)
+        return config
 
     @field_validator("model_name_or_path", mode="after")
     @classmethod
@@ -130,12 +146,6 @@ class RunConfig(BaseModel):
         return training
 
     @model_validator(mode="after")
-    def _learning_rate_is_the_methods(self) -> Self:
-        if "method" not in self.model_fields_set:
-            self.training.setdefault("learning_rate", RECOMMENDED_LEARNING_RATE)
-        return self
-
-    @model_validator(mode="after")
     def _method_knows_the_number_of_tasks(self) -> Self:
         from headwater.methods.base import MethodConfig
         from headwater.methods.registry import make_config
@@ -148,6 +158,11 @@ class RunConfig(BaseModel):
             if problems:
                 raise HeadwaterError(*(dataclasses.replace(p, where=f"method.{p.where}") for p in problems))
         return self
+
+    @property
+    def recommended(self) -> bool:
+        """Whether no method is named, so that it is the recommended one."""
+        return self._recommended
 
     @property
     def base_dir(self) -> Path:

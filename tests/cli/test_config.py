@@ -98,12 +98,26 @@ def test_a_file_without_a_method_gets_the_recommended_one(tmp_path, rate):
     assert (again.method, again.training) == (config.method, config.training)
     other = changed(config, {"method": {"name": "lora"}}, {})
     assert other.method == {"name": "lora"}
-    assert RunConfig(**GOOD_FIELDS, training={"max_steps": 2}, method={}).training == {"max_steps": 2}
+    named = {"training": {"max_steps": 2}, "method": {"name": "rlora"}}
+    assert RunConfig(**GOOD_FIELDS, **named).training == {"max_steps": 2}
+
+
+def test_fields_without_a_name_change_the_recommended_method(tmp_path):
+    kept = [line for line in GOOD.splitlines() if not line.startswith(("method", "  learning_rate"))]
+    config = load_config(write(tmp_path, "\n".join(kept)), ["method.r=16"])
+    assert config.method == {**RECOMMENDED, "r": 16}
+    assert config.training["learning_rate"] == RECOMMENDED_LEARNING_RATE
+    assert config.recommended
+    again = load_config(write(tmp_path, dump_config(config), "again.yaml"))
+    assert (again.method, again.training, again.recommended) == (config.method, config.training, False)
+    other = load_config(write(tmp_path, "\n".join(kept)), ["method={name: mlora, r: 16}"])
+    assert (other.method, other.recommended) == ({"name": "mlora", "r": 16}, False)
+    assert "learning_rate" not in other.training
 
 
 def test_a_run_made_in_python_has_the_same_checks():
     fields = GOOD_FIELDS
-    assert RunConfig(**fields, method={}).method == {"name": "rlora"}
+    assert RunConfig(**fields, method={}).method == RECOMMENDED
     assert RunConfig(**fields).base_dir == Path.cwd()
     with pytest.raises(ValueError, match="max_stepz"):
         RunConfig(**fields, training={"max_stepz": 1})

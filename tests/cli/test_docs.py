@@ -81,7 +81,7 @@ def test_the_example_files_are_accepted(tmp_path):
     assert [task.name for task in load_config(ROOT / "examples" / "first.yaml").tasks] == ["sst2", "ag_news", "gsm8k"]
     (text,) = re.findall(r"```yaml\n(.*?)```", CONFIG, re.DOTALL)
     (tmp_path / "run.yaml").write_text(text)
-    assert load_config(tmp_path / "run.yaml").training["learning_rate"] == 2e-4
+    assert load_config(tmp_path / "run.yaml").training["learning_rate"] == 1e-3
 
 
 def test_the_documented_overrides_are_accepted():

@@ -87,6 +87,23 @@ def test_nothing_is_matched_where_none_is_asked_for(path):
     assert [planned.field for planned in own.methods] == ["", "", "r"]
 
 
+@pytest.mark.parametrize(
+    ("methods", "measure"),
+    [
+        ("[lora, hydralora, {label: again, method: hydralora}]", 1),
+        ("[{method: {name: lora, r: 5}}, hydralora]", 0),
+        ("[lora, {method: {name: hydralora, num_heads: 3}}]", 0),
+        ("[lora, rlora]", 0),
+    ],
+)
+def test_the_size_is_that_of_the_files_own_method_where_it_is_compared(tmp_path, methods, measure):
+    path = write_file(tmp_path)
+    own = "method={name: hydralora, r: 4, num_heads: 2, target_modules: [up_proj, down_proj]}"
+    plan = plan_of(path, own, f"compare.methods={methods}", "compare.tolerance=1")
+    assert [p.field for p in plan.methods] == ["" if i == measure else "r" for i in range(len(plan.methods))]
+    assert plan.budget == plan.methods[measure].parameters
+
+
 def test_a_single_run_does_not_look_at_the_section(path):
     config = load_config(path)
     assert config.compare is not None

@@ -67,7 +67,7 @@ def compare(
     ] = None,
     parameters: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", help="Trainable parameters of every method; the first one's by default."),
+        typer.Option(metavar="N", help="Trainable parameters of every method; by default the file's own method's."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show ranks and parameters; train nothing.")] = False,
     overrides: Overrides = None,

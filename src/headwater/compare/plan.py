@@ -79,18 +79,19 @@ def make_plan(config: RunConfig) -> Plan:
     runs = _configs(config, spec)
     matched = spec.match != "none"
     budget = spec.parameters if matched else None
-    planned: list[Planned] = []
-    for index, (label, run) in enumerate(runs.items()):
+    measure = _measure(config, spec) if matched else 0
+    planned: dict[int, Planned] = {}
+    for index, (label, run) in sorted(enumerate(runs.items()), key=lambda entry: entry[0] != measure):
         variant = spec.methods[index]
         match = variant.match or spec.match
         field = ""
         try:
-            if match == "none" or (index == 0 and spec.parameters is None):
+            if match == "none" or (index == measure and spec.parameters is None):
                 count = trainable_parameters(run, run.method)
             else:
                 field = field_to_solve(run.method["name"], match)
                 # One method's own `match`, where others have none, goes by the first one's count.
-                section, count = solve(run, field, budget or planned[0].parameters)
+                section, count = solve(run, field, budget or planned[measure].parameters)
                 run = run.model_copy(update={"method": section})
         except HeadwaterError as error:
             place = config.where("compare", "methods", index, "match")
@@ -98,10 +99,21 @@ def make_plan(config: RunConfig) -> Plan:
             raise run.placed(HeadwaterError(*problems)) from error.__cause__
         budget = budget or (count if matched else None)
         rates = () if "learning_rate" in variant.training else tuple(spec.learning_rate)
-        planned.append(Planned(label, run, count, field, rates))
-    plan = Plan(config, spec, budget, planned)
+        planned[index] = Planned(label, run, count, field, rates)
+    plan = Plan(config, spec, budget, [planned[index] for index in range(len(runs))])
     _refuse_far(plan)
     return plan
+
+
+def _measure(config: RunConfig, spec: CompareSpec) -> int:
+    """Whose trainable parameters all should have: the method's that the file itself has, or else the first one's. A
+    first one with fields of its own was given its size on purpose."""
+    bare = [
+        variant.method.get("name", config.method["name"]) if variant.method.keys() <= {"name"} else None
+        for variant in spec.methods
+    ]
+    own = config.method["name"]
+    return bare.index(own) if bare[0] and own in bare else 0
 
 
 def _configs(config: RunConfig, spec: CompareSpec) -> dict[str, RunConfig]:

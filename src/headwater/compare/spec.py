@@ -64,7 +64,8 @@ class CompareSpec(BaseModel):
         seeds: every method is trained once with each.
         match: what is solved for so that all methods have the same number of trainable parameters: `rank` or `heads`,
             in the field that each method declares for it, or `none`.
-        parameters: that number; by default the first method's, as it is given.
+        parameters: that number; by default that of the file's own method where it is among them by its bare name and
+            the first one has no fields of its own either, else that of the first, as it is given.
         tolerance: how far from it a method may be, as a share; farther is an error.
         learning_rate: learning rates to choose from, for each method by itself, on validation rows.
         selection_seed: the seed of the runs that choose; not one of `seeds`.
