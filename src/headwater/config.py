@@ -102,9 +102,10 @@ class RunConfig(BaseModel):
     @classmethod
     def _without_a_name_it_is_the_recommended_method(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         method = data.get("method", {}) if isinstance(data, dict) else None
-        recommended = isinstance(method, dict) and "name" not in method
-        if recommended and "method" in data:
-            data = {**data, "method": {**RECOMMENDED, **method}}
+        recommended = False
+        if isinstance(method, dict) and "name" not in method:
+            recommended = True
+            data = {**data, "method": {**RECOMMENDED, **method}} if "method" in data else data
         config = handler(data)
         config._recommended = recommended
         if recommended and cls._recommended_rate is not None:
@@ -114,7 +115,7 @@ class RunConfig(BaseModel):
     @field_validator("model_name_or_path", mode="after")
     @classmethod
     def _local_model_is_absolute(cls, name: str) -> str:
-        return _absolute(Path.cwd(), name)
+        return local_path(Path.cwd(), name)
 
     @field_validator("output_dir", mode="after")
     @classmethod
@@ -260,7 +261,8 @@ def _checked(document: Document, base_dir: Path, model: type[RunConfig], problem
     name = document.data.get("model_name_or_path")
     if isinstance(name, str):
         with contextlib.suppress(HeadwaterError):  # the field's own check will say it, beside all else that is wrong
-            document.data["model_name_or_path"] = _absolute(_base(document, ("model_name_or_path",), base_dir), name)
+            start = start_of(document, ("model_name_or_path",), base_dir)
+            document.data["model_name_or_path"] = local_path(start, name)
     try:
         config = model.model_validate(document.data)
     except ValidationError as error:
@@ -270,11 +272,12 @@ def _checked(document: Document, base_dir: Path, model: type[RunConfig], problem
     config._base_dir, config._document = base_dir, document
     for field in _files_of(config.method):
         path = ("method", field)
-        config.method[field] = _absolute(_base(document, path, base_dir), config.method[field], document.where(path))
+        start = start_of(document, path, base_dir)
+        config.method[field] = local_path(start, config.method[field], document.where(path))
     return config
 
 
-def _base(document: Document, path: KeyPath, base_dir: Path) -> Path:
+def start_of(document: Document, path: KeyPath, base_dir: Path) -> Path:
     """Where a path starts from: the file's folder, or the current one where it was given at the command line."""
     return Path.cwd() if document.where(path).startswith("--") else base_dir
 
@@ -289,18 +292,18 @@ def dump_config(config: RunConfig) -> str:
     data = config.model_dump(mode="json", exclude={"compare"})
     if "batching" not in config.mixture.model_fields_set:
         del data["mixture"]["batching"]  # left open, it is balanced where an alignment loss needs that
-    data["model_name_or_path"] = _absolute(Path.cwd(), data["model_name_or_path"])
+    data["model_name_or_path"] = local_path(Path.cwd(), data["model_name_or_path"])
     data["output_dir"] = str(Path(data["output_dir"]).absolute())
     for field in _files_of(data["method"]):
-        data["method"][field] = _absolute(Path.cwd(), data["method"][field])
+        data["method"][field] = local_path(Path.cwd(), data["method"][field])
     for task in data["tasks"]:
         for split in ("train", "validation", "test"):
             if task.get(split):
-                task[split] = _absolute(config.base_dir, task[split])
+                task[split] = local_path(config.base_dir, task[split])
     return dump(data)
 
 
-def _absolute(base: Path, name: str, where: str = "") -> str:
+def local_path(base: Path, name: str, where: str = "") -> str:
     """A local path made absolute; a hub name, which is no path here, unchanged. `where` is that of an error."""
     path = base / expanded(name, where)
     return str(path.absolute()) if name and os.path.exists(path) else name  # Path.exists raises on long names

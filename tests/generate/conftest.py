@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 
+from headwater.cli import main
+
 META = """\
 model_name_or_path: {folder}/model
 method: {{name: lora, r: 2, lora_alpha: 4, target_modules: [up_proj, down_proj]}}
@@ -35,3 +37,12 @@ def meta_folder(tmp_path_factory) -> Path:
             (folder / f"{task}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "meta.yaml").write_text(META.format(folder=folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(meta_folder) -> Path:
+    """A run of `headwater meta train` that is done, with a generator left out for each task."""
+    with pytest.raises(SystemExit) as caught:
+        main(["meta", "train", str(meta_folder / "meta.yaml"), "--set", "meta.leave_one_out=true"])
+    assert not caught.value.code
+    return meta_folder / "run"

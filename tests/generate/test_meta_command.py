@@ -43,15 +43,6 @@ def meta(capsys, *arguments: object) -> tuple[int, str, str]:
     return int(caught.value.code or 0), captured.out, captured.err
 
 
-@pytest.fixture(scope="module")
-def finished(meta_folder) -> Path:
-    """A run of `headwater meta train` that is done, with a generator left out for each task."""
-    with pytest.raises(SystemExit) as caught:
-        main(["meta", "train", str(meta_folder / "meta.yaml"), "--set", "meta.leave_one_out=true"])
-    assert not caught.value.code
-    return meta_folder / "run"
-
-
 def test_results_and_report(finished):
     results = json.loads((finished / "results.json").read_text())
     kinds = {"base", "source", "mean_checkpoint", "generated", "nearest_checkpoint", "wrong_condition", "left_out"}

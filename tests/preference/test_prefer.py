@@ -383,6 +383,31 @@ def test_results_of_a_run_that_is_replaced_are_never_taken_for_the_new_runs(done
     assert (out / "prefer.yaml").is_file()
 
 
+def test_headwater_train_replaces_it_only_when_asked_and_its_report_is_then_the_new_runs(done, tmp_path, capsys):
+    out = shutil.copytree(done[0], tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    sets = [part for value in (f"output_dir={out}", "training.max_steps=1") for part in ("--set", value)]
+    train = ["train", str(done[0] / "config.yaml"), *sets]
+    for removed in ((), ("adapter", "results.json")):  # a run that is not finished is kept, too
+        for name in removed:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+            before = {path: data for path, data in before.items() if name not in path.relative_to(out).parts[:1]}
+        with pytest.raises(SystemExit) as caught:
+            main(train)
+        assert caught.value.code == 2
+        assert f"{out} holds a run already" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    for command_line in ([*train, "--set", "training.overwrite_output_dir=true"], ["report", str(out)]):
+        with pytest.raises(SystemExit) as caught:
+            main(command_line)
+        assert not caught.value.code, capsys.readouterr().err
+        assert "headwater run report" in (out / "report.html").read_text()
+    assert not {"prefer.yaml", "base.json"} & {path.name for path in out.iterdir()}
+    assert not list(out.glob("*/seed-*"))
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "bandit.json"])
 def test_a_checkpoint_without_one_of_its_files_is_refused(run_file, monkeypatch, name, capsys):
     save = trainer.PreferenceTrainer._save_checkpoint

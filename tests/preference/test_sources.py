@@ -5,12 +5,14 @@ import torch
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from headwater.config import dump_config, load_config
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
 from headwater.errors import HeadwaterError
+from headwater.marked_yaml import dump, parse_document
 from headwater.preference.sources import exact_match, find_function, make_sources
-from headwater.preference.spec import SourceSpec
+from headwater.preference.spec import PreferConfig, SourceSpec
 
 TASK = Task("t", 0, "exact_match")
 ROWS = [Row("ask one:", " yes"), Row("and two, longer:", " no")]
@@ -124,3 +126,47 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path):
     assert "no-model is no model" in said["preference.sources.3.model"]
     assert "none is no model" in said["preference.sources.4.reference"]
     assert len(said) == 5
+
+
+def test_models_are_found_as_the_base_model_is(tmp_path, monkeypatch):
+    """Beside the file first, else in the current folder; there alone what comes from the command line; or from home."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home / "h", here / "only", here / "both", tmp_path / "both"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    models = {
+        "asked for": None,
+        "both": tmp_path / "both",
+        "only": here / "only",
+        "~/h": home / "h",
+        "org/name": "org/name",
+    }
+    sources = [{"name": f"s{i}", "kind": "dpo_implicit", "model": m, "reference": m} for i, m in enumerate(models)]
+    run = {"model_name_or_path": "both", "tasks": [{"name": "a", "train": "a"}], "output_dir": "o"}
+    (tmp_path / "run.yaml").write_text(dump({**run, "preference": {"sources": sources}}))
+    config = load_config(tmp_path / "run.yaml", ["preference.sources.0.model=both"], model=PreferConfig)
+    config.settle_models()
+    found = [source.model for source in config.preference.sources]
+    assert found == [str(here / "both"), *map(str, list(models.values())[1:])]
+    assert [source.reference for source in config.preference.sources] == ["asked for", *found[1:]]
+    assert config.model_name_or_path == str(tmp_path / "both")
+    written = parse_document(dump_config(config), "").data["preference"]["sources"]
+    assert [source["model"] for source in written] == found  # so that it is the same model wherever the run goes on
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".bin"])
+def test_files_that_a_source_cannot_be_loaded_from_are_refused(tmp_path, suffix):
+    gguf, other = tmp_path / f"m{suffix}", tmp_path / f"other{suffix}"
+    gguf.write_bytes(b"GGUF and so on")
+    other.write_bytes(b"PK and so on")
+    classifier = {"name": "c", "kind": "classifier", "model": str(gguf)}
+    specs = [SourceSpec(**classifier), SourceSpec(name="d", kind="log_likelihood", model=str(other))]
+    with pytest.raises(HeadwaterError) as caught:
+        make_sources(specs, DataSpec(), tmp_path)
+    said = {problem.where: problem for problem in caught.value.problems}
+    assert "only language models are read, no classifiers" in said["preference.sources.0.model"].what
+    assert "folder with safetensors" in said["preference.sources.0.model"].fix
+    assert "other" in said["preference.sources.1.model"].what
+    assert "not GGUF" in said["preference.sources.1.model"].what
+    assert make_sources([SourceSpec(name="d", kind="log_likelihood", model=str(gguf))], DataSpec(), tmp_path)

@@ -35,12 +35,14 @@ def run(
     texts = prompt_texts(prompts)
     model, tokenizer = load(found)
 
+    from headwater.data.conversation import for_conversation
     from headwater.data.rows import Row
     from headwater.evaluation import generate_text
 
     rows: list[str | Row] = [
         Row(prompt="", completion="", messages=({"role": "user", "content": text},)) if chat else text for text in texts
     ]
+    spec = found.config.data if found.config else None
     answers = generate_text(
         model,
         tokenizer,
@@ -50,7 +52,7 @@ def run(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        data_spec=found.config.data if found.config else None,
+        data_spec=for_conversation(spec) if spec is not None and chat else spec,
     )
     for text, answer in zip(texts, answers, strict=True):
         print(json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False) if as_json else answer)

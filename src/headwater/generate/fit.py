@@ -101,7 +101,7 @@ def fit(
     conditions = torch.stack([generator.condition(v) for v in generator.tasks.values()])
     conditions = conditions.repeat_interleave(spec.rows_per_task, dim=0)
     optimizer = torch.optim.AdamW(cvae.parameters(), lr=spec.learning_rate)
-    settings = _settings(spec, seed, normalised)
+    settings = {**_settings(spec, seed), "data": _digest(normalised)}
     done = _resume(state, settings, cvae, optimizer) if state is not None else 0
     for step in range(done, spec.steps):
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -123,13 +123,30 @@ def fit(
     cvae.eval()
 
 
-def _settings(spec: MetaSpec, seed: int, normalised: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What decides the trajectory; a state made under other settings must not be gone on with."""
+def check_state(state: Path, spec: MetaSpec, seed: int) -> None:
+    """Refuses what `fit` would, as far as settings alone say it: before a run's files are written anew.
+
+    Raises:
+        HeadwaterError: `state` is another training's.
+    """
+    _held(state, _settings(spec, seed))
+
+
+def _settings(spec: MetaSpec, seed: int) -> dict[str, Any]:
+    """What decides the trajectory beside the adapters; a state made under other settings must not be gone on with.
+
+    The conditions go by `task_vector`. Its settings are compared and not the vectors, which differ in their last digits
+    from one device to another.
+    """
+    keys = {"latent", "channels", "beta", "kl_warmup", "steps", "learning_rate", "rows_per_task", "task_vector"}
+    return {"seed": seed, **spec.model_dump(mode="json", include=keys)}
+
+
+def _digest(normalised: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, x in normalised.items():
         digest.update(name.encode() + x.numpy().tobytes())
-    keys = {"latent", "channels", "beta", "kl_warmup", "steps", "learning_rate", "rows_per_task"}
-    return {"seed": seed, "data": digest.hexdigest(), **spec.model_dump(mode="json", include=keys)}
+    return digest.hexdigest()
 
 
 def _save(folder: Path, settings: dict[str, Any], step: int, cvae: CVAE, optimizer: torch.optim.Optimizer) -> None:
@@ -144,15 +161,24 @@ def _save(folder: Path, settings: dict[str, Any], step: int, cvae: CVAE, optimiz
         write_json(work / "state.json", {"settings": settings, "step": step})
 
 
-def _resume(folder: Path, settings: dict[str, Any], cvae: CVAE, optimizer: torch.optim.Optimizer) -> int:
+def _held(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The note of a state that is there. It must be of these settings; what it does not tell may have been another."""
     file = folder / "state.json"
     if not file.is_file():
-        return 0
-    held = json.loads(file.read_text(encoding="utf-8"))
-    if held["settings"] != settings:
-        changed = sorted(key for key in settings if held["settings"].get(key) != settings[key])
-        what = f"holds the state of another training of the generator: {', '.join(changed)} differ"
+        return None
+    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    then = held["settings"]
+    if changed := sorted(key for key in settings if then.get(key) != settings[key]):
+        named = (key if key in then else f"{key} (an older headwater did not note it)" for key in changed)
+        what = f"holds the state of another training of the generator: {', '.join(named)} differ"
         raise HeadwaterError(Problem(what, str(folder), "choose another output_dir, or delete this folder"))
+    return held
+
+
+def _resume(folder: Path, settings: dict[str, Any], cvae: CVAE, optimizer: torch.optim.Optimizer) -> int:
+    held = _held(folder, settings)
+    if held is None:
+        return 0
     tensors = load_file(folder / _STATE)
     cvae.load_state_dict({n.removeprefix("cvae."): t for n, t in tensors.items() if n.startswith("cvae.")})
     entries: dict[int, dict[str, Tensor]] = {}

@@ -81,6 +81,13 @@ class MetaConfig(RunConfig):
         if len(self.tasks) < 2:
             what = "a generator needs at least two tasks to tell apart"
             problems.append(Problem(what, "tasks"))
+        # `test` is asked for before hours of collecting, after which the tasks cannot be changed any more.
+        problems += [
+            Problem(f"{task.name} has no `{split}` rows: {use}", "tasks", f"give the task a `{split}`")
+            for task in self.tasks
+            for split, use in (("train", "every task is trained by itself"), ("test", "every task is scored"))
+            if getattr(task, split) is None
+        ]
         steps, needed = self.training.get("max_steps", -1), (self.meta.checkpoints - 1) * self.meta.every + 1
         if steps < needed:
             what = f"{self.meta.checkpoints} checkpoints every {self.meta.every} steps need {needed} steps, not {steps}"

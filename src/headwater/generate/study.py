@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from ..base_model import load_base_model
 from ..data.tasks import Task, load_tasks
+from ..errors import HeadwaterError, Problem
 from ..evaluation.scores import TaskScore
 from ..evaluation.scoring import check_rows, score_tasks
 from ..files import write_json, write_text
 from ..methods.files import write_tensors
 from ..training.adapter import add_adapter
-from ..training.folder import lock_folder
+from ..training.folder import ELSEWHERE, check_writable, held_in, lock_folder, named
 from ..training.run import require_one_process
 from .collect import collect, collected, mean_of, with_adapter
-from .fit import check_batches, fit, new_generator
+from .fit import check_batches, check_state, fit, new_generator
 from .generator import AdapterGenerator
 from .layout import Layout, write_adapter
 from .task_vector import task_vector
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from .spec import MetaConfig
 
 
+WHOLE = "generator"
+"""What the generator of all tasks is called, its folder as well."""
+
+
 class MetaRun:
     """One `headwater meta` file on its way: the base model, the tasks, and what each step leaves in `output_dir`."""
 
@@ -40,6 +45,7 @@ class MetaRun:
         require_one_process("headwater meta")
         self.config, self.console = config, console
         self.folder = Path(config.output_dir)
+        _check_folder(self.folder, config.where("output_dir"))
         self.tasks = load_tasks(config.tasks, config.base_dir)
         self.model: nn.Module
         self.tokenizer: PreTrainedTokenizerBase
@@ -80,6 +86,8 @@ class MetaRun:
         self._check_batches()
         check_rows(self.model, self.tokenizer, self.tasks, self.config.evaluation, self.config.data)
         with lock_folder(self.folder):
+            for what in self._generators():
+                check_state(self._state(what), self.config.meta, self.config.seed)
             return self._train()
 
     def _train(self) -> dict[str, Any]:
@@ -87,8 +95,8 @@ class MetaRun:
         names = [task.name for task in self.tasks]
         layout, weights = collected(self.folder / "collect", names)
         vectors = load_file(self.folder / "task_vectors.safetensors")
-        generator = self._fit("generator", layout, weights, vectors)
-        generator.save(self.folder / "generator")
+        generator = self._fit(WHOLE, layout, weights, vectors)
+        generator.save(self.folder / WHOLE)
         generated = {name: generator.for_task(name) for name in names}
         adapters = {
             "source": {name: weights[name][-1] for name in names},
@@ -115,8 +123,15 @@ class MetaRun:
         self, name: str, layout: Layout, weights: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
     ) -> Tensor:
         others = {task: w for task, w in weights.items() if task != name}
-        generator = self._fit(f"generator without {name}", layout, others, vectors)
+        generator = self._fit(_without(name), layout, others, vectors)
         return generator.generate(vectors[name])
+
+    def _generators(self) -> list[str]:
+        """What `_fit` calls the generators that this run trains."""
+        return [WHOLE, *(_without(task.name) for task in self.tasks if self.config.meta.leave_one_out)]
+
+    def _state(self, what: str) -> Path:
+        return self.folder / "state" / what.replace(" ", "-")
 
     def _fit(
         self, what: str, layout: Layout, weights: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
@@ -136,7 +151,7 @@ class MetaRun:
                 note = f"error {values['error']:.3f}, KL {values['kl']:.2f}"
                 progress.update(bar, completed=step, note=note)
 
-            fit(generator, weights, meta, seed, state=self.folder / "state" / what.replace(" ", "-"), report=report)
+            fit(generator, weights, meta, seed, state=self._state(what), report=report)
         return generator
 
     def _score_adapters(self, kind: str, layout: Layout, by_task: Mapping[str, Tensor]) -> dict[str, TaskScore]:
@@ -187,6 +202,22 @@ class MetaRun:
                 },
             },
         }
+
+
+def _without(task: str) -> str:
+    return f"{WHOLE} without {task}"
+
+
+def _check_folder(folder: Path, where: str) -> None:
+    """Refuses a folder that cannot be written to, or holds another command's run; this command's is gone on with."""
+    check_writable(folder, where)
+    found = held_in(folder)
+    own = [path for path in found if path.name == WHOLE or path.parent != folder]  # or a task that is collected
+    if own:
+        own.append(folder / "results.json")
+    if others := [path for path in found if path not in own]:
+        what = f"{folder} holds a run of another command ({named(others, folder)})"
+        raise HeadwaterError(Problem(what, where, ELSEWHERE))
 
 
 def _nearest(generator: AdapterGenerator, weights: Mapping[str, Tensor], vector: Tensor, name: str) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from headwater.config import dump_config
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import parse_document
 from headwater.preference.spec import PreferConfig
+from headwater.training.folder import PREFER as FILE
+from headwater.training.folder import check_writable, held_in, named
 
-FILE = "prefer.yaml"
 COMPARED = (
     "model_name_or_path",
     "model",
@@ -28,23 +28,14 @@ FREE = ("resume_from_checkpoint", "overwrite_output_dir", "batch_size")
 """What of them may change: it changes no result."""
 
 
-def clear_folder(output: Path) -> None:
-    """Removes what a run left. The file that tells of it goes last: without it, results that are left would seem to be
-    the new run's."""
-    names = ("results.json", "report.html", "figures", "adapter", "base.json", "config.yaml", FILE)
-    for path in [*output.glob("*/seed-*"), *(output / name for name in names)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def check_folder(config: PreferConfig, output: Path) -> bool:
     """Whether the folder's run is gone on with.
 
     Raises:
-        HeadwaterError: the folder holds one that is neither resumed nor to be replaced, or that was told other things.
+        HeadwaterError: the folder holds one, of whichever command, that is neither resumed nor to be replaced, or that
+            was told other things; or it cannot be written to.
     """
+    check_writable(output)
     asked = config.training.get("resume_from_checkpoint")
     if asked and str(asked).lower() != "true":
         what = "a run of several strategies is resumed as a whole"
@@ -61,10 +52,9 @@ def check_folder(config: PreferConfig, output: Path) -> bool:
             if old != new:
                 what = f"`{key}` is not what it was in the run that is to be resumed"
                 raise HeadwaterError(Problem(what, key, f"{output / FILE} says what it was"))
-    elif held and not config.training.get("overwrite_output_dir"):
-        fix = (
-            "choose another folder, go on with it (training.resume_from_checkpoint: true), or replace it "
-            "(training.overwrite_output_dir: true)"
-        )
-        raise HeadwaterError(Problem(f"{output} holds a run already", "output_dir", fix))
+    elif not config.training.get("overwrite_output_dir") and (found := held_in(output)):
+        whose = "already" if held else f"of another command ({named(found, output)})"
+        go_on = " go on with it (training.resume_from_checkpoint: true)," if held else ""
+        fix = f"choose another folder,{go_on} or replace it (training.overwrite_output_dir: true)"
+        raise HeadwaterError(Problem(f"{output} holds a run {whose}", "output_dir", fix))
     return bool(held and asked)

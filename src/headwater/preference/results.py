@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from headwater import __version__
 from headwater.evaluation.intervals import t_interval
 from headwater.preference.spec import BEST_SINGLE, PreferConfig
-
-LATE = 1 / 3
-"""The share of a run's rounds, at its end, that counts as late."""
+from headwater.report.rounds import Rounds, late
 
 
-def late(rounds: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The last third of the rounds."""
-    return rounds[len(rounds) - math.ceil(LATE * len(rounds)) :]
-
-
-def good_pick_rate(rounds: Sequence[Mapping[str, Any]], good: Mapping[str, str]) -> float | None:
+def good_pick_rate(rounds: Rounds, good: Mapping[str, str]) -> float | None:
     """Share of rounds whose one source was the good one of their task; None where no round's task has one."""
     known = [r for r in rounds if r["task"] in good]
     if not known:

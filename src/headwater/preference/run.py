@@ -26,14 +26,15 @@ from headwater.evaluation.scores import TaskScore, mean_score
 from headwater.evaluation.scoring import score_tasks
 from headwater.files import whole_folder, write_json, write_text
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
-from headwater.preference.folder import FILE, check_folder, clear_folder
+from headwater.preference.folder import FILE, check_folder
 from headwater.preference.lengths import check_lengths
 from headwater.preference.results import summary
 from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
+from headwater.report.rounds import run_folder
 from headwater.training.adapter import add_adapter
 from headwater.training.arguments import HeadwaterArguments
-from headwater.training.folder import STATE, last_checkpoint, lock_folder
+from headwater.training.folder import STATE, clear_folder, last_checkpoint, lock_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
 from headwater.training.progress import duration
@@ -65,7 +66,7 @@ class _Part:
 
 
 def _part(output: Path, strategy: str, seed: int) -> _Part:
-    return _Part(strategy, seed, output / strategy.replace(":", "-") / f"seed-{seed}")
+    return _Part(strategy, seed, run_folder(output, strategy, seed))
 
 
 def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def prefer(config: PreferConfig, *, console: Console | None = None) -> dict[str,
 
 
 def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str, Any]:
+    config.settle_models()
     output = Path(config.output_dir)
     parts = [_part(output, strategy, seed) for strategy in config.preference.strategies for seed in config.seeds]
     resume = check_folder(config, output)
@@ -108,9 +110,9 @@ def _prefer(config: PreferConfig, console: Console, held: ExitStack) -> dict[str
     sources = make_sources(config.preference.sources, config.data, config.base_dir, model.device)
 
     held.enter_context(lock_folder(output))
-    if not resume and (output / FILE).is_file():
-        clear_folder(output)
+    resume = check_folder(config, output)  # another process may have ended a run here since the first look
     if not resume:
+        clear_folder(output, resume=None, overwrite=bool(config.training.get("overwrite_output_dir")))
         write_text(output / FILE, dump_config(config))
         plain = RunConfig.model_validate(config.model_dump(include=set(RunConfig.model_fields), exclude_unset=True))
         plain._base_dir = config.base_dir

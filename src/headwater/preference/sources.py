@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -207,7 +208,7 @@ def _make(spec: SourceSpec, data: DataSpec, base_dir: Path, device: torch.device
     assert spec.model is not None
     for key, path in (("model", spec.model), ("reference", spec.reference)):
         if path is not None:
-            _check_model(key, path)
+            _check_model(key, path, spec.kind)
     if spec.kind == "classifier":
         return Classifier(spec.name, spec.model, device)
     if spec.reference is not None:
@@ -215,16 +216,26 @@ def _make(spec: SourceSpec, data: DataSpec, base_dir: Path, device: torch.device
     return LogLikelihood(spec.name, spec.model, data, device)
 
 
-def _check_model(key: str, path: str) -> None:
+def _check_model(key: str, path: str, kind: str) -> None:
     from transformers import AutoConfig
 
-    if path.endswith(".gguf") and Path(path).is_file():
-        return
+    is_file = os.path.isfile(path)  # `load_base_model` takes that for GGUF, whatever it is called
+    if is_file and kind == "classifier":
+        what = f"{path} is a file, and of GGUF files only language models are read, no classifiers"
+        raise HeadwaterError(Problem(what, key, "give a hub id, or a folder with safetensors"))
     try:
-        AutoConfig.from_pretrained(path)
+        if not is_file:
+            AutoConfig.from_pretrained(path)
+        elif not _is_gguf(path):
+            raise ValueError("this file is not GGUF")
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise HeadwaterError(Problem(f"{path} is no model: {reason}", key)) from error
+
+
+def _is_gguf(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def find_function(name: str, base_dir: Path) -> Reward:

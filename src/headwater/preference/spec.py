@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from headwater.config import RECOMMENDED, RunConfig
+from headwater.config import RECOMMENDED, RunConfig, local_path, start_of
 from headwater.config_keys import method_configs, method_name
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import KeyPath
@@ -37,7 +39,8 @@ class SourceSpec(BaseModel):
             difference of two models' log-probabilities of the response.
         function: `package.module:name`, or `module:name` of a file beside the YAML file; called as
             `name(prompt=..., response=..., answer=..., task=...)`, it returns a number, higher for better.
-        model, reference: hub id, folder or GGUF file.
+        model, reference: hub id, folder or, but for a `classifier`, GGUF file; local ones are found as
+            `model_name_or_path` is.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -177,6 +180,8 @@ class PreferConfig(RunConfig):
 
     preference: PreferenceSpec
 
+    _recommended_rate: ClassVar[float | None] = None  # it was found for other losses than DPO's
+
     @model_validator(mode="before")
     @classmethod
     def _without_dropout(cls, data: Any) -> Any:
@@ -229,6 +234,15 @@ class PreferConfig(RunConfig):
     def seeds(self) -> list[int]:
         """The seeds that each strategy is trained with."""
         return self.preference.seeds or [self.seed]
+
+    def settle_models(self) -> None:
+        """Makes local paths of the sources' models absolute, by the rule of `model_name_or_path`."""
+        for index, source in enumerate(self.preference.sources):
+            for key in ("model", "reference"):
+                if name := getattr(source, key):
+                    base = start_of(self._document, ("preference", "sources", index, key), self.base_dir)
+                    with contextlib.suppress(HeadwaterError):  # an unknown home folder: the model is not found then
+                        setattr(source, key, local_path(Path.cwd(), local_path(base, name)))
 
     def _path_of(self, name: str) -> KeyPath | None:
         first, *rest = name.split(".")

@@ -39,13 +39,12 @@ from headwater.training.method_callback import MethodCallback
 from headwater.training.write_errors import whole_or_gone
 from headwater.tuner import follow_loss, is_adapted
 from headwater.tuner.context import KEYWORD
+from headwater.tuner.model import REFERENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE, TENSORS = "bandit.json", "bandit.safetensors"
-REFERENCE = "ref"
-"""The name under which TRL looks for the frozen copy of a trained adapter."""
 _FIT_ON = 512
 LOSSES = {"dpo+nll": ["sigmoid", "sft"], "dpo": ["sigmoid"], "raft": ["sft"]}
 """TRL's names of the objectives' parts, all of weight 1."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from headwater.report import figures, write_page
 from headwater.report.html import Block, Cell, Code, FigureBlock, Note, Page, Section, Table, Text, render
 from headwater.report.layout import Canvas, draw_key, fit, key_rows
+from headwater.report.rounds import Rounds, early, late, run_folder
 from headwater.report.text import (
     change_text,
     count_text,
@@ -24,7 +25,6 @@ from headwater.report.text import (
 )
 from headwater.report.theme import colour, task_colour_names, task_fills
 
-Rounds = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Mapping[int, Rounds]]
 """Strategy -> seed -> its rounds."""
 
@@ -37,19 +37,13 @@ def write_preference_report(folder: Path) -> Path:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     runs = {
         strategy: {
-            seed: json.loads((_run_folder(folder, strategy, seed) / "result.json").read_text(encoding="utf-8"))[
-                "rounds"
-            ]
+            seed: json.loads((run_folder(folder, strategy, seed) / "result.json").read_text(encoding="utf-8"))["rounds"]
             for seed in results["seeds"]
         }
         for strategy in results["scores"]
     }
     page = _page(results, runs, (folder / "prefer.yaml").read_text(encoding="utf-8"))
     return write_page(*render(page), folder)
-
-
-def _run_folder(folder: Path, strategy: str, seed: int) -> Path:
-    return folder / strategy.replace(":", "-") / f"seed-{seed}"
 
 
 def _page(results: Mapping[str, Any], runs: Runs, config: str) -> Page:
@@ -113,7 +107,7 @@ def _scores(results: Mapping[str, Any]) -> Section:
                 Cell(", ".join(map(score_text, score["seeds"]))),
                 Cell("–")
                 if difference is None
-                else Cell(change_text(difference["mean"]), interval_text(difference["ci95"]).replace("-", "−")),
+                else Cell(change_text(difference["mean"]), interval_text(difference["ci95"])),
                 Cell(duration_text(extra["seconds"][strategy])),
             ]
         )
@@ -192,18 +186,10 @@ def _picks(results: Mapping[str, Any], runs: Runs) -> Section:
     return Section("picks", "Picks over time, by context", blocks)
 
 
-def _thirds(rounds: Rounds) -> tuple[Rounds, Rounds]:
-    size = -(-len(rounds) // 3)
-    return rounds[:size], rounds[len(rounds) - size :]
-
-
 def _pick_row(task: str, sources: Sequence[str], good: Mapping[str, str], runs: Mapping[int, Rounds]) -> list[Cell]:
-    first: list[Any] = []
-    last: list[Any] = []
-    for rounds in runs.values():
-        early, late = _thirds(rounds)  # of the run: its rounds of this task within them
-        first += [r for r in early if r["task"] == task]
-        last += [r for r in late if r["task"] == task]
+    # thirds of the runs: their rounds of this task within them
+    first = [r for rounds in runs.values() for r in early(rounds) if r["task"] == task]
+    last = [r for rounds in runs.values() for r in late(rounds) if r["task"] == task]
 
     def share(rounds: Rounds, source: str) -> str:
         return percent_text(sum(r["queried"] == [source] for r in rounds) / len(rounds)) if rounds else "–"

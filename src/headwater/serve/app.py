@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from ..data.conversation import for_conversation
 from ..data.encode import DataSpec, encode_prompt
 from ..data.rows import Row
 from ..errors import HeadwaterError
@@ -71,9 +72,7 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         messages = tuple(message.plain() for message in body.messages)
         row = Row(prompt=messages[-1]["content"], completion="", messages=messages)
-        never = self.data_spec.chat_template == "never"
-        spec = self.data_spec.model_copy(update={"chat_template": "auto"}) if never else self.data_spec
-        prompt = await self._apart(encode_prompt, row, self.tokenizer, spec)
+        prompt = await self._apart(encode_prompt, row, self.tokenizer, for_conversation(self.data_spec))
         return await self._answer(body, request, [(prompt, row.prompt)])
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:

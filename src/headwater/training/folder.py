@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from .arguments import HeadwaterArguments
 
 STATE = "trainer_state.json"
 LOCK = ".lock"
-WORTH_KEEPING = ("adapter", "results.json", "comparison.json")
+PREFER = "prefer.yaml"
+"""Tells that a folder's run is one of `headwater prefer`."""
+WORTH_KEEPING = ("adapter", "results.json", "comparison.json", "generator", PREFER)
 ELSEWHERE = "choose another folder: --set output_dir=FOLDER"
 REPLACED = (*WORTH_KEEPING, "analysis.json", "conflict.json", "report.html", "figures", "history.jsonl", "config.yaml")
 
@@ -79,13 +81,13 @@ def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
         HeadwaterError: if `output` holds a run that is neither resumed nor to be overwritten, or cannot be made.
     """
     check_writable(output)
-    held = _held(output)
+    held = held_in(output)
     if not held or overwrite or is_of(resume, output):
         return
     if resume is not None:
         raise HeadwaterError(
             Problem(
-                f"{resume} is no checkpoint of the run that {output} holds ({', '.join(p.name for p in held[:4])})",
+                f"{resume} is no checkpoint of the run that {output} holds ({named(held, output)})",
                 "training.resume_from_checkpoint",
                 "choose another output_dir to go on from it there, or replace the run "
                 "(training.overwrite_output_dir: true)",
@@ -93,7 +95,7 @@ def check_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
         )
     raise HeadwaterError(
         Problem(
-            f"{output} holds a run already ({', '.join(p.name for p in held[:4])})",
+            f"{output} holds a run already ({named(held, output)})",
             "output_dir",
             "choose another folder, go on with it (training.resume_from_checkpoint: true), or replace it "
             "(training.overwrite_output_dir: true)",
@@ -166,26 +168,61 @@ def lock_folder(output: Path) -> Iterator[None]:
 
 
 def clear_folder(output: Path, *, resume: Path | None, overwrite: bool) -> None:
-    """Takes an earlier run's files out of it, unless that run is resumed. Other files stay."""
+    """Takes an earlier run's files out of it, unless that run is resumed. Other files stay.
+
+    With `overwrite` that run may be any command's. The files that tell whose it is go after those that are its alone:
+    what is left when this is stopped is not taken for another run's.
+    """
     if is_of(resume, output):
         return
-    for path in [*(output / name for name in REPLACED), *(_held(output) if overwrite else [])]:
+    others = [*_of_prefer(output), *_of_meta(output), *held_in(output)] if overwrite else []
+    for path in [*others, *(output / name for name in REPLACED)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _held(output: Path) -> list[Path]:
+def held_in(output: Path) -> list[Path]:
+    """What a folder holds that is worth keeping: of a run of `headwater train`, `compare`, `prefer` or `meta`."""
     return [
         *(output / name for name in WORTH_KEEPING if (output / name).exists()),
-        *(p.parent for p in _states(output)),
+        *(p.parent for p in (*_states(output), *_collected(output))),
     ]
 
 
+def named(held: Sequence[Path], output: Path) -> str:
+    """The first few of what `held_in` found, for an error."""
+    return ", ".join(p.relative_to(output).as_posix() for p in held[:4])
+
+
+def _of_prefer(output: Path) -> list[Path]:
+    """What a run of `headwater prefer` alone leaves; a pool, for one, has a `base.json` too."""
+    if not (output / PREFER).is_file():
+        return []
+    return [*output.glob("*/seed-*"), output / "base.json"]
+
+
+def _of_meta(output: Path) -> list[Path]:
+    """What a run of `headwater meta` alone leaves, but the adapters that it wrote."""
+    if not (output / "generator").is_dir() and not _collected(output):
+        return []
+    return [output / name for name in ("collect", "state", "task_vectors.safetensors")]
+
+
+def _collected(output: Path) -> list[Path]:
+    """The notes of tasks that `headwater meta` has collected."""
+    return _matching(output, "collect/*/collected.json")
+
+
 def _states(output: Path) -> list[Path]:
-    """The states of a run's checkpoints; none of a folder that cannot be looked into."""
+    """The states of a run's checkpoints."""
+    return _matching(output, f"checkpoint-*/{STATE}")
+
+
+def _matching(output: Path, pattern: str) -> list[Path]:
+    """None of a folder that cannot be looked into."""
     try:
-        return sorted(output.glob(f"checkpoint-*/{STATE}"))
+        return sorted(output.glob(pattern))
     except OSError:
         return []
