@@ -48,7 +48,13 @@ def comparison(differences: list[float], interval: list[float] | None) -> dict:
     mean = sum(differences) / len(differences)
     return {
         "summary": [entry("lora", 0.5, None, None), entry("rlora", 0.5 + mean, mean, interval)],
-        "extra": {"seeds": list(range(len(differences)))},
+        "extra": {
+            "seeds": list(range(len(differences))),
+            "methods": [
+                {"label": "lora", "method": {"name": "lora", "r": 18}, "learning_rate": 1e-3},
+                {"label": "rlora", "method": {"name": "rlora"}, "learning_rate": 1e-3},
+            ],
+        },
     }
 
 
@@ -56,7 +62,7 @@ def comparison(differences: list[float], interval: list[float] | None) -> dict:
     ("interval", "verdict", "said"),
     [
         ([0.01, 0.05], "multi-head", "pays"),
-        ([-0.05, -0.01], "plain", "Plain LoRA"),
+        ([-0.05, -0.01], "plain", "for the file: method: {name: lora, r: 18}, training: {learning_rate: 0.001}"),
         ([-0.01, 0.05], "undecided", "tell"),
     ],
 )
@@ -179,3 +185,19 @@ def test_steps_of_a_run_are_those_that_the_trainer_takes(tmp_path, training, ste
         make_tiny_llama(), training_arguments(config), train=rows, pad_token_id=0, mixture=MixtureSpec()
     )
     assert trainer.total_steps() == steps
+
+
+@pytest.mark.parametrize("limit", ["data.max_length=200", "the model's"])
+def test_rows_that_are_too_long_to_be_trained_on_take_no_steps(tmp_path, limit):
+    """A few of 48 rows, in batches of 4: 12 steps with them."""
+    path = write_file(tmp_path, FILE.replace("max_steps: 4", "num_train_epochs: 1"))
+    lines = (tmp_path / "animals-train.jsonl").read_text().splitlines()
+    long = json.loads(lines[0])
+    lines[:8] = [json.dumps({**long, "prompt": f"{i} " + "x" * 300}) for i in range(8)]
+    (tmp_path / "animals-train.jsonl").write_text("\n".join(lines))
+    overrides = [limit]
+    if limit == "the model's":
+        make_tiny_llama(max_position_embeddings=200).save_pretrained(tmp_path / "model")
+        overrides = []
+    for fate, steps in (("drop", 10), ("truncate_prompt", 12)):
+        assert full_steps(load_config(path, [*overrides, f"data.on_too_long={fate}"])) == steps

@@ -8,7 +8,8 @@ import datasets
 import pytest
 from pydantic import ValidationError
 
-from headwater.data.tasks import TaskSpec, describe, load_tasks
+from headwater.data.rows import Row
+from headwater.data.tasks import Task, TaskSpec, describe, load_tasks, majority
 from headwater.errors import HeadwaterError
 
 
@@ -75,6 +76,13 @@ def test_rows_that_the_metric_cannot_score(folder):
     assert "mixed.jsonl:2: tasks[0] a: 2 of 3 held-out rows have no choices" in text
     assert "free.jsonl:1: tasks[1] b: 30 of 30 held-out rows have no number after ####" in text
     assert "free.jsonl:1: tasks[2] c: 30 of 42 held-out rows have no choices" in text
+
+
+def test_a_mark_without_a_number_is_no_answer(folder):
+    rows = [{"prompt": f"{i} + 1 =", "completion": answer} for i, answer in enumerate(("#### 1", "#### n/a", " 42"))]
+    write(folder / "sums.jsonl", rows)
+    text = said([TaskSpec(name="a", test="sums.jsonl", metric="final_number")], folder)
+    assert "sums.jsonl:2: tasks[0] a: 2 of 3 held-out rows have no number after ####" in text
 
 
 def test_a_sample_is_the_same_every_time_in_order_and_said(folder):
@@ -255,3 +263,14 @@ def test_describe_is_plain_and_counts_by_file(folder):
     assert second["majority"] is None
     assert second["splits"]["train"]["rows"] == 5
     assert second["notes"] == ["train: 5 of 30 rows of free.jsonl, drawn at random"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "share"), [("choice_accuracy", 2 / 3), ("exact_match", 2 / 3), ("final_number", None), ("loss", None)]
+)
+def test_what_always_giving_the_same_answer_scores(metric, share):
+    """With choices or without, and with white space at the ends aside, as a generated answer is scored."""
+    rows = [Row("a", "#### 1", ("#### 1", "#### 2")), Row("b", " #### 1\n"), Row("c", "#### 2")]
+    assert majority(rows, metric) == (share and pytest.approx(share))
+    assert describe([Task("t", 0, metric, test=rows)])[0]["majority"] == majority(rows, metric)
+    assert majority([], metric) is None

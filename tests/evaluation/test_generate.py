@@ -191,3 +191,8 @@ def test_every_wrong_setting_is_named(tiny_llama, tiny_tokenizer):
     for named in ("max_new_tokens", "temperature", "top_p", "batch_size", "seed", "prompt 1: ", "prompt 3: ", "32"):
         assert named in message
     assert "prompt 2" not in message
+
+
+def test_one_prompt_is_no_list_of_prompts(tiny_llama, tiny_tokenizer):
+    with pytest.raises(HeadwaterError, match="'Review: good' is one prompt, not a list"):
+        generate_text(tiny_llama(), tiny_tokenizer, "Review: good", max_new_tokens=1)

@@ -50,7 +50,7 @@ def test_final_number_compares_values_and_wants_the_mark():
     assert final_number("... #### 1,200.00", "60 * 20\n#### 1200") == 1.0
     assert final_number("#### 1201", "#### 1200") == 0.0
     assert final_number("1200", "#### 1200") == 0.0
-    assert final_number("#### 42", " 42 ") == 1.0
+    assert final_number("#### 42", " 42 ") == 0.0  # as in a task's file
     assert final_number("#### 42", "forty-two") == 0.0
     assert final_number("#### 42", "not 42") == 0.0
 

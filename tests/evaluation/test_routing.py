@@ -126,3 +126,20 @@ def test_head_similarity(tiny_llama):
 
 def test_plain_lora_has_no_heads_to_compare(tiny_llama):
     assert head_similarity(adapted(tiny_llama, "lora")) == {}
+
+
+def test_heads_are_the_active_adapters_or_the_named_ones(tiny_llama):
+    first = headwater.make_config("rlora", r=4, num_heads=3, target_modules=["up_proj"])
+    model = get_peft_model(tiny_llama(), first, "news")
+    model.add_adapter("other", headwater.make_config("rlora", r=2, num_heads=2, target_modules=["up_proj"]))
+    assert [held.B.shape[0] for held in heads(model).values()] == [3, 3]
+    assert [len(found) for found in head_similarity(model, "other").values()] == [2, 2]
+    model.set_adapter("other")
+    assert [len(found) for found in head_similarity(model).values()] == [2, 2]
+    with pytest.raises(headwater.HeadwaterError, match=r"(?s)no adapter 'default'.*there are news, other"):
+        head_similarity(model, "default")
+    with pytest.raises(headwater.HeadwaterError, match=r"(?s)no adapter 'x'.*there are default"):
+        heads(adapted(tiny_llama, "lora"), "x")
+    model.base_model.set_adapter(["news", "other"])
+    with pytest.raises(headwater.HeadwaterError, match="2 adapters are active"):
+        heads(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from tokenizers.processors import TemplateProcessing
 
 import headwater
 import headwater.evaluation.forward as forward
+from headwater.compose.scoring import Composition, score_mixtures
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
 from headwater.errors import HeadwaterError
 from headwater.evaluation import EvaluationSpec, interval, score_task, score_tasks
-from headwater.evaluation.scoring import METRICS, _best
+from headwater.evaluation.scoring import METRICS, _best, check_rows
 from headwater.tuner.context import KEYWORD
 
 CHOICES = (" yes", " no", " perhaps so")
@@ -124,12 +127,13 @@ def test_exact_match_and_its_examples(tiny_llama, tiny_tokenizer):
 
 
 def test_final_number_needs_numbers_in_the_answers(tiny_llama, tiny_tokenizer):
-    rows = [Row("1 + 1 =", " #### 2", source="a.jsonl", line=1), Row("2 + 2 =", " four", source="a.jsonl", line=2)]
+    answers = enumerate((" #### 2", " four", "2", "#### n/a"), 1)
+    rows = [Row("1 + 1 =", answer, source="a.jsonl", line=line) for line, answer in answers]
     task = task_of("final_number", rows)
     spec = EvaluationSpec(max_new_tokens=3)
     with pytest.raises(HeadwaterError, match=r"a\.jsonl:2: .*####") as caught:
         score_task(tiny_llama(), tiny_tokenizer, task, rows, spec, DataSpec())
-    assert len(caught.value.problems) == 1
+    assert [problem.where for problem in caught.value.problems] == [f"a.jsonl:{line}" for line in (2, 3, 4)]
     score = score_task(tiny_llama(), tiny_tokenizer, task, rows[:1], spec, DataSpec())
     assert (score.value, score.majority) == (0.0, None)
 
@@ -149,6 +153,38 @@ def test_loss_is_the_mean_over_tokens(tiny_llama, tiny_tokenizer):
     assert score.value == pytest.approx(sum(totals) / sum(counts), abs=1e-4)
     assert score.correct == pytest.approx([t / c for t, c in zip(totals, counts, strict=True)], abs=1e-4)
     assert (score.n, score.majority, score.detail["tokens"]) == (3, None, sum(counts))
+
+
+def test_the_check_finds_a_loss_of_rows_of_which_none_is_left(tiny_llama, tiny_tokenizer):
+    """It is asked before a run's folder is replaced; the score comes hours later."""
+    long = Row("x" * 50, " yes", source="a.jsonl", line=1)
+    tasks = [
+        task_of("loss", [long, long], "dropped"),
+        task_of("loss", [long, Row("Q", " yes")], "one is left"),
+        task_of("loss", [Row("", "")], "unpredicted"),  # its end token is its first
+    ]
+    settings = (EvaluationSpec(), DataSpec(max_length=20, on_too_long="drop"))
+    with pytest.raises(HeadwaterError) as caught:
+        check_rows(tiny_llama(), tiny_tokenizer, tasks, *settings)
+    first, second = caught.value.problems
+    assert (first.where, second.where) == ("dropped", "unpredicted")
+    dropped = "no row has a token to score: 2 of 2 are too long, and data.on_too_long: drop leaves them out"
+    assert (first.what, second.what) == (dropped, "no row has a token to score")
+    for task in (tasks[0], tasks[2]):
+        with pytest.raises(HeadwaterError, match="no row has a token to score"):
+            score_task(tiny_llama(), tiny_tokenizer, task, task.test, *settings)
+    score = score_tasks(tiny_llama(), tiny_tokenizer, [tasks[1]], *settings)["one is left"]
+    assert (len(score.correct), score.detail["dropped_rows"]) == (1, 1)
+
+
+def test_answers_of_composed_adapters_are_compared_with_the_commonest_too(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    pooled = SimpleNamespace(model=model, rows=lambda mixtures, fused: nullcontext())
+    rows = [Row(f"Say {i}:", answer) for i, answer in enumerate((" a", "a", "b", "c"))]
+    task, spec = task_of("exact_match", rows), EvaluationSpec(max_new_tokens=2)
+    composition = Composition(None, pooled, tiny_tokenizer)
+    composed = score_mixtures(composition, task, rows, [{}] * 4, spec, DataSpec())
+    assert composed.majority == score_task(model, tiny_tokenizer, task, rows, spec, DataSpec()).majority == 0.5
 
 
 def test_several_tasks_progress_and_the_same_sample_every_time(tiny_llama, tiny_tokenizer):

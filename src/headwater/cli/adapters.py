@@ -73,6 +73,7 @@ def locate(path: str) -> Source:
         HeadwaterError: there is no adapter.
     """
     from headwater.config import load_config
+    from headwater.training.origin import run_file
 
     quiet_libraries()
     folder = Path(path)
@@ -86,8 +87,8 @@ def locate(path: str) -> Source:
         if checkpoints:
             fix = f"the run did not finish; give one of its checkpoints: {', '.join(checkpoints)}"
         raise HeadwaterError(Problem("there is no adapter in this folder", path, fix))
-    file = run / "config.yaml"
-    return Source(adapter, file, load_config(file)) if file.is_file() else Source(adapter, None, None)
+    file = run_file(run)
+    return Source(adapter, None, None) if file is None else Source(adapter, file, load_config(file))
 
 
 def adapter_fields(adapter: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import typer
+import yaml
 
 from headwater.cli.console import err_console, out_console, quiet_libraries, table
 from headwater.cli.train import INTERRUPTED
@@ -58,7 +60,8 @@ def sentence(advice: dict[str, Any]) -> str:
     if advice["verdict"] == "multi-head":
         return f"{name} pays here {rests}."
     if advice["verdict"] == "plain":
-        return f"Plain LoRA is better here {rests}. Set method: {{name: lora}}."
+        settings = yaml.safe_dump(advice["settings"]["lora"], default_flow_style=True, sort_keys=False, width=math.inf)
+        return f"Plain LoRA is better here {rests}. What was compared, for the file: {settings.strip()[1:-1]}"
     return (
         f"The pilot cannot tell {name} from plain LoRA {rests}. A difference would have had to be about "
         f"{(high - low) / 2:.3f} to show. More --minutes or --seeds narrow that; if it is little to you, take either."

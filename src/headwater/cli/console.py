@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -17,16 +18,19 @@ from rich.text import Text
 from headwater.errors import HeadwaterError, Problem
 
 PIPE_WIDTH = 160
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False}
+"""What is printed names files and tasks, in which brackets and colons are just that."""
 
 
 def err_console() -> Console:
     """A console on the present standard error."""
-    return Console(stderr=True)
+    return Console(stderr=True, **PLAIN)
 
 
 def out_console() -> Console:
     """A console on standard output: wide where that is a file or a pipe, silent on all ranks of a run but the first."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, quiet=os.environ.get("RANK", "0") != "0")
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, quiet=os.environ.get("RANK", "0") != "0", **PLAIN)
 
 
 def quiet_libraries() -> None:
@@ -68,7 +72,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table whose columns are right-aligned except the first; None is an empty cell."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        result.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+        result.add_column(Text(column), justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
         result.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     return result

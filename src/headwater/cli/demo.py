@@ -34,5 +34,9 @@ def fetch_only(folder: str) -> None:
 
     quiet_libraries()
     console = out_console()
-    fetch_demo(folder, progress=lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True))
-    console.print(f"{folder} has model and tasks", highlight=False, soft_wrap=True)
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+    fetch_demo(folder, progress=lambda text: say(text, "dim"))
+    say(f"{folder} has model and tasks")

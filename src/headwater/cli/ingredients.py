@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.text import Text
+
 from headwater.cli.adapters import attach_to_shape, locate
 from headwater.cli.console import err_console, out_console, quiet_libraries
 from headwater.errors import HeadwaterError, Problem
@@ -82,7 +84,7 @@ def _weights(models: Sequence[str], targets: tuple[str, ...]) -> Iterator[dict]:
     from headwater.subspace import target_weights
 
     for name in models:
-        with err_console().status(f"reading {name}"):
+        with err_console().status(Text(f"reading {name}")):
             model, _ = load_base_model(name)
             try:
                 weights = target_weights(model, targets)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from headwater.cli.adapters import load, locate
 from headwater.cli.console import err_console, out_console, quiet_libraries
 from headwater.errors import HeadwaterError, Problem
@@ -61,7 +63,7 @@ def run(
     listening = bind(host, port)  # before the model is loaded, which takes longer than to learn that a port is taken
     with contextlib.ExitStack() as held:
         held.callback(listening.close)
-        with err_console().status(f"loading {source}"):
+        with err_console().status(Text(f"loading {source}")):
             routes, tokenizer, data_spec = _routes(source, max_batch, encoder, top, way, held)
 
         from headwater.serve import Engine

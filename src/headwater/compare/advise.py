@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from headwater.base_model import load_tokenizer, shape_of
 from headwater.compare.budget import trainable_parameters
 from headwater.compare.plan import Plan, make_plan
 from headwater.compare.run import compare
 from headwater.compare.selection import choosing_tasks
+from headwater.data.encode import encode_rows
+from headwater.data.sampler import batch_sizes
+from headwater.data.tasks import load_tasks
 from headwater.errors import HeadwaterError, Problem
+from headwater.evaluation.forward import max_positions
 from headwater.files import write_json
+from headwater.training.arguments import total_steps
 from headwater.training.folder import check_writable
 from headwater.training.run import training_arguments
 
@@ -163,14 +169,20 @@ def _affordable(seconds: float, per_step: dict[str, float], seeds: int) -> int:
 def full_steps(config: RunConfig) -> int:
     """The optimiser steps that the run's file asks for."""
     args = training_arguments(config)
-    if args.max_steps > 0:
-        return args.max_steps
-    from headwater.data.tasks import load_tasks
+    rows = _trained_rows(config) if args.max_steps <= 0 else 0
+    batches = batch_sizes(rows, args.per_device_train_batch_size, drop_last=args.dataloader_drop_last)
+    return total_steps(args, len(batches))
 
-    rows = sum(len(task.train) for task in load_tasks(config.tasks, config.base_dir))
-    full, rest = divmod(rows, args.per_device_train_batch_size)
-    batches = full + (1 if rest and not args.dataloader_drop_last else 0)
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+def _trained_rows(config: RunConfig) -> int:
+    """All training rows but those that are left out because they are too long, which takes a tokenizer to know."""
+    tasks = load_tasks(config.tasks, config.base_dir)
+    if config.data.on_too_long != "drop":
+        return sum(len(task.train) for task in tasks)
+    base, remote = config.model_name_or_path, config.model.trust_remote_code
+    tokenizer = load_tokenizer(base, trust_remote_code=remote)
+    limit = max_positions(shape_of(base, trust_remote_code=remote))
+    return sum(len(encode_rows(task.train, tokenizer, config.data, task.index, limit)[0]) for task in tasks)
 
 
 def advice_of(content: dict[str, Any], *, steps: int, full: int) -> dict[str, Any]:
@@ -197,5 +209,9 @@ def advice_of(content: dict[str, Any], *, steps: int, full: int) -> dict[str, An
             if values["metric"] != "loss"
         },
         "trainable_parameters": {entry["method"]: entry["trainable_parameters"] for entry in (plain, other)},
+        "settings": {
+            about["label"]: {"method": about["method"], "training": {"learning_rate": about["learning_rate"]}}
+            for about in content["extra"]["methods"]
+        },
         "full_run_seconds": {entry["method"]: entry["extra"]["seconds_per_step"] * full for entry in (plain, other)},
     }

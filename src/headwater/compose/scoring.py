@@ -179,9 +179,8 @@ def score_mixtures(
         bounds = interval(correct, weights)
     else:
         value, bounds = float(np.mean(correct)), interval(correct)
-    return TaskScore(
-        task.name, task.metric, value, len(rows), majority(rows), correct, {"interval": bounds and list(bounds)}
-    )
+    detail = {"interval": bounds and list(bounds)}
+    return TaskScore(task.name, task.metric, value, len(rows), majority(rows, task.metric), correct, detail)
 
 
 @contextlib.contextmanager

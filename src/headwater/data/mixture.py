@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headwater.errors import HeadwaterError, Problem
+
+if TYPE_CHECKING:
+    from headwater.data.encode import Encoded
 
 
 class MixtureSpec(BaseModel):
@@ -75,7 +78,8 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     """
     if total < sum(share > 0 for share in shares):
         tasks = sum(share > 0 for share in shares)
-        raise HeadwaterError(Problem(f"{total} draws cannot hold all of {tasks} tasks", fix="use a smaller batch size"))
+        what, fix = f"{total} draws cannot hold all of {tasks} tasks", "use a smaller batch size"
+        raise HeadwaterError(Problem(what, "training.per_device_train_batch_size", fix))
     whole = math.fsum(shares)
     quotas = [share / whole * total for share in shares]
     # Shares are rounded binary fractions: without the slack, a quota of 3 could count as 2.9999 and lose its tie.
@@ -86,3 +90,16 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     for t in order[: total - sum(counts)]:
         counts[t] += 1
     return counts
+
+
+def check_tasks(train: Mapping[str, Sequence[Encoded]], weights: Mapping[str, float]) -> None:
+    """Raises HeadwaterError where rows carry another task's id than their place says, or a weight is of no task."""
+    problems = [
+        Problem(f"its rows carry the task id {other}, but it is task {index} by its place", f"train[{name!r}]")
+        for index, (name, rows) in enumerate(train.items())
+        if (other := next((row.task for row in rows if row.task != index), None)) is not None
+    ]
+    known = f"the tasks are {', '.join(train)}"
+    problems += [Problem("there is no such task", f"weights[{name!r}]", known) for name in weights if name not in train]
+    if problems:
+        raise HeadwaterError(*problems)

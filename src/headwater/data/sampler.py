@@ -1,8 +1,8 @@
-"""Batches of a mixture of tasks: exact shares, even repetition, little padding, and resumable anywhere."""
+"""Batches of a mixture of tasks: exact shares, even repetition, little padding, and the same order every time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,8 @@ class MixtureBatchSampler(Sampler[list[int]]):
     batches rows of like length are put together, as far as `batching` allows, and the batches of a window are shuffled.
     A batch that is not full comes last.
 
-    All is a function of the seed, the epoch and the batch number; that is why two numbers resume it.
+    All is a function of the seed, the epoch and the batch number. So a resumed run that sets the epoch and skips the
+    batches that it had goes on as if it had never stopped.
 
     Args:
         lengths: tokens of each training row, per task; they only serve to put rows of like length together.
@@ -60,17 +61,15 @@ class MixtureBatchSampler(Sampler[list[int]]):
         self.batching = batching
         self.drop_last = drop_last
         self.epoch = 0
-        self.batches = 0
-        self._resume_at = 0
         _check(self.lengths, shares, batch_size)
         self._offsets = np.cumsum([0, *map(len, self.lengths)])
         self._flat = np.concatenate(self.lengths)
         total = int(self._offsets[-1])
-        full, rest = divmod(total, batch_size)
-        self._sizes = [batch_size] * full + ([rest] if rest and not drop_last else [])
+        self._sizes = batch_sizes(total, batch_size, drop_last=drop_last)
         if not self._sizes:
             what = f"{total} training rows do not fill one batch of {batch_size}"
-            raise HeadwaterError(Problem(what, fix="use a smaller batch size, or keep the last batch"))
+            fix = "use a smaller batch size, or keep the last batch"
+            raise HeadwaterError(Problem(what, "training.per_device_train_batch_size", fix))
         self._counts = self._apportion(shares)
 
     def _apportion(self, shares: Sequence[float]) -> list[int]:
@@ -91,28 +90,14 @@ class MixtureBatchSampler(Sampler[list[int]]):
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, self._resume_at = self._resume_at, 0
         epoch = self.epoch
-        self.batches = start
-        for batch in self._plan(epoch)[start:]:
-            self.batches += 1
+        for batch in self._plan(epoch):
             yield batch.tolist()
-        self.epoch, self.batches = epoch + 1, 0
+        self.epoch = epoch + 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; in the epoch that it stands in, it stays where it is."""
-        if epoch != self.epoch:
-            self.epoch, self.batches, self._resume_at = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and batches yielded in it. A loader that fetches ahead has drawn more than was trained on."""
-        return {"epoch": self.epoch, "batches": self.batches}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on after `batches` batches of `epoch`."""
-        epoch, batches = int(state["epoch"]), int(state["batches"])
-        self.epoch, self.batches = epoch + batches // len(self), batches % len(self)
-        self._resume_at = self.batches
+        """The epoch that the next iteration goes through."""
+        self.epoch = epoch
 
     def realised_shares(self, batches: int | None = None) -> dict[str, list[Any]]:
         """What the first `batches` batches of a run hold, counted, or one epoch.
@@ -136,12 +121,6 @@ class MixtureBatchSampler(Sampler[list[int]]):
             "tokens": tokens.tolist(),
             "token_shares": (tokens / max(1, tokens.sum())).tolist(),
         }
-
-    def padding_share(self, epoch: int = 0) -> float:
-        """Share of an epoch's positions that are padding when each batch is as wide as its longest row."""
-        plan = self._plan(epoch)
-        positions = sum(int(self._flat[batch].max()) * len(batch) for batch in plan)
-        return 1 - sum(int(self._flat[batch].sum()) for batch in plan) / positions
 
     def _plan(self, epoch: int) -> list[Rows]:
         """All batches of an epoch, as global row indices."""
@@ -215,6 +194,12 @@ class MixtureBatchSampler(Sampler[list[int]]):
         """A window's rows as batches of these sizes, shuffled; where a smaller one is cut out is chance, too."""
         parts = np.split(rows, np.cumsum(random.permutation(sizes))[:-1])
         return [parts[i] for i in random.permutation(len(parts))]
+
+
+def batch_sizes(rows: int, batch_size: int, *, drop_last: bool) -> list[int]:
+    """The rows of each batch of an epoch of so many rows; a last one that is not full may be left out."""
+    full, rest = divmod(rows, batch_size)
+    return [batch_size] * full + [rest] * bool(rest and not drop_last)
 
 
 def _windows(sizes: Sequence[int]) -> list[Rows]:

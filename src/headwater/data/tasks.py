@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from headwater.data.answers import commonest_share, number_after_mark
 from headwater.data.rows import CHECK, SHOWN, Row, RowTemplate, collect_rows, one_screen
 from headwater.data.sources import HUB_NAME, SUFFIXES
 from headwater.errors import HeadwaterError, Problem
@@ -197,7 +198,7 @@ def _metric_problems(metric: Metric, rows: dict[str, list[Row]], place: str) -> 
         bad = [row for row in scored if not row.choices]
         what = "have no choices, which choice_accuracy needs"
     elif metric == "final_number":
-        bad = [row for row in scored if "####" not in row.completion]
+        bad = [row for row in scored if number_after_mark(row.completion) is None]
         what = "have no number after ####, which final_number needs"
     else:
         return []
@@ -219,11 +220,11 @@ def overlap(task: Task) -> int:
     return sum(input_of(row) in known for row in task.test)
 
 
-def majority(rows: Sequence[Row]) -> float | None:
-    """Share of the commonest completion: what a constant answer scores. None where rows have no choices."""
-    if not rows or not all(row.choices for row in rows):
+def majority(rows: Sequence[Row], metric: str) -> float | None:
+    """What always giving the commonest answer scores. None without rows, and for metrics by which it is no measure."""
+    if not rows or metric not in ("choice_accuracy", "exact_match"):
         return None
-    return Counter(row.completion for row in rows).most_common(1)[0][1] / len(rows)
+    return commonest_share(row.completion for row in rows)
 
 
 def _warnings(task: Task) -> list[str]:
@@ -256,7 +257,7 @@ def describe(tasks: Sequence[Task]) -> list[dict[str, Any]]:
                 for split in SPLITS
                 if (rows := getattr(task, split))
             },
-            "majority": majority(task.test),
+            "majority": majority(task.test, task.metric),
             "overlap": overlap(task),
             "warnings": list(task.warnings),
             "notes": list(task.notes),

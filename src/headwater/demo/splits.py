@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.answers import commonest_share
 from ..files import write_text
 
 SPLITS = ("train", "validation", "test")
@@ -74,7 +75,7 @@ def text_key(text: str) -> str:
 
 def majority_share(examples: Sequence[Example]) -> float:
     """The share of the most common label, in [0, 1]: what always giving one answer would score."""
-    return max(Counter(example.label for example in examples).values()) / len(examples)
+    return commonest_share(example.label for example in examples)
 
 
 def write_rows(examples: Sequence[Example], labels: Sequence[str], path: Path) -> None:

@@ -193,9 +193,11 @@ def generate_text(
         data_spec: how rows become tokens; the default is `DataSpec()`.
 
     Raises:
-        HeadwaterError: a prompt is empty or too long for the model, a setting is out of range, or the method needs a
-            task and none is given.
+        HeadwaterError: `prompts` is a single text, a prompt is empty or too long for the model, a setting is out of
+            range, or the method needs a task and none is given.
     """
+    if isinstance(prompts, str):  # whose letters would be the prompts
+        raise HeadwaterError(Problem(f"{prompts!r} is one prompt, not a list", "prompts", "put it into a list"))
     spec = data_spec or DataSpec()
     rows = [Row(prompt=p, completion="") if isinstance(p, str) else _answerable(p) for p in prompts]
     encoded = [encode_prompt(row, tokenizer, spec) for row in rows]

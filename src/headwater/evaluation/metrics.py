@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
 
-_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_MARKED_NUMBER = re.compile(rf"####\s*\$?\s*({_NUMBER})")
-_ONLY_NUMBER = re.compile(rf"\s*\$?\s*({_NUMBER})\s*")
+from headwater.data.answers import MARKED_NUMBER, number_after_mark
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -17,27 +13,9 @@ def exact_match(prediction: str, reference: str) -> float:
     return float(prediction.strip() == reference.strip())
 
 
-def number_after_mark(text: str) -> Decimal | None:
-    """The number that follows the first `####` with a number after it; None if there is none.
-
-    Thousands separators and a dollar sign are ignored: `#### $1,200` is 1200.
-    """
-    found = _MARKED_NUMBER.search(text)
-    return Decimal(found[1].replace(",", "")) if found else None
-
-
-def reference_number(text: str) -> Decimal | None:
-    """The number of a reference answer: after `####`, or the whole text if it is nothing but a number."""
-    marked = number_after_mark(text)
-    if marked is not None:
-        return marked
-    found = _ONLY_NUMBER.fullmatch(text)
-    return Decimal(found[1].replace(",", "")) if found else None
-
-
 def final_number(prediction: str, reference: str) -> float:
-    """1.0 if the number after `####` in the prediction equals the reference's number by value (`3.0` equals `3`)."""
-    wanted = reference_number(reference)
+    """1.0 if the number after `####` in the prediction equals that in the reference by value (`3.0` equals `3`)."""
+    wanted = number_after_mark(reference)
     return float(wanted is not None and number_after_mark(prediction) == wanted)
 
 
@@ -52,7 +30,7 @@ def exact_match_settled(text: str, reference: str) -> bool:
 
 def final_number_settled(text: str, reference: str) -> bool:
     """Whether `text`, generated so far, holds a number after `####` that no further token can change."""
-    found = _MARKED_NUMBER.search(text)
+    found = MARKED_NUMBER.search(text)
     return found is not None and text[found.end() :] not in ("", ".")
 
 

@@ -12,14 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from headwater.data.encode import DataSpec, Encoded, EncodingReport, encode_completion, encode_prompt, encode_rows
+from headwater.data.answers import number_after_mark
+from headwater.data.encode import (
+    IGNORED,
+    DataSpec,
+    Encoded,
+    EncodingReport,
+    encode_completion,
+    encode_prompt,
+    encode_rows,
+)
 from headwater.data.rows import one_screen
+from headwater.data.tasks import majority
 from headwater.errors import DivergedError, HeadwaterError, Problem
 from headwater.evaluation.forward import evaluating, max_positions, pad_id
 from headwater.evaluation.generate import generate_from_ids, length_problems
 from headwater.evaluation.intervals import interval
 from headwater.evaluation.likelihood import choice_log_probs, completion_losses
-from headwater.evaluation.metrics import GENERATION_METRICS, reference_number
+from headwater.evaluation.metrics import GENERATION_METRICS
 from headwater.evaluation.scores import Progress, TaskScore
 from headwater.evaluation.spec import ChoiceNormalization, EvaluationSpec
 
@@ -172,7 +182,7 @@ def _score_choices(
         counts = Counter(picked)
         detail["predicted_shares"] = {choice: counts[choice] / len(rows) for choice in rows[0].choices}
     correct = [float(choice == row.completion) for choice, row in zip(picked, rows, strict=True)]
-    return _score(task, correct, _majority(rows), detail)
+    return _score(task, rows, correct, detail)
 
 
 def _choice_ids(
@@ -243,7 +253,7 @@ def _score_generated(
         ],
         **cut,
     }
-    return _score(task, correct, _majority(rows) if task.metric == "exact_match" else None, detail)
+    return _score(task, rows, correct, detail)
 
 
 def _generation_ids(
@@ -260,7 +270,7 @@ def _generation_ids(
         problems += [
             Problem("the answer holds no number after ####", row.where, "Add one, or name another metric.")
             for row in rows
-            if reference_number(row.completion) is None
+            if number_after_mark(row.completion) is None
         ]
     prompts, cut = _prompts(model, tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows))
     places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
@@ -288,14 +298,11 @@ def _score_loss(
         on_batch=on_batch,
     )
     _refuse_nan(task, rows if len(encoded) == len(rows) else (), (total for total, _ in losses))
-    tokens = sum(count for _, count in losses)
-    if not tokens:
-        raise HeadwaterError(Problem("no row has a token to score", task.name))
     counted = [(total / count, count) for total, count in losses if count]
     means, weights = zip(*counted, strict=True)
     fates = {"dropped_rows": sum(report.dropped.values()), "shortened_prompts": sum(report.truncated.values())}
-    detail = {"tokens": tokens, **{fate: count for fate, count in fates.items() if count}}
-    return _score(task, list(means), None, detail, weights)
+    detail = {"tokens": sum(weights), **{fate: count for fate, count in fates.items() if count}}
+    return _score(task, rows, list(means), detail, weights)
 
 
 def _loss_ids(
@@ -306,7 +313,14 @@ def _loss_ids(
     spec: EvaluationSpec,
     data_spec: DataSpec,
 ) -> tuple[list[Encoded], EncodingReport]:
-    return encode_rows(rows, tokenizer, data_spec, task.index, max_positions(model))
+    encoded, report = encode_rows(rows, tokenizer, data_spec, task.index, max_positions(model))
+    if all(label == IGNORED for row in encoded for label in row.labels[1:]):  # nothing predicts a row's first token
+        what, fix = "no row has a token to score", ""
+        if dropped := sum(report.dropped.values()):
+            what += f": {dropped:,} of {len(rows):,} are too long, and data.on_too_long: drop leaves them out"
+            fix = "raise data.max_length if the model takes more, or set data.on_too_long to truncate_prompt"
+        raise HeadwaterError(Problem(what, task.name, fix))
+    return encoded, report
 
 
 _SCORERS: dict[str, Callable[..., TaskScore]] = {
@@ -324,15 +338,15 @@ _IDS: dict[str, Callable[..., Any]] = {
 
 def _score(
     task: Task,
+    rows: Sequence[Row],
     correct: list[float],
-    majority: float | None,
     detail: dict[str, Any],
     weights: Sequence[float] | None = None,
 ) -> TaskScore:
     value = float(np.average(correct, weights=weights))
     ends = interval(correct, weights)
     detail = {"interval": ends and list(ends), **detail}
-    return TaskScore(task.name, task.metric, value, len(correct), majority, correct, detail)
+    return TaskScore(task.name, task.metric, value, len(correct), majority(rows, task.metric), correct, detail)
 
 
 def _prompts(
@@ -360,11 +374,6 @@ def _prompts(
     if cut:
         logger.warning("%s: %d prompts of %d were shortened from the left", rows[0].source, cut, len(rows))
     return prompts, {"shortened_prompts": cut}
-
-
-def _majority(rows: Sequence[Row]) -> float:
-    """Share of the most frequent answer."""
-    return Counter(row.completion.strip() for row in rows).most_common(1)[0][1] / len(rows)
 
 
 def _refuse_nan(task: Task, rows: Sequence[Row], values: Iterable[float]) -> None:

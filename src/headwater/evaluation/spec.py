@@ -10,11 +10,11 @@ ChoiceNormalization = Literal["none", "tokens", "bytes"]
 
 
 class EvaluationSpec(BaseModel):
-    """Settings of an evaluation. None of the sizes changes a score, only its cost.
+    """Settings of an evaluation.
 
     Args:
-        batch_size: rows per forward, > 0.
-        max_new_tokens: most tokens that a generated answer may have, > 0.
+        batch_size: rows per forward, > 0; changes the cost, not the scores.
+        max_new_tokens: most tokens that a generated answer may have, > 0; one that is longer is cut off.
         choice_normalization: what a choice's log-probability is divided by before choices are compared: nothing,
             its number of tokens, or its number of UTF-8 bytes.
         max_rows_during_training: rows per task that an evaluation *during* training scores, > 0; the evaluations

@@ -27,7 +27,7 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
 
 
 class Accounts(TrainerCallback):
-    """Keeps a trainer's books: losses per task, tokens, time, the sampler's place, and whether all is finite."""
+    """Keeps a trainer's books: losses per task, tokens, time, and whether all is finite."""
 
     def __init__(self, trainer: HeadwaterTrainer):
         self.trainer = trainer
@@ -138,7 +138,6 @@ class Accounts(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Trainer writes this into the `trainer_state.json` of a checkpoint.
         state.stateful_callbacks[SAVED] = {
-            "sampler": self.place(state.global_step),
             **self._about,
             "tokens": self.tokens,
             "slots": self.slots,

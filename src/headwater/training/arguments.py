@@ -22,7 +22,7 @@ SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_steps"), 0),
     **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha", "save_steps", "logging_steps", *SHARES), 0),
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_prefetch_factor"), 1),
 }
 BELOW = {**dict.fromkeys(SHARES, 1), "num_train_epochs": math.inf, "learning_rate": math.inf}
 UNLISTED = {"azure_ml", "flyte"}
@@ -48,8 +48,9 @@ class HeadwaterArguments(TrainingArguments):
 
     Raises:
         HeadwaterError: if `loss_normalization`, `padding_free` or a log level is none of its values, a number is out of
-            range, a tracker of `report_to` is unknown or not installed, liger-kernel is asked for and not installed,
-            torch.compile knows no such backend or mode, or a file that a key names cannot be read.
+            range, workers are to be kept and there are none, a tracker of `report_to` is unknown or not installed,
+            liger-kernel is asked for and not installed, torch.compile knows no such backend or mode, or a file that a
+            key names cannot be read.
         ValueError: from `TrainingArguments`, on settings that exclude each other.
     """
 
@@ -99,6 +100,9 @@ class HeadwaterArguments(TrainingArguments):
             if (level := getattr(self, name)) not in trainer_log_levels:
                 fix = f"one of: {', '.join(trainer_log_levels)}"
                 problems.append(Problem(f"unknown {name} {level!r}", f"training.{name}", fix))
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            what, fix = "there are no workers to keep", "set dataloader_num_workers to 1 or more, or leave the key out"
+            problems.append(Problem(what, "training.dataloader_persistent_workers", fix))
         if self.use_liger_kernel and not is_liger_kernel_available():
             what, fix = "liger-kernel 0.3.0 or newer is not installed", "pip install liger-kernel, or leave the key out"
             problems.append(Problem(what, "training.use_liger_kernel", fix))
@@ -117,6 +121,18 @@ class HeadwaterArguments(TrainingArguments):
             problems += _uncompilable(self.torch_compile_backend, self.torch_compile_mode)
         if problems:
             raise HeadwaterError(*problems)
+
+
+def steps_per_epoch(args: TrainingArguments, batches: int) -> int:
+    """The optimiser steps of an epoch of so many batches a rank."""
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def total_steps(args: TrainingArguments, batches: int) -> int:
+    """The optimiser steps of a run whose epochs have so many batches a rank."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_per_epoch(args, batches))
 
 
 def _without(tracker: str) -> Problem | None:

@@ -19,6 +19,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self._saved: int | None = None  # the step of the last checkpoint
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -27,8 +28,16 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
-            control.should_save = control.should_training_stop = True
+            control.should_save = self._saved != state.global_step
+            control.should_training_stop = True
             control.should_evaluate = False
+
+    # It comes after an epoch's last step and where training stops within one, and is when `eval_strategy: epoch` and
+    # `save_strategy: epoch` ask. The step is saved by then, unless Ctrl-C came too late for it, as in its evaluation.
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = state.global_step
 
     def release(self) -> None:
         """Gives Ctrl-C back its meaning.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import HeadwaterError, Problem
 from ..methods.base import Branch
+from ..methods.registry import method as registered
 from ..tuner import MethodLayer
 from .gate_monitor import GateCallback
 
@@ -23,7 +25,7 @@ class MethodCallback(GateCallback):
     `after_step(step, total_steps)` runs after each optimiser step. When a branch answers True, the optimiser forgets
     what it knows: Chain of LoRA has then tied a knot, and stale momentum must not reach the fresh link.
     `learning_rate_factor(step, total_steps)`, unless it is None, takes the place of the trainer's schedule.
-    Gates are watched, see `GateCallback`.
+    Gates are watched, see `GateCallback`, as long as one adapter is active.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,16 @@ class MethodCallback(GateCallback):
         lr_scheduler._last_lr = [base * now for base in lr_scheduler.base_lrs]
         for group, rate in zip(optimizer.param_groups, lr_scheduler._last_lr, strict=True):
             group["lr"] = rate
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.gates is not None and (layer := _with_several_gates(self._layers)) is not None:
+            self.close()  # recording would be refused, and training goes on without it
+            if state.is_world_process_zero:
+                several = f"{layer.name} has several active adapters, whose gates would be mixed"
+                warnings.warn(f"gates are not watched any more: {several}", stacklevel=2)
+        super().on_step_begin(args, state, control)
 
     def on_step_end(
         self,
@@ -91,6 +103,15 @@ def check_steps(layers: Iterable[MethodLayer], total_steps: int) -> None:
 def method_layers(model: nn.Module | None) -> list[MethodLayer]:
     """The adapted layers of a model."""
     return [] if model is None else [m for m in model.modules() if isinstance(m, MethodLayer)]
+
+
+def _with_several_gates(layers: Iterable[MethodLayer]) -> MethodLayer | None:
+    """A layer on which several adapters are active, of a method that has gates."""
+    for layer in layers:
+        active = [name for name in layer.active_adapters if name in layer.branches]
+        if len(active) > 1 and not registered(layer.method_name).mergeable:
+            return layer
+    return None
 
 
 def active_branches(layers: Iterable[MethodLayer]) -> Iterator[Branch]:

@@ -107,9 +107,10 @@ def check_checkpoint(trainer: HeadwaterTrainer, checkpoint: Path) -> None:
         HeadwaterError: as `check_state`; or if its adapter is of another method, or on another base model; or if it
             lacks a file without which the run would go on as another one, or has one that cannot be read.
     """
+    steps = trainer.total_steps()  # out here, as settings that make no batches are no fault of the checkpoint's
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        complete = state["global_step"] >= trainer.total_steps()
+        complete = state["global_step"] >= steps
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _unreadable(checkpoint, f"{checkpoint / STATE} cannot be read: {error}") from error
     saved = state.get("stateful_callbacks", {}).get(SAVED, {})

@@ -33,6 +33,7 @@ from .folder import check_folder, checkpoint_to_resume, clear_folder, is_of, loc
 from .history import History, HistoryCallback
 from .interrupt import SaveOnInterrupt
 from .method_callback import check_steps, method_layers
+from .origin import run_file
 from .progress import ProgressDisplay
 from .resume import check_checkpoint, digest, digests
 from .scorer import NotTwiceAtTheEnd, Scorer, changes_nothing
@@ -164,6 +165,7 @@ def _train(
             evaluator=scorer.during,
             callbacks=[HistoryCallback(history), NotTwiceAtTheEnd(), interrupt, display],
         )
+        trainer.total_steps()  # makes the loader, which refuses some settings, too
     except HeadwaterError:
         raise
     except (ValueError, ImportError, OSError) as error:  # what the settings want is not there
@@ -244,13 +246,18 @@ def check_continued_tasks(config: RunConfig) -> None:
     """Where a run goes on from the adapter of another run, and by task ids: that its first tasks are that one's.
 
     Raises:
-        HeadwaterError: if they are not; their ids would mean other tasks.
+        HeadwaterError: if they are not, as their ids would mean other tasks; or if that run's config does not say.
     """
     continued = config.method.get("continue_from")
-    file = Path(continued or "").parent / "config.yaml"
-    if not continued or "num_tasks" not in config.method or not file.is_file():
+    if not continued or "num_tasks" not in config.method:
         return
-    known = [task["name"] for task in read_document(file).data["tasks"]]
+    if (file := run_file(Path(continued).resolve().parent)) is None:
+        return
+    try:
+        known = [str(task["name"]) for task in read_document(file).data["tasks"]]
+    except (KeyError, TypeError):
+        what, fix = f"{file} does not name the tasks of {continued}", "put them right, in the order of their ids"
+        raise HeadwaterError(Problem(what, "continue_from", fix)) from None
     first = [task.name for task in config.tasks[: len(known)]]
     if first != known:
         what = f"the tasks of {continued} are {', '.join(known)}; those of this run begin with {', '.join(first)}"
@@ -314,16 +321,16 @@ def _say_what_is_trained(
     encoded: dict[str, list[Encoded]],
     trainer: HeadwaterTrainer,
 ) -> None:
-    if "method" not in config.model_fields_set:
+    if config.recommended:
         fields = ", ".join(f"{key} {value}" for key, value in config.method.items() if key != "name")
         rate = f"learning rate {trainer.args.learning_rate:g}"
-        text = f"no method is given, so the recommended one is trained: {config.method['name']}, {fields}; {rate}"
+        text = f"no method is named, so the recommended one is trained: {config.method['name']}, {fields}; {rate}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     for task, share in zip(tasks, trainer.shares, strict=True):
         rows = f"{len(encoded[task.name]):,} training rows, {share:.1%} of draws; {len(task.test):,} test rows"
-        console.print(f"task {task.name}: {rows}", highlight=False, soft_wrap=True)
+        console.print(f"task {task.name}: {rows}", highlight=False, soft_wrap=True, markup=False)
         for note in (*task.notes, *task.warnings):
-            console.print(f"task {task.name}: {note}", highlight=False, soft_wrap=True, style="dim")
+            console.print(f"task {task.name}: {note}", highlight=False, soft_wrap=True, markup=False, style="dim")
 
 
 def _device_name(device: torch.device) -> str:

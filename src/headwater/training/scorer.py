@@ -57,9 +57,12 @@ class Scorer:
         Args:
             during: whether tasks are scored during training, too.
         """
-        splits = {"test": None, **({"validation": self.spec.max_rows_during_training} if during else {})}
-        for split, most in splits.items():
-            check_rows(model, self.tokenizer, self.tasks, self.spec, self.data_spec, split=split, max_rows=most)
+        asked: list[tuple[str, list[Task], int | None]] = [("test", self.tasks, None)]
+        if during:  # a few of the rows may be such as cannot be scored though all of them can
+            most = self.spec.max_rows_during_training
+            asked += [(split, tasks, most) for split, tasks in self._splits_during().items()]
+        for split, tasks, rows in asked:
+            check_rows(model, self.tokenizer, tasks, self.spec, self.data_spec, split=split, max_rows=rows)
 
     def all_rows(self, model: nn.Module, step: int) -> dict[str, TaskScore]:
         """Scores every task on all of its test rows."""
@@ -67,11 +70,13 @@ class Scorer:
 
     def during(self, model: nn.Module, step: int) -> dict[str, TaskScore]:
         """Scores every task on some of its validation rows, or of its test rows where it has no others."""
-        splits = {
+        return self._score(model, step, self._splits_during(), self.spec.max_rows_during_training)
+
+    def _splits_during(self) -> dict[str, list[Task]]:
+        return {
             "validation": [task for task in self.tasks if task.validation],
             "test": [task for task in self.tasks if not task.validation],
         }
-        return self._score(model, step, splits, self.spec.max_rows_during_training)
 
     def known(self, scores: Mapping[str, TaskScore], step: int) -> dict[str, TaskScore]:
         """Takes scores that are known already; shows them and writes them down as if they had just been found."""
@@ -128,3 +133,5 @@ class NotTwiceAtTheEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.metric_for_best_model is None:
             control.should_evaluate = False
+
+    on_epoch_end = on_step_end  # `eval_strategy: epoch` asks there, after the last step's own turn

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.trainer_utils import TrainOutput
 
 from ..data.collate import Collator
-from ..data.mixture import MixtureSpec, shares
+from ..data.mixture import MixtureSpec, check_tasks, shares
 from ..data.sampler import MixtureBatchSampler
 from ..errors import HeadwaterError, Problem
 from ..evaluation.scores import TaskScore, mean_score
@@ -27,7 +27,8 @@ from ..methods.call import KEYWORD, LENGTHS
 from ..tuner.context import LABELS, has_encoder
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
-from .arguments import HeadwaterArguments
+from .arguments import HeadwaterArguments, steps_per_epoch, total_steps
+from .folder import last_checkpoint
 from .head_monitor import HeadMonitor
 from .loss import CompletionCollator, CompletionHead, completion_losses, count_items, narrowed
 from .memory import SavedBytes
@@ -87,6 +88,7 @@ class HeadwaterTrainer(Trainer):
     ):
         if has_encoder(model):
             raise HeadwaterError("headwater trains decoder-only language models; this one is an encoder-decoder")
+        check_tasks(train, weights or {})
         self.task_names = list(train)
         self.lengths = [[len(row) for row in rows] for rows in train.values()]
         self.digests = dict(digests or {})
@@ -175,17 +177,22 @@ class HeadwaterTrainer(Trainer):
         self.batches_per_epoch = len(prepared)  # of this rank
         return prepared
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """As `transformers.Trainer.train`; resuming gives the trajectory of a run that was never stopped.
 
         Raises:
             HeadwaterError: at a non-finite loss or gradient, naming step and tasks; and if a checkpoint to be resumed
                 comes from another mixture or method, or was trained with other settings.
         """
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(str(self.args.output_dir))) or True  # which Trainer refuses
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             check_checkpoint(self, Path(resume_from_checkpoint))
-        if isinstance(resume_from_checkpoint, str) and self._restore_if_complete(resume_from_checkpoint):
-            return TrainOutput(self.state.global_step, math.nan, {})
+            if self._restore_if_complete(resume_from_checkpoint):
+                return TrainOutput(self.state.global_step, math.nan, {})
         self._head = CompletionHead(self.model)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -237,9 +244,7 @@ class HeadwaterTrainer(Trainer):
     def total_steps(self) -> int:
         """How many optimiser steps the run has."""
         self.get_train_dataloader()  # which counts the batches
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+        return total_steps(self.args, self.batches_per_epoch)
 
     def check_optimizer(self) -> None:
         """Makes optimizer and schedule once, for nothing: transformers reads some of their settings only then.
@@ -247,11 +252,11 @@ class HeadwaterTrainer(Trainer):
         Raises:
             HeadwaterError: if they cannot be made.
         """
+        steps = self.total_steps()  # out here, as settings that make no batches are no fault of the optimiser's
         where = "training.optim"
         try:
             self.create_optimizer()
             where = "training.lr_scheduler_type"
-            steps = self.total_steps()
             schedule = self.create_scheduler(steps)
             for rate in getattr(schedule, "lr_lambdas", ()):  # some settings are read first past the warm-up
                 rate(steps - 1)
@@ -262,7 +267,7 @@ class HeadwaterTrainer(Trainer):
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(math.ceil(self.batches_per_epoch / self.args.gradient_accumulation_steps), 1)
+        return steps_per_epoch(self.args, self.batches_per_epoch)
 
     @property
     def per_example(self) -> bool:
@@ -312,15 +317,20 @@ class HeadwaterTrainer(Trainer):
         inputs.pop("cuts", None)
         index, lengths = inputs.pop("completion_index"), inputs.pop("completion_lengths")
         items = count_items(lengths, per_example=self.per_example)
-        total = items.sum() if num_items_in_batch is None else num_items_in_batch
-        ranks = self.accelerator.num_processes if self.averages_over_ranks and num_items_in_batch is not None else 1
+        # In evaluation transformers gives the number of labels, which need not be what the mean is over.
+        step = num_items_in_batch if model.training else None
+        total = items.sum() if step is None else step
+        ranks = self.accelerator.num_processes if self.averages_over_ranks and step is not None else 1
+        scale = items.sum() * ranks / total
         if self._context is not None:
             # The model is not given the labels, so that it computes no loss; a method may still want to know them.
             inputs |= {KEYWORD: tasks, LABELS: labels}
-            self._context.loss_scale = items.sum() * ranks / total  # type: ignore[assignment]
+            self._context.loss_scale = scale  # type: ignore[assignment]
         head = self._head or CompletionHead(self.model)
         with head.at(index), self._count_activations(model), self._rows_apart(inputs):
             outputs = model(**inputs)
+        if self._context is not None:
+            self._context.loss_scale = 1.0  # what runs the model next may not be this trainer
         if head is not self._head:
             head.remove()
         losses = completion_losses(
@@ -334,7 +344,7 @@ class HeadwaterTrainer(Trainer):
         if model.training:
             self.accounts.add(losses.detach(), items, tasks, inputs)
             if self._context is not None:
-                self.accounts.add_auxiliary(self._context.last_losses, self._context.loss_scale)
+                self.accounts.add_auxiliary(self._context.last_losses, scale)
         # Every rank's gradient is averaged over ranks afterwards, hence times their number.
         loss = losses.sum() * ranks / total
         if self._context is not None:

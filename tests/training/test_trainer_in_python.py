@@ -1,0 +1,75 @@
+"""HeadwaterTrainer as one's own script uses it: without an evaluator, with paths and True, and with mistakes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from headwater.data.mixture import MixtureSpec
+from headwater.errors import HeadwaterError
+from headwater.training import HeadwaterArguments, HeadwaterTrainer
+from headwater.tuner import context_of
+
+from .common import CPU, adapted, make_rows, make_tasks, make_trainer, trained
+
+
+@pytest.mark.parametrize("normalization", ["example", "token"])
+def test_the_loss_of_an_evaluation_is_that_of_a_plain_reading(tiny_llama, tmp_path, normalization):
+    model, rows = adapted(tiny_llama()), make_rows(0, 6, longest=12)
+    arguments = {**CPU, "per_device_eval_batch_size": 6, "loss_normalization": normalization}
+    trainer = HeadwaterTrainer(
+        model,
+        HeadwaterArguments(output_dir=str(tmp_path), **arguments),
+        train={"a": rows},
+        pad_token_id=258,
+        mixture=MixtureSpec(),
+        eval_dataset=rows,
+    )
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels)
+            logits = model.eval()(input_ids=ids).logits[0, :-1]
+            losses.append(F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="none")[labels[1:] != -100])
+    means = torch.stack([loss.mean() for loss in losses])
+    expected = means.mean() if normalization == "example" else torch.cat(losses).mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_auxiliary_losses_of_ones_own_loop_count_in_full_after_a_trainer(tiny_llama, tmp_path):
+    model = adapted(tiny_llama(), "hydralora", balance_loss_weight=0.1, lora_dropout=0.0)
+    make_trainer(model, tmp_path, max_steps=1, gradient_accumulation_steps=4).train()
+    assert context_of(model).loss_scale == 1.0
+
+
+def test_rows_of_another_task_and_weights_of_none_are_refused(tiny_llama, tmp_path):
+    model = adapted(tiny_llama())
+    with pytest.raises(HeadwaterError, match=r"train\['b'\]: its rows carry the task id 0, but it is task 1"):
+        make_trainer(model, tmp_path, tasks={"a": make_rows(0, 4), "b": make_rows(0, 4)})
+    with pytest.raises(HeadwaterError, match=r"weights\['c'\]: there is no such task\n *the tasks are a, b"):
+        HeadwaterTrainer(
+            model,
+            HeadwaterArguments(output_dir=str(tmp_path), **CPU),
+            train=make_tasks(),
+            pad_token_id=258,
+            mixture=MixtureSpec(strategy="weights"),
+            weights={"c": 2.0},
+        )
+
+
+@pytest.mark.parametrize("given", [True, Path], ids=["True", "Path"])
+def test_a_checkpoint_is_checked_however_it_is_named(tiny_llama, tmp_path, given):
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    made = adapted(tiny_llama())
+    make_trainer(made, tmp_path, **saving).train()
+    checkpoint = True if given is True else given(tmp_path / "checkpoint-2")
+    again = adapted(tiny_llama())
+    done = make_trainer(again, tmp_path, **saving)
+    done.train(resume_from_checkpoint=checkpoint)
+    assert done.state.global_step == 2
+    for name, weight in trained(again).items():
+        torch.testing.assert_close(weight, trained(made)[name], rtol=0, atol=0)
+    other = make_trainer(adapted(tiny_llama(), lora_alpha=99), tmp_path, **{**saving, "max_steps": 4})
+    with pytest.raises(HeadwaterError, match="rlora lora_alpha 16, this run has rlora lora_alpha 99"):
+        other.train(resume_from_checkpoint=checkpoint)
