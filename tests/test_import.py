@@ -64,6 +64,22 @@ def test_every_public_name_is_there():
     assert name.startswith("cannot import name 'no_such_name' from 'headwater'")
 
 
+def test_parts_are_there_without_an_import_of_their_own():
+    code = (
+        "import headwater\nheadwater.training.MethodCallback, headwater.export.as_plain_lora, headwater.config\n"
+        "assert headwater.methods()[0].name and headwater.compose.AdapterPool is headwater.AdapterPool"
+    )
+    python("-c", code)
+
+
+def test_a_part_that_misses_a_package_says_which():
+    code = (
+        "import sys, headwater\nheadwater.methods()\nsys.modules['yaml'] = None\n"
+        "try:\n    headwater.config\nexcept ModuleNotFoundError as error:\n    print(error)"
+    )
+    assert "yaml" in python("-c", code)
+
+
 def test_editors_know_every_config():
     """They only read the package, so it names each method's config once more, for them."""
     package = ast.parse(Path(headwater.__file__).read_text())

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import make_tiny_llama
 
 from headwater import HeadwaterError
@@ -162,3 +163,10 @@ def test_a_basis_holds_no_directions_that_the_weights_do_not_have(normalize):
         extract([thin], SubspaceSpec(r=4, **spec))
     with pytest.raises(HeadwaterError, match=r"span 0 directions, fewer than r = 1\n.*all zero"):
         extract(differences([thin], thin), SubspaceSpec(r=1, **spec))
+
+
+@pytest.mark.parametrize("scale", ["orthonormal", "s"])
+def test_a_basis_can_be_saved_as_it_is(scale, tmp_path):
+    weights = {"a.q_proj": torch.randn(6, 9, generator=torch.Generator().manual_seed(0))}
+    basis = extract([weights], SubspaceSpec(r=3, targets=("q_proj",), basis_scale=scale))
+    save_file(basis, tmp_path / "basis.safetensors")

@@ -6,6 +6,7 @@ asked for, it loads nothing: the command line's help and the check of a file nee
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,11 @@ def __getattr__(name: str) -> Any:
 
     globals().update({public: getattr(_public, public) for public in ("__all__", *_public.__all__)})
     if name not in globals():
+        try:
+            return importlib.import_module(f"headwater.{name}")  # headwater.training and the like, as the docs write it
+        except ModuleNotFoundError as error:
+            if error.name != f"headwater.{name}":  # the part is there, and misses something else
+                raise
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")
     return globals()[name]
 

@@ -157,7 +157,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` when the block is through and is gone if it raises.
 
     Where `path` is a link it stays one, and the folder is where it points to.
@@ -165,7 +165,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         NotWritten: if it cannot be made or written; `path` is then as it was.
     """
-    path = path.absolute()
+    path = Path(path).absolute()
     target = _behind_links(path)
     with saying_why(path):
         target.parent.mkdir(parents=True, exist_ok=True)

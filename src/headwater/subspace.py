@@ -197,4 +197,4 @@ def _basis(key: str, gram: Tensor, spec: SubspaceSpec) -> Tensor:
     U = U * torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
     s = values.flip(0)[: spec.r].clamp_min(0).sqrt()
     scale = {"orthonormal": torch.ones_like(s), "sqrt_s": s.sqrt(), "s": s}[spec.basis_scale]
-    return (U * scale).float()
+    return (U * scale).float().contiguous()  # as safetensors wants it

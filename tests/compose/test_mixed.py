@@ -258,6 +258,34 @@ def test_wrong_rows_are_refused(pool, pooled):
         )
 
 
+@pytest.mark.parametrize(
+    "mixtures",
+    [["plain", "rs"], "plain", {"plain": 1.0}, [{"plain": 1.0}, None], [{"plain": "much"}]],
+    ids=["names", "a name", "one mixture", "none", "a text as weight"],
+)
+def test_what_is_no_list_of_mixtures_is_refused(pooled, mixtures):
+    message = r"is no list of mixtures|not finite numbers: plain: 'much'"
+    with pytest.raises(HeadwaterError, match=message), pooled.rows(mixtures):
+        pass
+
+
+def test_more_rows_than_mixtures_are_refused_where_it_would_be_a_guess_whose_they_are(pooled):
+    inputs, two = ids(4), [{"plain": 1.0}, {"rs": 1.0}]
+    with pytest.raises(HeadwaterError, match="2 mixtures of adapters do not fit a batch of 4 rows"):
+        logits(pooled, two, inputs)
+    assert torch.equal(logits(pooled, two[:1], inputs), logits(pooled, two[:1] * 4, inputs))
+    twice = [two[0], two[0], two[1], two[1]]
+    with torch.no_grad(), pooled.rows(twice):
+        cache = pooled.model(inputs[:, :-1]).past_key_values
+        want = pooled.model(inputs[:, -1:], past_key_values=copy.deepcopy(cache)).logits
+    with torch.no_grad(), pooled.rows(two):
+        close(pooled.model(inputs[:, -1:], past_key_values=cache).logits, want)
+        pooled.model.generate(ids(2), num_return_sequences=2, num_beams=2, use_cache=False, max_new_tokens=2)
+        with pytest.raises(HeadwaterError, match="do not fit"):  # generation is over
+            pooled.model(inputs)
+    assert "generate" not in vars(pooled.model)
+
+
 def test_bfloat16(pool):
     inputs = ids(4)
     exact = logits(PooledModel(make_tiny_llama(), pool.load), MIXTURES, inputs)

@@ -84,6 +84,17 @@ def test_excluded_adapters_are_never_found_and_k_has_an_end():
         found.retrieve(["q", "r"], exclude=[()])
 
 
+def test_a_text_in_the_place_of_a_list_is_refused_and_not_read_letter_by_letter():
+    retriever = Retriever(Fixed({"p": [1, 0], "q": [0, 1], "x": [1, 1]}), {"news": ["p"], "news-de": ["q"]})
+    assert [name for name, _ in retriever.retrieve(["x"], exclude=[{"news-de"}])[0]] == ["news"]
+    for exclude in (["news-de"], "n"):
+        with pytest.raises(HeadwaterError, match="is a text, where each text has a set of names"):
+            retriever.retrieve(["x"], exclude=exclude)
+    for call in (retriever.retrieve, retriever.scores):
+        with pytest.raises(HeadwaterError, match="'x' is one text, not a list"):
+            call("x")
+
+
 def test_weights_sum_to_one_in_every_row():
     found = [[("a", 0.9), ("b", 0.4)], [], [("c", -0.2)]]
     assert mixtures(found) == [{"a": 0.5, "b": 0.5}, {}, {"c": 1.0}]

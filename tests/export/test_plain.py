@@ -149,6 +149,63 @@ def test_what_is_no_single_update_is_refused(tiny_llama, row_id):
         as_plain_lora(adapt(BY_ID[row_id], tiny_llama()))
 
 
+@pytest.mark.parametrize(("row_id", "way_out"), [("rlora", "give gates="), ("mtl_lora", "give task=")])
+def test_a_refusal_names_the_argument_that_is_missing(tiny_llama, row_id, way_out):
+    with pytest.raises(headwater.NotMergeable, match=f"(?s)^model.layers.0.*{way_out}"):
+        as_plain_lora(adapt(BY_ID[row_id], tiny_llama()))
+
+
+def two_adapters(tiny_llama):
+    """`news` and `other`, which is on fewer layers and the active one."""
+    row = BY_ID["mlora"]
+    model = get_peft_model(tiny_llama(), config(row), "news")
+    model.add_adapter("other", config(row, target_modules=["up_proj"], r=2))
+    stir(model)
+    model.set_adapter("other")
+    return row, model
+
+
+def test_the_active_adapter_is_taken_or_the_named_one(tiny_llama, tmp_path):
+    row, model = two_adapters(tiny_llama)
+    model.save_pretrained(tmp_path / "adapters")
+    for name in ("news", "other", None):
+        adapter = tmp_path / "adapters" / (name or "other")
+        write_plain_lora(model, adapter, tmp_path / f"plain-{name}", adapter_name=name)
+        plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / f"plain-{name}")
+        model.set_adapter(name or "other")
+        torch.testing.assert_close(plain(tokens()).logits, logits(row, model), atol=2e-5, rtol=1e-4)
+        model.set_adapter("other")
+    assert set(as_plain_lora(model)) == {f"model.layers.{i}.mlp.up_proj" for i in range(2)}
+
+
+def test_an_adapter_that_is_not_there_is_refused_with_those_that_are(tiny_llama):
+    _, model = two_adapters(tiny_llama)
+    with pytest.raises(headwater.HeadwaterError, match=r"(?s)no adapter 'default'.*there are news, other"):
+        as_plain_lora(model, adapter_name="default")
+    model.base_model.set_adapter(["news", "other"])
+    with pytest.raises(headwater.HeadwaterError, match=r"(?s)2 adapters are active.*name one: there are news, other"):
+        as_plain_lora(model)
+    with pytest.raises(headwater.HeadwaterError, match="no headwater adapter"):
+        as_plain_lora(tiny_llama())
+    with pytest.raises(headwater.HeadwaterError, match="no headwater adapter"):
+        as_plain_lora(get_peft_model(tiny_llama(), LoraConfig(target_modules=["up_proj"])))
+
+
+def test_uniform_gates(tiny_llama):
+    row = BY_ID["rlora"]
+    model = adapt(row, tiny_llama())
+    layers = as_plain_lora(model, gates="uniform")
+    before = {name: model.get_base_model().get_submodule(name).get_base_layer().weight.clone() for name in layers}
+    with pytest.warns(UserWarning, match="fixed gates"):
+        merged = headwater.merge_with_gates(model, "uniform")
+    for name, (A, B) in layers.items():
+        update = merged.get_submodule(name).weight - before[name]
+        torch.testing.assert_close(B @ A, update, atol=1e-5, rtol=1e-4)
+        assert update.abs().max() > 1e-3
+    with pytest.raises(headwater.HeadwaterError, match="'uniform', not 'mean'"):
+        as_plain_lora(model, gates="mean")
+
+
 @pytest.mark.parametrize("row_id", ["mlora", None])
 def test_merging_into_tied_embeddings_is_refused(tiny_llama, tmp_path, row_id):
     base = tiny_llama(tie_word_embeddings=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
+from itertools import repeat
+from pathlib import Path
 
 import pytest
 import torch
@@ -414,3 +417,36 @@ def test_no_link_s_rank_is_larger_than_its_layer():
     assert branch_of(model_of(r=2, link_ranks=[2, d_in, 1])).ranks == [2, d_in, 1]
     with pytest.raises(HeadwaterError, match=r"link_ranks has 7, 9, larger than layer layer \(6 -> 7\) allows"):
         model_of(r=2, link_ranks=[2, 7, 9], num_links=3)
+
+
+def test_the_last_link_cannot_be_tied():
+    branch = branch_of(move(model_of(), 1))
+    branch.tie()
+    branch.tie()
+    before = {name: tensor.clone() for name, tensor in branch.state_dict().items()}
+    with pytest.raises(HeadwaterError, match=r"link 3 of 3 is the last"):
+        branch.tie()
+    assert all(torch.equal(before[name], tensor) for name, tensor in branch.state_dict().items())
+
+
+@pytest.mark.parametrize("lr_policy", ["continue", "restart"])
+def test_the_pages_loop_ties_the_knots(lr_policy):
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "cola.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    config = make_config("cola", **{**SMALL, "num_links": 3, "init_seed": 0, "lr_policy": lr_policy})
+    model = get_peft_model(make_tiny_llama(), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(0, 256, (2, 6), generator=torch.Generator().manual_seed(0))
+    held = {
+        "model": model,
+        "optimizer": optimizer,
+        "total_steps": 6,
+        "batches": repeat({"input_ids": ids, "labels": ids}),
+    }
+    exec(loop, held)
+    branches = held["branches"]
+    assert len(branches) == 2
+    assert all(branch.tied == 2 and branch.A_tied.any(1).all() and branch.B_tied.any(1).all() for branch in branches)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}, "the optimiser was not cleared"
+    if lr_policy == "restart":
+        assert [branches[0].learning_rate_factor(step, 6) for step in range(6)] == pytest.approx([1, 0.5] * 3)

@@ -169,10 +169,16 @@ def mean_gates(model: nn.Module, texts: Texts, *, fill: int = 0) -> dict[str, Te
     return {name: total / count for name, (total, count) in sums.items() if count}
 
 
-def head_similarity(model: nn.Module, adapter_name: str = "default") -> dict[str, list[list[float]]]:
+def head_similarity(model: nn.Module, adapter_name: str | None = None) -> dict[str, list[list[float]]]:
     """Cosine between the up-projections `B_i` and `B_j` of each two heads, as flat vectors: `{module: [N][N]}`.
 
     Heads that are still zero point nowhere; their cosine with anything is given as 0. Empty without heads.
+
+    Args:
+        adapter_name: by default the active adapter.
+
+    Raises:
+        HeadwaterError: there is no such adapter, or none is named and several are active.
     """
     similarity = {}
     for name, held in heads(model, adapter_name).items():

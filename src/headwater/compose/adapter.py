@@ -59,7 +59,7 @@ class Adapter:
     layers: dict[str, LowRank]
 
 
-def read_adapter(folder: Path, name: str, sizes: Sizes | None = None) -> Adapter:
+def read_adapter(folder: str | Path, name: str, sizes: Sizes | None = None) -> Adapter:
     """Read a PEFT LoRA adapter; nothing is unpickled.
 
     Args:
@@ -72,6 +72,7 @@ def read_adapter(folder: Path, name: str, sizes: Sizes | None = None) -> Adapter
             adapter than LoRA, a variant of LoRA that is more than `scaling * B A x`, numbers that are not finite, or
             layers that the base model does not have.
     """
+    folder = Path(folder)
     problems = _file_problems(folder)
     if problems:
         raise HeadwaterError(*problems)

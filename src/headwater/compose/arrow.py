@@ -186,13 +186,13 @@ class Arrow:
         read = (ranks * gate.index_select(-1, stack.owner)).unflatten(-1, blocks).sum(-2, keepdim=True)
         return (stack.spread(gate).unflatten(-1, blocks) * read).flatten(-2)
 
-    def save(self, folder: Path, **fields: Any) -> None:
+    def save(self, folder: str | Path, **fields: Any) -> None:
         """Write the settings and the prototypes. `fields` are kept beside them."""
         kept = {**dataclasses.asdict(self.spec), "general": self.general, **fields}
         write_fitted(folder, KIND, self.pool, (*self.names, *self.general), kept, self.prototypes)
 
     @classmethod
-    def load(cls, folder: Path, pool: AdapterPool, pooled: PooledModel) -> Arrow:
+    def load(cls, folder: str | Path, pool: AdapterPool, pooled: PooledModel) -> Arrow:
         """Routing as it was saved.
 
         Raises:

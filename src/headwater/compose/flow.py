@@ -136,22 +136,14 @@ class FlowGate(nn.Module):
         """Forwards and `generate` inside mix the adapters as the gates say."""
         pooled = self.pooled
         stacks = pooled.stack([pooled.adapter(name) for name in self.names])
-        hooks = [
-            pooled.model.get_submodule(place).register_forward_pre_hook(
-                functools.partial(self._enter, place), with_kwargs=True
-            )
-            for place in (() if self.granularity == "module" else self.places)
-        ]
         try:
-            with pooled.use(stacks, self):
+            with pooled.use(stacks, self, () if self.granularity == "module" else self.places):
                 yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self._now.clear()
 
-    def _enter(self, place: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
+    def enter(self, place: str, x: Tensor) -> None:
+        """Weighs the adapters by what enters a place, `(..., d)`."""
         self._now[place] = self._weigh(place, x.reshape(-1, x.shape[-1]))
 
     def _weigh(self, place: str, x: Tensor) -> Tensor:
@@ -172,13 +164,13 @@ class FlowGate(nn.Module):
         call.saw_gate(gate)
         return u * stack.spread(gate)
 
-    def save(self, folder: Path, pool: AdapterPool, **fields: Any) -> None:
+    def save(self, folder: str | Path, pool: AdapterPool, **fields: Any) -> None:
         """Write the gates. `fields` are kept beside them, e.g. how they were trained."""
         made = {"start": self.start, "temperature": self.temperature, "granularity": self.granularity}
         write_fitted(folder, KIND, pool, self.names, {"places": self.places, **made, **fields}, self.state_dict())
 
     @classmethod
-    def load(cls, folder: Path, pool: AdapterPool, pooled: PooledModel) -> FlowGate:
+    def load(cls, folder: str | Path, pool: AdapterPool, pooled: PooledModel) -> FlowGate:
         """Gates as they were saved.
 
         Raises:

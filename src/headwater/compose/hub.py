@@ -88,7 +88,7 @@ class HubResult:
     optimiser: str
     evaluations: list[dict[str, Any]]
 
-    def save(self, folder: Path, pool: AdapterPool, **fields: Any) -> None:
+    def save(self, folder: str | Path, pool: AdapterPool, **fields: Any) -> None:
         """Write the record of the search, `hub.json`, and the adapter, which PEFT loads from the same folder."""
         record = {"weights": self.weights, "objective": self.objective, "optimiser": self.optimiser}
         kept = {**record, "evaluations": self.evaluations, **fields}

@@ -12,9 +12,11 @@ space; LoRA-Flow and Arrow bring other weights to the same arithmetic.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,17 +92,21 @@ class RowGate:
 
     def __init__(self, weights: Tensor):
         self.weights = weights
+        self.generating = False  # the model's `generate` runs, which repeats rows for beams and returned sequences
         self._by_rank: dict[tuple[Any, ...], Tensor] = {}
 
     def mix(self, u: Tensor, x: Tensor, stack: Stack, call: Call) -> Tensor:
         rows, state = self.weights.shape[0], call.state
         batch = call.shape[0] if state is None or not state.batch else state.batch
         shown = call.shape[0] == batch or (state is not None and call.tokens == batch * state.length)
-        if batch % rows or not shown:
+        fits = batch == rows or rows == 1
+        if not fits and batch % rows == 0:  # elsewhere more rows are a mistake, and whose they are would be a guess
+            fits = self.generating or (state is not None and not state.begins)
+        if not (fits and shown):
             what = f"{rows} mixtures of adapters do not fit a batch of {batch} rows"
             if not shown:
                 what = f"the activations at {call.name}, {tuple(call.shape)}, do not show which row a token belongs to"
-            raise HeadwaterError(Problem(what, fix="give one mixture per row of the batch"))
+            raise HeadwaterError(Problem(what, fix="give one mixture per row of the batch, or a single one for all"))
         key = (stack.key, batch, u.device)
         if key not in self._by_rank:
             weights = self.weights.repeat_interleave(batch // rows, 0)  # beams and returned sequences
@@ -130,28 +136,33 @@ class PooledModel:
         self._context = install_context(model)
         self._modules = {name: model.get_submodule(name) for name in linear_layers(model)}
         self._kept: OrderedDict[str, Adapter] = OrderedDict()
-        self._hooks: dict[str, Any] = {}
+        self._hooks: dict[str | tuple[str], Any] = {}  # of layers, and (under a tuple) of places that a gate reads
         self._stacked: tuple[Any, ...] = ()  # what the stacks of `rows` hold: names, or whole mixtures that are fused
         self._row_stacks: dict[str, Stack] = {}
         self._gate: Gate | None = None
+        self._places: Sequence[str] = ()
         self._stacks: Mapping[str, Stack] = {}
 
     @contextlib.contextmanager
     def rows(self, mixtures: Sequence[Mixture], *, fused: bool = False) -> Iterator[None]:
         """Forwards and `generate` inside give row i of the batch `sum_j mixtures[i][j] * adapter j`.
 
-        A batch may have a whole multiple of the rows given here: beams and returned sequences of a row lie side by
-        side. The adapters' stack is kept as long as the same ones, or fewer, are used.
+        In `generate` and behind a key-value cache a batch may have a whole multiple of the rows given here: beams and
+        returned sequences of a row lie side by side. The adapters' stack is kept as long as the same ones, or fewer,
+        are used.
 
         Args:
-            mixtures: one per row, adapter name -> weight; an empty one is the base model.
+            mixtures: one per row, or a single one for all; adapter name -> weight; an empty one is the base model.
             fused: average the adapters' factors instead of their outputs (LoraRetriever's fusion; see `merge.fuse`).
 
         Raises:
-            HeadwaterError: an adapter cannot be loaded or does not fit the model, a weight is not a number, or ranks
-                differ where factors are averaged.
+            HeadwaterError: a mixture is no dictionary, an adapter cannot be loaded or does not fit the model, a weight
+                is not a number, or ranks differ where factors are averaged.
         """
-        bad = [f"{name}: {w!r}" for m in mixtures for name, w in m.items() if not math.isfinite(w)]
+        if isinstance(mixtures, str | Mapping) or not all(isinstance(m, Mapping) for m in mixtures):
+            what = f"{mixtures!r} is no list of mixtures, which are dictionaries from adapter name to weight"
+            raise HeadwaterError(Problem(what, "mixtures", 'one for each row of the batch: [{"news": 1.0}, {}]'))
+        bad = [f"{name}: {w!r}" for m in mixtures for name, w in m.items() if not _is_finite(w)]
         if bad or not mixtures:
             what = f"weights that are not finite numbers: {', '.join(bad)}" if bad else "there are no rows"
             raise HeadwaterError(Problem(what, "mixtures"))
@@ -161,7 +172,8 @@ class PooledModel:
             adapters = [self._fused(part) if fused else self.adapter(part) for part in needed]
             self._row_stacks, self._stacked = self.stack(adapters), needed
         weights = [[row.get(part, 0.0) for part in self._stacked] for row in parts]
-        with self.use(self._row_stacks, RowGate(torch.tensor(weights, dtype=torch.float64))):
+        gate = RowGate(torch.tensor(weights, dtype=torch.float64))
+        with self.use(self._row_stacks, gate), _telling(gate, self.model):
             yield
 
     @contextlib.contextmanager
@@ -174,17 +186,33 @@ class PooledModel:
         return fuse([self.adapter(name) for name, _ in mixture], [weight for _, weight in mixture])
 
     @contextlib.contextmanager
-    def use(self, stacks: Mapping[str, Stack], gate: Gate) -> Iterator[None]:
-        """Forwards inside add what `gate` makes of `stacks`, layer by layer."""
-        for name in stacks:
-            if name not in self._hooks:
-                self._hooks[name] = self._modules[name].register_forward_hook(_Hook(self, name))
-        before = self._stacks, self._gate
-        self._stacks, self._gate = stacks, gate
+    def use(self, stacks: Mapping[str, Stack], gate: Gate, places: Sequence[str] = ()) -> Iterator[None]:
+        """Forwards inside add what `gate` makes of `stacks`, layer by layer.
+
+        Args:
+            places: modules that tell the gate what enters them, `gate.enter(name, x)` with x `(..., d)`, before the
+                layers inside them run.
+        """
+        self._hook_up(stacks, places)
+        before = self._stacks, self._gate, self._places
+        self._stacks, self._gate, self._places = stacks, gate, places
         try:
             yield
         finally:
-            self._stacks, self._gate = before
+            self._stacks, self._gate, self._places = before
+
+    def _hook_up(self, layers: Iterable[str], places: Sequence[str]) -> None:
+        new = [name for name in layers if name not in self._hooks]
+        entered = [place for place in places if (place,) not in self._hooks]
+        for name in new:
+            self._hooks[name] = self._modules[name].register_forward_hook(_Hook(self, name))
+        for place in entered:
+            hook = functools.partial(self._enter, place)
+            self._hooks[place,] = self.model.get_submodule(place).register_forward_pre_hook(hook, with_kwargs=True)
+        # What torch.compile made does not ask for hooks: it would go on without these, as the base model. They stay,
+        # and what is compiled with them asks which gate is in use.
+        if (new or entered) and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
 
     def adapter(self, name: str) -> Adapter:
         """The adapter on the model's device and in its dtype; kept for the next time."""
@@ -237,6 +265,11 @@ class PooledModel:
         self._hooks.clear()
         self.forget()
 
+    def _enter(self, place: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if place in self._places:
+            gate: Any = self._gate
+            gate.enter(place, args[0] if args else kwargs["hidden_states"])
+
     def _add(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         stack = self._stacks.get(name)
         if self._gate is None or stack is None:
@@ -258,3 +291,38 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return self.pooled._add(self.name, module, args[0], output)
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return math.isfinite(weight)
+    except TypeError:
+        return False
+
+
+@contextlib.contextmanager
+def _telling(gate: RowGate, model: Any) -> Iterator[None]:
+    """Tells the gate when `model.generate` runs; a forward without a cache does not show it."""
+    generate = getattr(model, "generate", None)
+    if generate is None:
+        yield
+        return
+
+    @functools.wraps(generate)
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        gate.generating = True
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            gate.generating = False
+
+    own = vars(model)
+    before = own.get("generate")
+    own["generate"] = telling
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["generate"]
+        else:
+            own["generate"] = before

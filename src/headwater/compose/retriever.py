@@ -94,8 +94,10 @@ class Retriever:
         """`(texts, d)` float32, of norm 1.
 
         Raises:
-            HeadwaterError: the encoder gives numbers that are not finite.
+            HeadwaterError: `texts` is a single text, or the encoder gives numbers that are not finite.
         """
+        if isinstance(texts, str):
+            raise HeadwaterError(Problem(f"{texts!r} is one text, not a list of texts", "texts", "put it into a list"))
         prompt = self.encoder.prompts.get(PROMPT) or None
         found: Any = self.encoder.encode(list(texts), prompt=prompt, convert_to_tensor=True, show_progress_bar=False)
         vectors = found.float().cpu()
@@ -117,11 +119,16 @@ class Retriever:
             exclude: per text, adapters that must not be found: its own task's, in the out-of-domain protocol.
 
         Raises:
-            HeadwaterError: `k` is below 1, or `exclude` has another length than `texts`.
+            HeadwaterError: `k` is below 1, `exclude` has another length than `texts`, or a text is given where a list
+                or a set is meant.
         """
         if k < 1:
             raise HeadwaterError(Problem(f"k is {k}, and at least one adapter has to be retrieved", "k"))
-        if exclude is not None and len(exclude) != len(texts):
+        single = [one for one in (exclude, *(exclude or ())) if isinstance(one, str)]
+        if single:  # `in` would look for names that are a part of it
+            what = f"{single[0]!r} is a text, where each text has a set of names"
+            raise HeadwaterError(Problem(what, "exclude", 'give sets in a list: [{"news"}]'))
+        if exclude is not None and not isinstance(texts, str) and len(exclude) != len(texts):
             raise HeadwaterError(Problem(f"{len(exclude)} sets of names for {len(texts)} texts", "exclude"))
         if not texts:
             return []

@@ -22,7 +22,7 @@ SCHEMA = 2
 
 
 def write_fitted(
-    folder: Path,
+    folder: str | Path,
     kind: str,
     pool: AdapterPool,
     names: Sequence[str],
@@ -52,20 +52,22 @@ def write_fitted(
             write_adapter(adapter, work, pool.base_model)
 
 
-def kind_of(folder: Path) -> str:
+def kind_of(folder: str | Path) -> str:
     """What was fitted in the folder: `flow`, `hub` or `arrow`.
 
     Raises:
         HeadwaterError: there is nothing of the kind.
     """
     for kind in ("flow", "hub", "arrow"):
-        if (folder / f"{kind}.json").is_file():
+        if (Path(folder) / f"{kind}.json").is_file():
             return kind
     fix = "headwater pool flow, hub and arrow write such folders"
     raise HeadwaterError(Problem("nothing fitted on a pool is in this folder", str(folder), fix))
 
 
-def read_fitted(folder: Path, kind: str, pool: AdapterPool) -> tuple[list[str], dict[str, Any], dict[str, Tensor]]:
+def read_fitted(
+    folder: str | Path, kind: str, pool: AdapterPool
+) -> tuple[list[str], dict[str, Any], dict[str, Tensor]]:
     """The adapters' names in order, the other fields, and the tensors.
 
     Raises:
@@ -73,6 +75,7 @@ def read_fitted(folder: Path, kind: str, pool: AdapterPool) -> tuple[list[str], 
     """
     from safetensors import SafetensorError, safe_open
 
+    folder = Path(folder)
     file = folder / f"{kind}.json"
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))

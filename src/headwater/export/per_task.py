@@ -16,7 +16,7 @@ from ..evaluation import EvaluationSpec, TaskScore, interval, score_task
 from ..evaluation.forward import max_positions, pad_id
 from ..evaluation.scoring import sample
 from ..methods.base import NotMergeable
-from .plain import ADAPTER, method_layers, write_plain_lora
+from .plain import method_layers, write_plain_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,8 +69,9 @@ def check_differs_by_task(model: Any) -> None:
         HeadwaterError: if it is.
     """
     try:
-        for layer in method_layers(model):
-            layer.branch(ADAPTER).factors()
+        name, layers = method_layers(model)
+        for layer in layers:
+            layer.branch(name).factors()
     except NotMergeable:
         return
     what = "the adapter is the same LoRA for every task"

@@ -12,21 +12,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..analysis.weights import meant_adapter
 from ..errors import HeadwaterError, Problem
-from ..methods.base import MethodConfig
+from ..methods.base import Branch, MethodConfig, NotMergeable
 from ..tuner import MethodLayer
 
-ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def as_plain_lora(
-    model: nn.Module, *, gates: Mapping[str, Tensor] | None = None, task: int | None = None
+    model: nn.Module,
+    *,
+    gates: Mapping[str, Tensor] | str | None = None,
+    task: int | None = None,
+    adapter_name: str | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer name -> A `(R, d_in)` and B `(d_out, R)`, float32; B A is the layer's whole update, R the same for all.
 
@@ -34,16 +39,29 @@ def as_plain_lora(
 
     Args:
         model: a `PeftModel` with one of headwater's adapters.
-        gates: layer name -> `(N,)`, gates to hold fixed where they depend on the input.
+        gates: layer name -> `(N,)`, gates to hold fixed where they depend on the input; or "uniform".
         task: the task, where the method has an update for each.
+        adapter_name: by default the one that is active.
 
     Raises:
         NotMergeable: if the method needs gates or a task and none is given.
+        HeadwaterError: if there is no such adapter, or `gates` is another text than "uniform".
     """
+    if isinstance(gates, str) and gates != "uniform":
+        what = f"gates are a dictionary from layer name to gate, or 'uniform', not {gates!r}"
+        raise HeadwaterError(Problem(what, "gates"))
+    name, layers = method_layers(model, adapter_name)
+    by_task = getattr(getattr(model, "peft_config", {}).get(name), "needs_task_ids", False)
     found = {}
-    for layer in method_layers(model):
-        gate = None if gates is None else gates.get(layer.name)
-        A, B = (factor.detach().float().cpu() for factor in layer.branch(ADAPTER).factors(gate, task))
+    for layer in layers:
+        branch = layer.branch(name)
+        gate = _uniform_gate(branch) if isinstance(gates, str) else (gates or {}).get(layer.name)
+        try:
+            factors = branch.factors(gate, task)
+        except NotMergeable as error:  # the way out that it names merges; here it is an argument
+            fix = "give task=, a task's id" if by_task else "give gates=, for every layer, to hold them fixed"
+            raise NotMergeable(*(Problem(problem.what, layer.name, fix) for problem in error.problems)) from error
+        A, B = (factor.detach().float().cpu() for factor in factors)
         used = A.any(dim=1) & B.any(dim=0)
         found[layer.name] = (A[used], B[:, used])
     rank = max(1, *(len(A) for A, _ in found.values()))
@@ -61,13 +79,14 @@ def write_plain_lora(
     adapter: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    gates: Mapping[str, Tensor] | None = None,
+    gates: Mapping[str, Tensor] | str | None = None,
     task: int | None = None,
+    adapter_name: str | None = None,
 ) -> int:
     """Writes the adapter as plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        model, gates, task: as in `as_plain_lora`.
+        model, gates, task, adapter_name: as in `as_plain_lora`.
         adapter: the folder that the adapter was loaded from; what it holds besides the method's tensors, such as a
             trained vocabulary head (`modules_to_save`), is taken along.
         folder: where to, made if need be; a caller that wants it whole or not at all uses `new_folder`.
@@ -76,7 +95,7 @@ def write_plain_lora(
         The rank.
     """
     adapter, folder = Path(adapter), Path(folder)
-    layers = as_plain_lora(model, gates=gates, task=task)
+    layers = as_plain_lora(model, gates=gates, task=task, adapter_name=adapter_name)
     tensors = {
         f"base_model.model.{name}.lora_{letter}.weight": tensor
         for name, factors in layers.items()
@@ -85,15 +104,15 @@ def write_plain_lora(
     beside = {k: t for k, t in load_file(adapter / WEIGHTS_FILE).items() if "_branch." not in k}
     rank = len(next(iter(layers.values()))[0])
     folder.mkdir(parents=True, exist_ok=True)
-    plain_config(model, rank).save_pretrained(str(folder))
+    plain_config(model, rank, adapter_name).save_pretrained(str(folder))
     save_file({**tensors, **beside}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     return rank
 
 
-def plain_config(model: Any, rank: int) -> LoraConfig:
+def plain_config(model: Any, rank: int, adapter_name: str | None = None) -> LoraConfig:
     """PEFT's config of the written adapter: the scaling `lora_alpha / r` is 1."""
-    config: MethodConfig = model.peft_config[ADAPTER]
-    layers = list(method_layers(model))
+    name, layers = method_layers(model, adapter_name)
+    config: MethodConfig = model.peft_config[name]
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -107,16 +126,23 @@ def plain_config(model: Any, rank: int) -> LoraConfig:
     )
 
 
-def method_layers(model: nn.Module) -> list[MethodLayer]:
-    """The layers that headwater's adapter is on.
+def method_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[MethodLayer]]:
+    """The adapter of that name, by default the active one, and the layers that it is on.
 
     Raises:
-        HeadwaterError: if there are none.
+        HeadwaterError: if there is no such adapter, or it is not one of headwater's.
     """
-    layers = [m for m in model.modules() if isinstance(m, MethodLayer) and ADAPTER in m.branches]
+    name = meant_adapter(model, adapter_name)
+    layers = [m for m in model.modules() if isinstance(m, MethodLayer) and name in m.branches]
     if not layers:
         raise HeadwaterError(Problem("this model has no headwater adapter", fix="load one with PeftModel first"))
-    return layers
+    return name, layers
+
+
+def _uniform_gate(branch: Branch) -> Tensor:
+    held = branch.heads()
+    N = 1 if held is None else held.B.shape[0]
+    return torch.full((N,), 1 / N)
 
 
 def _targets(model: Any, names: list[str]) -> list[str]:

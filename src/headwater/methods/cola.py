@@ -172,8 +172,15 @@ class ColaBranch(Branch):
 
     @torch.no_grad()
     def tie(self) -> None:
-        """Ties the knot: the current link joins the frozen ones and a fresh one begins. The output does not change."""
+        """Ties the knot: the current link joins the frozen ones and a fresh one begins. The output does not change.
+
+        Raises:
+            HeadwaterError: the current link is the last.
+        """
         link = self.tied
+        if link + 1 == len(self.ranks):
+            what = f"link {link + 1} of {len(self.ranks)} is the last, and no other can begin"
+            raise HeadwaterError(Problem(what, "num_links", "make the chain longer, or tie fewer knots"))
         start, rank = sum(self.ranks[:link]), self.ranks[link]
         self.A_tied[start : start + rank] = self.A[:rank]
         self.B_tied[start : start + rank] = self.B[:rank] * self.relative_scaling(link)
