@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tiny_tokenizer
 
+from headwater.errors import HeadwaterError
 from headwater.evaluation.generate import decode
 from headwater.serve.sampling import Sampling, Text, pick
 
@@ -18,6 +19,13 @@ TOKENIZER = make_tiny_tokenizer()
 
 def ids(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("field", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}])
+def test_numbers_out_of_range_are_refused(field):
+    ((name, value),) = field.items()
+    with pytest.raises(HeadwaterError, match=f"{name}: {value} is out of range"):
+        Sampling(**field)
 
 
 def test_draws_follow_temperature_and_top_p():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import HeadwaterError, Problem
 from ..evaluation.generate import decode
 
 _UNFINISHED = "\ufffd"  # what bytes that are not yet a whole character decode to
@@ -24,6 +26,9 @@ class Sampling:
         top_p: only the likeliest tokens that make up this probability are drawn from; in (0, 1].
         stop: texts that end the answer; they are not part of it.
         seed: of the draws; None takes a new one. An answer does not depend on what else is in its batch.
+
+    Raises:
+        HeadwaterError: a number is out of its range.
     """
 
     max_tokens: int = 256
@@ -31,6 +36,15 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        sound = {
+            "max_tokens": self.max_tokens > 0,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_p": 0 < self.top_p <= 1,
+        }
+        if bad := [Problem(f"{getattr(self, name)} is out of range", name) for name, ok in sound.items() if not ok]:
+            raise HeadwaterError(*bad)
 
     def generator(self) -> torch.Generator:
         """A generator of this answer's own."""
