@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import headwater
 from headwater.analysis import GateRecorder, Texts, gate_statistics
 from headwater.analysis.gates import shows_gates
+from headwater.training import MethodCallback
 
-from .helpers import LAYERS, adapt, task_kwargs, tokens, train_loss
+from .helpers import LAYERS, adapt, config, task_kwargs, tokens, train_loss
 from .rows import BY_ID, ROWS
 
 DOCS = Path(__file__).parents[2] / "docs" / "gates.md"
@@ -185,3 +190,68 @@ def test_a_gate_of_nothing_but_zeros_is_no_load():
     found = _of(torch.tensor([[0.0, 0, 0], [0.5, 0.5, 0]]))
     assert found.load.tolist() == [0.5, 0.5, 0]
     assert found.gate_entropy == pytest.approx(math.log(2) / math.log(3) / 2)
+
+
+def two_active(tiny_llama, row, num_heads=3):
+    model = adapt(row, tiny_llama())
+    model.add_adapter("other", config(row, **({"num_heads": num_heads} if row.name == "rlora" else {})))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+@pytest.mark.parametrize("num_heads", [2, 3])
+def test_the_gates_of_two_adapters_are_not_mixed(tiny_llama, num_heads):
+    model = two_active(tiny_llama, BY_ID["rlora"], num_heads)
+    for texts in ([[1, 2, 3]], [[1, 2, 3], [4, 5]]):
+        with pytest.raises(headwater.HeadwaterError, match=r"mlp\.\w+ shows the gates of several active adapters"):
+            gate_statistics(model, texts)
+    for name, heads in (("default", 3), ("other", num_heads)):
+        model.set_adapter(name)
+        found = gate_statistics(model, [[1, 2, 3]])
+        assert {(s.tokens, len(s.load)) for s in found.values()} == {(3, heads)}
+    assert not model.get_base_model()._headwater_context.observers
+
+
+class Twice(nn.Module):
+    """One layer at two depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, input_ids):
+        return self.layer(self.layer(input_ids))
+
+
+def test_a_layer_that_runs_twice_is_counted_twice():
+    model = get_peft_model(Twice(), config(BY_ID["rlora"], target_modules=["layer"], task_type=None))
+    with GateRecorder(model) as recorder:
+        for _ in range(3):
+            model(torch.ones(2, 5, 8))
+    assert recorder.statistics()["layer"].tokens == 3 * 2 * 2 * 5
+
+
+@pytest.mark.parametrize(("row_id", "said"), [("rlora", 1), ("smora", 1), ("mlora", 0)])
+def test_training_two_adapters_goes_on_without_their_gates(tiny_llama, tmp_path, row_id, said):
+    """One becomes active with another in the middle of the training."""
+    row = BY_ID[row_id]
+    model = two_active(tiny_llama, row, num_heads=2)
+    model.set_adapter("default")
+
+    class Activate(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                model.base_model.set_adapter(["default", "other"])
+
+    rows = [{"input_ids": tokens(seed=n)[0], "labels": tokens(seed=n)[0]} for n in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[MethodCallback(), Activate()])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum("gates are not watched any more" in str(w.message) for w in warned) == said
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["gate_entropy" in log for log in logs] == [bool(said)] * 2 + [False] * 4

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from transformers import CompileConfig
 
 import headwater
 
-from .helpers import adapt, logits, task_kwargs, tokens
+from .helpers import adapt, config, stir, task_kwargs, tokens
 from .rows import BY_ID
 
 LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 258}
@@ -107,16 +113,47 @@ def test_missing_ids_are_named_by_generate_as_well(row, model):
             model.generate(input_ids=tokens(), **LENGTH)
 
 
-def test_without_a_task_type_the_context_manager_still_works(row, tiny_llama):
-    """PEFT then calls the base model's own `generate`, which accepts no keyword of ours and says so."""
-    model = adapt(row, tiny_llama(), task_type=None)
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_without_a_task_type_it_is_the_same(row, tiny_llama, copied):
+    """PEFT then calls the base model's own `generate`. A copy's is the copy's, whatever becomes of the original."""
+    model = adapt(row, tiny_llama(), task_type=None, lora_alpha=64, **row.no_dropout)
     x = tokens(rows=2)
+    expected = generate(row, adapt(row, tiny_llama(), lora_alpha=64, **row.no_dropout), x, do_sample=False)
+    if copied is not None:
+        model, original = copied(model), model
+        stir(original, seed=5)
+    assert torch.equal(generate(row, model, x, do_sample=False), expected)
+    assert torch.equal(generate(row, model.get_base_model(), x, do_sample=False, use_cache=False), expected)
     with headwater.task_ids(model, [0, 1]):
-        found = model.generate(input_ids=x, do_sample=False, **LENGTH)
-    assert torch.equal(found, generate(row, adapt(row, tiny_llama()), x, do_sample=False))
-    with pytest.raises(ValueError, match="headwater_task_ids"):
-        model.generate(input_ids=x, headwater_task_ids=torch.tensor([0, 1]), **LENGTH)
-    assert torch.equal(logits(row, model), logits(row, adapt(row, tiny_llama())))
+        assert torch.equal(model.generate(input_ids=x, do_sample=False, **LENGTH), expected)
+    if row.name == "cond_mixlora":
+        with pytest.raises(headwater.HeadwaterError, match=r"prefill_chunk_size: .*whole prompt"):
+            generate(row, model, x, do_sample=False, prefill_chunk_size=4)
+
+
+def test_unloading_gives_the_base_model_its_own_generate_back(tiny_llama):
+    base = tiny_llama()
+    assert adapt(BY_ID["mlora"], base).unload() is base
+    assert "generate" not in base.__dict__
+    base.generate = before = functools.partial(type(base).generate, base)
+    model = adapt(BY_ID["mtl_lora"], base)
+    model.add_adapter("other", config(BY_ID["mtl_lora"]))
+    assert generate(BY_ID["mtl_lora"], model, tokens()).shape == (2, 13)
+    assert model.unload() is base
+    assert base.generate is before
+
+
+@pytest.mark.parametrize("target", ["q_proj", "up_proj"])
+def test_a_model_that_nobody_holds_frees_its_weights_at_once(tiny_llama, target):
+    """Without the garbage collector, which no one waits for before the next model is loaded."""
+    model = adapt(BY_ID["rlora"], tiny_llama(), target_modules=[target])
+    kept = weakref.ref(model.get_base_model().lm_head.weight)
+    gc.disable()
+    try:
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_ids_for_some_of_the_prompts_are_not_guessed(model, row):

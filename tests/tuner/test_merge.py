@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import headwater
 from headwater.analysis import heads as heads_of
+from headwater.methods.registry import method
 from headwater.tuner import MethodLayer
 
 from .helpers import adapt, assert_same, base_weights, config, logits, stir, tokens
@@ -304,3 +306,86 @@ def test_a_fixed_merge_that_fails_on_a_later_layer_changes_nothing(row, tiny_lla
     assert_same(base_weights(model), weights)
     assert torch.equal(logits(row, model), before)
     assert not any(m.merged for m in model.modules() if isinstance(m, MethodLayer))
+
+
+def with_lora(model):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def none_active(model):
+    model = adapt(BY_ID["mtl_lora"], model)
+    model.base_model.set_adapter([])
+    return model
+
+
+def injected(row_id):
+    return lambda model: stir(model := inject_adapter_in_model(config(BY_ID[row_id]), model)) or model
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [lambda model: headwater.merge_with_gates(model, "uniform"), lambda model: headwater.merge_task(model, 1)],
+    ids=["merge_with_gates", "merge_task"],
+)
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda model: model, "no active headwater adapter"),
+        (with_lora, "no active headwater adapter"),
+        (none_active, "no active headwater adapter"),
+        (injected("rlora"), "not PEFT's wrapper"),
+        (injected("mtl_lora"), "not PEFT's wrapper"),
+    ],
+    ids=["base", "lora", "none active", "injected rlora", "injected mtl_lora"],
+)
+def test_what_cannot_be_merged_is_left_as_it_was(tiny_llama, merge, made, said):
+    model = made(tiny_llama())
+    before, modules = base_weights(model), [type(m) for m in model.modules()]
+    with pytest.raises(headwater.HeadwaterError, match=said):
+        merge(model)
+    assert_same(base_weights(model), before)
+    assert [type(m) for m in model.modules()] == modules
+
+
+@every([row for row in ROWS if not row.needs_task_ids])
+def test_a_method_without_tasks_has_none_to_merge_for(row, tiny_llama):
+    model = adapt(row, tiny_llama())
+    before = base_weights(model)
+    with pytest.raises(headwater.HeadwaterError, match="does the same for every task") as refused:
+        headwater.merge_task(model, 99)
+    assert ("merge_and_unload" in refused.value.problems[0].fix) == method(row.name).mergeable
+    assert_same(base_weights(model), before)
+
+
+@every([row for row in BY_TASK if row.name != "taskprobe"])  # a test's own method, which asks nothing of a task
+@pytest.mark.parametrize(("task", "said"), [("sst2", "not 'sst2'"), (1.0, "not 1.0"), (3, "out of range")])
+def test_a_task_is_a_number_that_the_adapter_knows(row, tiny_llama, task, said):
+    model = adapt(row, tiny_llama())
+    with pytest.raises(headwater.HeadwaterError, match=f"{said}.*3 tasks, 0 to 2"):
+        headwater.merge_task(model, task)
+    merged = headwater.merge_task(copy.deepcopy(model), torch.tensor(1))
+    assert_same(base_weights(merged), base_weights(headwater.merge_task(model, 1)))
+
+
+@pytest.mark.parametrize("row_id", ["rlora", "cond_mixlora"])
+def test_fixed_gates_may_be_lists(row_id, tiny_llama):
+    model, seen = adapt(BY_ID[row_id], tiny_llama()), {}
+    with headwater.observe(model, lambda name, gate: seen.update({name: gate[0, 0]}), merging=True):
+        logits(BY_ID[row_id], model)
+    expected = headwater.merge_with_gates(copy.deepcopy(model), seen)
+    merged = headwater.merge_with_gates(model, {name: gate.tolist() for name, gate in seen.items()})
+    assert_same(base_weights(merged), base_weights(expected))
+
+
+def test_every_gate_that_does_not_fit_a_layer_is_named(tiny_llama):
+    model = adapt(BY_ID["rlora"], tiny_llama(), target_modules=["q_proj"])
+    before = base_weights(model)
+    first, second = (f"model.layers.{n}.self_attn.q_proj" for n in range(2))
+    with pytest.raises(headwater.HeadwaterError) as refused:
+        headwater.merge_with_gates(model, {first: "abc", "lm_head": torch.ones(3)})
+    said = [problem.what for problem in refused.value.problems]
+    assert said[:2] == [f"no gate for layer {second}", "a gate for 'lm_head', where no active adapter is"]
+    assert said[2].startswith(f"the gate for layer {first} is no tensor")
+    with pytest.raises(headwater.HeadwaterError, match="or 'uniform', not None"):
+        headwater.merge_with_gates(model, None)
+    assert_same(base_weights(model), before)

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 
 import headwater
+from headwater.tuner import MethodLayer, is_adapted
 
 from .helpers import LAYERS, adapt, assert_same, base_weights, config, logits, stir, task_kwargs, tokens
 from .rows import ROWS
@@ -174,3 +175,38 @@ def test_a_start_without_a_seed_is_drawn_on_the_cpu(tiny_llama):
     with torch.device("meta"):
         model = get_peft_model(base, headwater.RLoraConfig(r=2, target_modules=["q_proj"]))
     assert not any(p.is_meta for p in model.parameters())
+
+
+REFUSED = {"r": 8, "num_links": 2, "link_ranks": [8, 32], "init_seed": 0}  # k_proj is 16 wide, and comes after q_proj
+
+
+def test_an_adapter_that_a_layer_refuses_is_on_no_layer(tiny_llama):
+    base = tiny_llama()
+    hooks, modules = len(base._forward_hooks), [type(m) for m in base.modules()]
+    with pytest.raises(headwater.HeadwaterError, match="k_proj"):
+        get_peft_model(base, headwater.make_config("cola", target_modules=["q_proj", "k_proj"], **REFUSED))
+    assert [type(m) for m in base.modules()] == modules
+    assert all(p.requires_grad for p in base.parameters())
+    assert not is_adapted(base)
+    assert "generate" not in base.__dict__
+    assert len(base._forward_hooks) == hooks
+    model = get_peft_model(base, headwater.make_config("cola", target_modules=["v_proj"], r=8, num_links=2))
+    assert {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer)} == {"v_proj"}
+    assert all("v_proj" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["other", "default"])
+def test_an_adapter_that_a_layer_refuses_leaves_the_others_as_they_were(tiny_llama, name):
+    """Also one of its own name, which another try on the same base model would replace."""
+    row = next(row for row in ROWS if row.name == "cola")
+    model = adapt(row, tiny_llama(), target_modules=["q_proj", "up_proj"])
+    before, expected = {n: p.requires_grad for n, p in model.named_parameters()}, logits(row, model)
+    refused = headwater.make_config("cola", target_modules=["q_proj", "k_proj", "o_proj"], **REFUSED)
+    with pytest.raises(headwater.HeadwaterError, match="k_proj"):
+        model.add_adapter(name, refused) if name == "other" else get_peft_model(model.get_base_model(), refused)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert torch.equal(logits(row, model), expected)
+    model.add_adapter("other", config(row, target_modules=["o_proj"]))
+    model.set_adapter("other")
+    on = {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer) and "other" in m.branches}
+    assert on == {"o_proj"}

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import HeadwaterError, Problem
 from ..methods.base import Branch
 from ..methods.call import Call, State
 from ..tuner import MethodLayer, context_of
@@ -120,11 +121,13 @@ class GateRecorder:
             spread over the batch; all by default.
 
     Raises:
-        HeadwaterError: if the model has no such adapter.
+        HeadwaterError: if the model has no such adapter; in the forward, if several active ones show gates.
     """
 
     def __init__(self, model: nn.Module, *, values_per_layer: int | None = None):
         self._context = context_of(model)
+        self._layers = {module.name: module for module in model.modules() if isinstance(module, MethodLayer)}
+        self._shown: tuple[State | None, set[str]] = (None, set())  # a forward and the layers that showed a gate in it
         self._limit = values_per_layer
         self._recording = False
         self._state: State | None = None
@@ -145,6 +148,7 @@ class GateRecorder:
         if self._recording:
             self._context.observers.remove(self._see)
             self._recording = False
+            self._shown = (None, set())
             self._sum_up()
 
     def __enter__(self) -> GateRecorder:
@@ -180,6 +184,16 @@ class GateRecorder:
         if torch.compiler.is_compiling():
             return
         state = self._context.state
+        if state is not self._shown[0]:
+            self._shown = (state, set())
+        if name in self._shown[1] and name in self._layers and len(self._layers[name].active_adapters) > 1:
+            raise HeadwaterError(  # a layer that a model runs at several depths shows its gate again, too, and is fine
+                Problem(
+                    f"{name} shows the gates of several active adapters, whose statistics would be mixed",
+                    fix="record them one after another, each made active by model.set_adapter(name)",
+                )
+            )
+        self._shown[1].add(name)
         if state is not self._state:
             self._sum_up()
             self._state, self._forwards = state, self._forwards + 1

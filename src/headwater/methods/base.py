@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -338,12 +339,17 @@ def known_task(task: int, num_tasks: int) -> int:
     """The task to merge for.
 
     Raises:
-        HeadwaterError: if it is out of range.
+        HeadwaterError: if it is out of range, or no number.
     """
-    if not 0 <= task < num_tasks:
-        known = f"the adapter knows {num_tasks} tasks, 0 to {num_tasks - 1}"
+    known = f"the adapter knows {num_tasks} tasks, 0 to {num_tasks - 1}"
+    try:
+        index = operator.index(task)
+    except TypeError:  # the name of a task
+        what = f"a task is the number it was trained under, not {task!r}: {known}"
+        raise HeadwaterError(Problem(what, "task")) from None
+    if not 0 <= index < num_tasks:
         raise HeadwaterError(Problem(f"task {task} is out of range: {known}", "task"))
-    return task
+    return index
 
 
 def kaiming(rows: int, columns: int, generator: torch.Generator, *, batch: tuple[int, ...] = ()) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,21 @@ KEYWORD = "headwater_task_ids"
 LENGTHS = "headwater_row_lengths"
 Observer = Callable[[str, Tensor], None]
 Align = Callable[["Call", Tensor, Callable[[], Tensor]], Tensor]
+
+
+@torch.compiler.assume_constant_result  # runs while a graph is being made, where a plain call would break it
+def _warn_of_compiling() -> None:
+    _warn_once()
+
+
+@functools.cache  # dynamo makes Python forget which warnings it has shown
+def _warn_once() -> None:
+    warnings.warn(
+        "compiled code cannot see what is done to the loss before backward (a division by the number of accumulated "
+        "batches, a gradient scaler's factor), so auxiliary losses count in full in every backward; where the loss is "
+        "multiplied by a factor, set `headwater.tuner.context_of(model).loss_scale` to it",
+        stacklevel=3,
+    )
 
 
 @dataclass
@@ -60,6 +77,7 @@ class State:
         losses: name -> [sum over layers, detached; number of layers].
         runs: layer -> how often it ran, where there are losses: some models run one layer at several depths.
         task_range: lowest and highest task id, once somebody asked.
+        numbered: the rows' tasks numbered from 0, and how many there are, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
         outer: of an encoder's state, the whole model's; None where it runs by itself.
         read: of an encoder-decoder's state, that of layers in the decoder which read what the encoder wrote.
@@ -80,6 +98,7 @@ class State:
     losses: dict[str, list[Any]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None
+    numbered: tuple[Tensor, int] | None = None
     closed: bool = False
     outer: State | None = None
     read: State | None = None
@@ -202,10 +221,18 @@ class Call:
             )
         )
 
-    def highest_task(self) -> int:
-        """The highest task id of the batch."""
-        ids = self.task_of_row()
-        return int(ids.max()) if self.state is None else self.state.range_of_tasks(ids)[1]
+    def numbered_tasks(self) -> tuple[Tensor, int]:
+        """LongTensor `(rows,)`, the batch's tasks in numbers from 0, and how many numbers there are, for what is made
+        for each of them. An id is its own number, unless ids go beyond the number of rows."""
+        ids, state = self.task_of_row(), cast(State, self.state)
+        count = state.range_of_tasks(ids)[1] + 1
+        ids = self.task_of_row(count)
+        if count <= ids.shape[0]:
+            return ids, count
+        if state.numbered is None:  # once per forward, because an accelerator has to be waited for
+            found, numbers = torch.unique(ids, return_inverse=True)
+            state.numbered = numbers, found.shape[0]
+        return state.numbered
 
     @property
     def _packed(self) -> Packed | None:
@@ -274,6 +301,8 @@ class Call:
         scale = state.loss_scale  # on the device of the model's inputs, which need not be the layer's
         scale = scale.to(loss.device) if isinstance(scale, Tensor) else scale
         if torch.compiler.is_compiling():  # nothing of a compiled forward can be told in its backward
+            if not isinstance(scale, Tensor):  # whoever gave the step's number of tokens divides by nothing else
+                _warn_of_compiling()
             return loss * weight * scale * state.gradient
         return following(loss * weight * scale, lambda: (state.outer or state).gradient / state.runs.get(self.name, 1))
 

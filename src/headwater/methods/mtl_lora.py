@@ -204,7 +204,7 @@ class MtlLoraBranch(Branch):
                     )
                 )
             task = 0
-        known_task(task, self.num_tasks)
+        task = known_task(task, self.num_tasks)
         A = self.L[task] @ self.A if self.L.dim() == 3 else self.L[task].unsqueeze(1) * self.A
         mixed = (self.mixing(task) if gate is None else fixed_gate(gate, self.B.shape[0])).to(self.B)
         return A, self.scaling * torch.einsum("n,nro->or", mixed, self.B)

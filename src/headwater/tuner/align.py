@@ -80,12 +80,12 @@ class AlignLoss:
 
     def loss(self, call: Call, z: Tensor) -> Tensor:
         """The unweighted loss of one layer; 0 where fewer than two tasks have two rows and 4 r tokens each."""
-        num_tasks = call.highest_task() + 1
-        task_of_row = call.task_of_row(num_tasks).to(z.device)
+        tasks, num_tasks = call.numbered_tasks()
+        task_of_row, task_of_token = tasks.to(z.device), call.to_tokens(tasks).to(z.device)
         z = widened(z)
         counted = self.counted(call)
         counted = None if counted is None else counted.to(z.device)
-        member = membership(call.task_of_token().to(z.device), counted, num_tasks).to(z.dtype)
+        member = membership(task_of_token, counted, num_tasks).to(z.dtype)
         usable = membership(task_of_row, None, num_tasks).sum(1) >= 2
         if self.spec.token_mode == "per_position":
             distances = kl_alignment_per_position(call.by_row(z), task_of_row, num_tasks)
@@ -137,8 +137,12 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
         spec: the loss; or give its fields as keywords. `weight=0` switches it off.
 
     Raises:
-        HeadwaterError: if the model has no adapter with a down-projection, or a field is out of range.
+        HeadwaterError: if the model has no adapter with a down-projection, a field is out of range, or both a spec and
+            fields are given.
     """
+    if spec is not None and fields:
+        what = f"{' and '.join(sorted(fields))} would be ignored beside the spec"
+        raise HeadwaterError(Problem(what, "align", "give one AlignSpec with all fields, or all fields as keywords"))
     try:
         spec = spec or AlignSpec(**fields)
     except ValidationError as error:

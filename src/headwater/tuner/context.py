@@ -54,8 +54,9 @@ class Context:
         self._opened = False  # by a forward whose layers may run again in backward, perhaps in another thread
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # thread-local storage cannot be copied; a copied model starts with its own, and without observers
-        kept = ("align", "loss_scale", "branches_need_state", "branches_need_batch")
+        # thread-local storage cannot be copied; a copied model starts with its own, and without observers. Nor does
+        # `loss_scale` go along: a trainer sets it for its own accumulation, and a copy is trained by another.
+        kept = ("align", "branches_need_state", "branches_need_batch")
         return Context, (self._names,), {name: getattr(self, name) for name in kept}
 
     @property

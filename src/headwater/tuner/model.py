@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ from ..methods.base import LayerShape, MethodConfig
 from ..methods.registry import Method
 from ..methods.registry import method as registered
 from .checkpoints import leave_checkpoints
-from .context import KEYWORD, Context, Observer, has_encoder
+from .context import Context, Observer, has_encoder
+from .generation import unwrap_generate, wrap_generate
 from .layer import MethodLayer, floating_weight, linear_sizes, wide_dtype
 from .mlp import fuse_mlps, unfuse_mlps
 from .targets import rank_of, settle_targets
 
 _CONTEXT = "_headwater_context"
 _HOOKS = "_headwater_hooks"
-_CHUNKS = "prefill_chunk_size"
 REFERENCE = "ref"
 """TRL's name of the frozen copy of an adapter that is trained on."""
 
@@ -40,31 +40,6 @@ class MethodModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # PEFT 0.20 calls model.forward, which skips the hooks that open the context
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`; takes `headwater_task_ids`, one per prompt or one for all.
-
-        Raises:
-            HeadwaterError: if there are others than that, or what is generated with needs whole prompts and
-                `prefill_chunk_size` cuts them.
-        """
-        ids = kwargs.pop(KEYWORD, None)
-        context = context_of(self.model)
-        settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        if self.method.branch.by_prompt and kwargs.get(_CHUNKS, getattr(settings, _CHUNKS, None)):
-            what = f"{self.method.title} goes by a row's whole prompt, and would see the first chunk of it alone"
-            raise HeadwaterError(Problem(what, _CHUNKS, "leave it out"))
-        prompts = next(
-            (p for p in (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds"))) if p is not None), None
-        )
-        with contextlib.ExitStack() as stack:
-            # A forward that Ctrl-C ended has left its state: no hook tells of it.
-            stack.enter_context(context.use(None))
-            if ids is not None:
-                stack.enter_context(context.task_ids(ids))
-            if isinstance(prompts, Tensor):
-                stack.enter_context(context.generating(*prompts.shape[:2]))
-            return self.model.generate(*args, **kwargs)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:  # PEFT drops it next, and all rows would use the active adapter
@@ -95,7 +70,6 @@ class MethodModel(BaseTuner):
                     fix="take another method for this model",
                 )
             )
-        install_context(model)
 
     def _prepare_model(self, peft_config: MethodConfig, model: nn.Module) -> None:  # type: ignore[override]
         settle_targets(self, peft_config, model)
@@ -134,10 +108,15 @@ class MethodModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_shared"] = {}  # what this adapter's layers have in common while they are being made
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for finish in self.__dict__.pop("_shared").get("finish", ()):
-            finish()
+        with _whole_or_not_at_all(model, adapter_name):
+            context = install_context(model)
+            if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                context.align = None  # of a plain LoRA that was merged since, which leaves the context where it is
+            wrap_generate(model, context)
+            self.__dict__["_shared"] = {}  # what this adapter's layers have in common while they are being made
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for finish in self.__dict__.pop("_shared").get("finish", ()):
+                finish()
         if adapter_name == REFERENCE and self.peft_config[adapter_name] is self.peft_config.get("default"):
             copy_default(model, adapter_name)
         fuse_mlps(model)
@@ -179,13 +158,48 @@ class MethodModel(BaseTuner):
         if merge:
             self._rehearse_merge(adapter_names, safe_merge)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for hook in model.__dict__.pop(_HOOKS, ()):
-            hook.remove()
-        context: Context | None = model.__dict__.pop(_CONTEXT, None)
-        if context is not None:
-            leave_checkpoints(model)
+        _remove_context(model)
         unfuse_mlps(model)
         return model
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """On an error inside, the model is as before: what one layer refuses must not stay on the layers before it, where
+    the next try would train it as its own."""
+    context: Context | None = model.__dict__.get(_CONTEXT)
+    needs = context and (context.branches_need_state, context.branches_need_batch)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = {m: dict(m.branches).get(adapter_name) for m in model.modules() if isinstance(m, MethodLayer)}
+    try:
+        yield
+    except BaseException:
+        for parent in list(model.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, MethodLayer) and layer not in before:
+                    setattr(parent, name, layer.get_base_layer())
+        for layer, branch in before.items():
+            if branch is not None:
+                layer.drop_held()
+                layer.branches[adapter_name] = branch
+            elif adapter_name in layer.branches:
+                layer.drop_held()
+                del layer.branches[adapter_name]
+        for parameter, learns in trained:
+            parameter.requires_grad_(learns)
+        if context is None:
+            _remove_context(model)
+        elif needs:
+            context.branches_need_state, context.branches_need_batch = needs
+        raise
+
+
+def _remove_context(model: nn.Module) -> None:
+    for hook in model.__dict__.pop(_HOOKS, ()):
+        hook.remove()
+    if model.__dict__.pop(_CONTEXT, None) is not None:
+        leave_checkpoints(model)
+    unwrap_generate(model)
 
 
 def copy_default(model: nn.Module, adapter_name: str) -> None:
