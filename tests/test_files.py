@@ -12,7 +12,15 @@ from full_disk import files_end_after
 from safetensors.torch import save_file
 
 from headwater.errors import HeadwaterError
-from headwater.files import NotWritten, replace_folder, whole_folder, why_not_written, write_json, write_text
+from headwater.files import (
+    NotWritten,
+    check_file,
+    replace_folder,
+    whole_folder,
+    why_not_written,
+    write_json,
+    write_text,
+)
 from headwater.methods.files import write_tensors
 from headwater.training.write_errors import whole_or_gone
 
@@ -116,6 +124,18 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     replace_folder(new, old)
     assert (old / "name").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_file_to_be_written_is_looked_for_where_its_link_leads(tmp_path):
+    lost, found = tmp_path / "lost.json", tmp_path / "found.json"
+    lost.symlink_to(tmp_path / "gone" / "x.json")
+    found.symlink_to(tmp_path / "x.json")
+    with pytest.raises(HeadwaterError, match=r"--output .*lost\.json: the folder of this file does not exist"):
+        check_file(str(lost), "--output")
+    check_file(str(found), "--output")
+    with open(tmp_path / "open.json", "w") as file:
+        check_file(f"/dev/fd/{file.fileno()}", "--output")
+    check_file("/dev/null", "--output")
 
 
 def in_a_whole_folder(path):

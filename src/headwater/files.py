@@ -74,10 +74,11 @@ def check_file(path: str, option: str) -> None:
         raise HeadwaterError(Problem("this is a folder", where, "give a file"))
     if file.exists() and not file.is_file():
         return  # a device or a pipe
-    if not file.absolute().parent.is_dir():
+    file = _behind_links(file)  # which is what is written
+    if not file.parent.is_dir():
         raise HeadwaterError(Problem("the folder of this file does not exist", where))
     try:
-        with tempfile.TemporaryFile(dir=file.absolute().parent):
+        with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
         what = f"nothing can be written to the folder of this file: {error.strerror}"

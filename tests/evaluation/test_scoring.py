@@ -291,5 +291,5 @@ def test_what_cannot_be_scored_is_named(tiny_llama, tiny_tokenizer):
 def test_a_diverged_model_has_no_score(tiny_llama, tiny_tokenizer, metric):
     model, rows = tiny_llama(), rows_with_choices(3)
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(HeadwaterError, match=r"test\.jsonl:1: .*NaN\) on 3 rows"):
+    with pytest.raises(HeadwaterError, match=r"test\.jsonl:1: .*NaN or infinity\) on 3 rows"):
         score_task(model, tiny_tokenizer, task_of(metric, rows), rows, EvaluationSpec(), DataSpec())

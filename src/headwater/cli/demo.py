@@ -36,7 +36,7 @@ def fetch_only(folder: str) -> None:
     console = out_console()
 
     def say(text: str, style: str = "") -> None:
-        console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+        console.print(text, style=style, highlight=False, soft_wrap=True)
 
     fetch_demo(folder, progress=lambda text: say(text, "dim"))
     say(f"{folder} has model and tasks")

@@ -111,7 +111,7 @@ def run(source: str, tasks_file: str | None, split: str, output: str | None, ove
     out_console().print(table(["task", "metric", "rows", "score", "95 % interval", "always the same answer"], rows))
     if output is not None:
         write_json(Path(output), _as_json(found, split, scores, mean))
-        err_console().print(f"wrote {output}", soft_wrap=True, highlight=False, markup=False)
+        err_console().print(f"wrote {output}", soft_wrap=True, highlight=False)
 
 
 def _what_to_score(found: Source, tasks_file: str | None, overrides: Sequence[str]) -> RunConfig:

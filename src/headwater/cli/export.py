@@ -48,10 +48,10 @@ def run(source: str, output: str, *, merge: bool, per_task: bool, rows: int, sco
         record["vllm"] = None if merge else _vllm(found, work, folder, [task["task"] for task in record["tasks"]])
         write_json(work / RECORD, record)
     console = out_console()
-    console.print(f"wrote {folder} ({record['what']})", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"wrote {folder} ({record['what']})", soft_wrap=True, highlight=False)
     if record["vllm"]:
         console.print("to serve with vLLM:", style="dim")
-        console.print(record["vllm"], soft_wrap=True, highlight=False, markup=False)
+        console.print(record["vllm"], soft_wrap=True, highlight=False)
 
 
 def _merged(found: Source, method: str, work: Path) -> dict[str, Any]:

@@ -83,4 +83,4 @@ def run(
             "scores": [dataclasses.asdict(score) for score in scores],
         }
         write_json(Path(output), document)
-        err_console().print(f"wrote {output}", soft_wrap=True, highlight=False, markup=False)
+        err_console().print(f"wrote {output}", soft_wrap=True, highlight=False)

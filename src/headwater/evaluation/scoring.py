@@ -378,11 +378,13 @@ def _prompts(
 
 def _refuse_nan(task: Task, rows: Sequence[Row], values: Iterable[float]) -> None:
     """A diverged model must not pass for one that always takes the first choice."""
-    bad = [i for i, value in enumerate(values) if math.isnan(value)]
+    bad = [i for i, value in enumerate(values) if not value < math.inf]
     if bad:
         fix = "Its weights have most likely diverged: take an earlier checkpoint, or train at a lower learning rate."
         where = rows[bad[0]].where if rows else task.name
-        raise DivergedError(Problem(f"the model's outputs are not numbers (NaN) on {len(bad)} rows", where, fix))
+        raise DivergedError(
+            Problem(f"the model's outputs are not finite numbers (NaN or infinity) on {len(bad)} rows", where, fix)
+        )
 
 
 def _refuse(task: Task, problems: Sequence[Problem]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..analysis.weights import meant_adapter
 from ..errors import HeadwaterError, Problem
-from ..methods.base import Branch, MethodConfig, NotMergeable
+from ..methods.base import MethodConfig, NotMergeable
 from ..tuner import MethodLayer
+from ..tuner.merging import uniform_gate
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -55,7 +55,7 @@ def as_plain_lora(
     found = {}
     for layer in layers:
         branch = layer.branch(name)
-        gate = _uniform_gate(branch) if isinstance(gates, str) else (gates or {}).get(layer.name)
+        gate = uniform_gate(branch) if isinstance(gates, str) else (gates or {}).get(layer.name)
         try:
             factors = branch.factors(gate, task)
         except NotMergeable as error:  # the way out that it names merges; here it is an argument
@@ -137,12 +137,6 @@ def method_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[st
     if not layers:
         raise HeadwaterError(Problem("this model has no headwater adapter", fix="load one with PeftModel first"))
     return name, layers
-
-
-def _uniform_gate(branch: Branch) -> Tensor:
-    held = branch.heads()
-    N = 1 if held is None else held.B.shape[0]
-    return torch.full((N,), 1 / N)
 
 
 def _targets(model: Any, names: list[str]) -> list[str]:

@@ -19,7 +19,9 @@ STATE = "trainer_state.json"
 LOCK = ".lock"
 PREFER = "prefer.yaml"
 """Tells that a folder's run is one of `headwater prefer`."""
-WORTH_KEEPING = ("adapter", "results.json", "comparison.json", "generator", PREFER)
+GENERATOR = "generator/generator.json"
+"""Tells that it is one of `headwater meta`."""
+WORTH_KEEPING = ("adapter", "results.json", "comparison.json", PREFER)
 ELSEWHERE = "choose another folder: --set output_dir=FOLDER"
 REPLACED = (*WORTH_KEEPING, "analysis.json", "conflict.json", "report.html", "figures", "history.jsonl", "config.yaml")
 
@@ -187,7 +189,7 @@ def held_in(output: Path) -> list[Path]:
     """What a folder holds that is worth keeping: of a run of `headwater train`, `compare`, `prefer` or `meta`."""
     return [
         *(output / name for name in WORTH_KEEPING if (output / name).exists()),
-        *(p.parent for p in (*_states(output), *_collected(output))),
+        *(p.parent for p in (*_matching(output, GENERATOR), *_states(output), *_collected(output))),
     ]
 
 
@@ -205,7 +207,7 @@ def _of_prefer(output: Path) -> list[Path]:
 
 def _of_meta(output: Path) -> list[Path]:
     """What a run of `headwater meta` alone leaves, but the adapters that it wrote."""
-    if not (output / "generator").is_dir() and not _collected(output):
+    if not (output / GENERATOR).is_file() and not _collected(output):
         return []
     return [output / name for name in ("collect", "state", "task_vectors.safetensors")]
 

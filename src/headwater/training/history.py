@@ -57,7 +57,8 @@ class History:
             file.write(_line(entry))
 
     def append_scores(self, step: int, scores: Mapping[str, TaskScore], rows: Mapping[str, str]) -> None:
-        """Adds an evaluation after `step` steps; `rows` has what tells each task's test rows from others."""
+        """Adds an evaluation after `step` steps; `rows` has what tells each task's test rows from others, where all of
+        them were scored."""
         tasks = {
             name: {
                 "metric": score.metric,

@@ -251,7 +251,9 @@ def check_continued_tasks(config: RunConfig) -> None:
     continued = config.method.get("continue_from")
     if not continued or "num_tasks" not in config.method:
         return
-    if (file := run_file(Path(continued).resolve().parent)) is None:
+    places = (Path(continued).parent, Path(continued).resolve().parent)  # a link may lead to it, or from it
+    file = next((found for place in places if (found := run_file(place))), None)
+    if file is None:
         return
     try:
         known = [str(task["name"]) for task in read_document(file).data["tasks"]]

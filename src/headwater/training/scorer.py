@@ -78,11 +78,12 @@ class Scorer:
             "test": [task for task in self.tasks if not task.validation],
         }
 
-    def known(self, scores: Mapping[str, TaskScore], step: int) -> dict[str, TaskScore]:
-        """Takes scores that are known already; shows them and writes them down as if they had just been found."""
+    def known(self, scores: Mapping[str, TaskScore], step: int, *, whole: bool = True) -> dict[str, TaskScore]:
+        """Takes scores that are known already, of all test rows or not; shows them and writes them down as if they had
+        just been found."""
         scores = {task.name: scores[task.name] for task in self.tasks if task.name in scores}
         if self.history is not None:
-            self.history.append_scores(step, scores, self.rows)
+            self.history.append_scores(step, scores, self.rows if whole else {})
         self.display.scored(scores, step)
         return scores
 
@@ -107,7 +108,7 @@ class Scorer:
             )
         if whole:
             found = dict(gather_object(list(found.items())))
-        return self.known(found, step)
+        return self.known(found, step, whole=max_rows is None)
 
 
 def changes_nothing(model: Any, encoded: Mapping[str, Sequence[Encoded]], pad_token_id: int) -> bool:

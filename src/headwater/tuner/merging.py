@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HeadwaterError, Problem
-from ..methods.base import MethodConfig
+from ..methods.base import Branch, MethodConfig
 from ..methods.registry import method as registered
 from .layer import MethodLayer
 from .model import MethodModel, refuse_shared
@@ -39,14 +39,14 @@ def merge_with_gates(model: nn.Module, gates: Mapping[str, Any] | str) -> nn.Mod
             )
         )
     if isinstance(gates, str) and gates == "uniform":
-        chosen = {layer.name: _uniform_gate(layer) for layer in layers}
+        chosen = {layer.name: uniform_gate(layer.branch(_active(layer)[0])) for layer in layers}
     elif isinstance(gates, Mapping):
         chosen = _gates_of(gates, [layer.name for layer in layers])
     else:
         what = f"gates are a dictionary from layer name to gate, or 'uniform', not {gates!r}"
         raise HeadwaterError(Problem(what, "gates"))
     merged = _merge_and_unload(model, tuner, [(layer, {"gate": chosen[layer.name]}) for layer in layers])
-    if any(_uniform_gate(layer).numel() > 1 for layer in layers):
+    if any(uniform_gate(layer.branch(_active(layer)[0])).numel() > 1 for layer in layers):
         warnings.warn(
             "merged with fixed gates: that is approximate wherever the adapter's own gates are others; compare scores "
             "before and after",
@@ -120,8 +120,9 @@ def _active(layer: MethodLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.branches]
 
 
-def _uniform_gate(layer: MethodLayer) -> Tensor:
-    held = layer.branch(_active(layer)[0]).heads()
+def uniform_gate(branch: Branch) -> Tensor:
+    """All of a branch's heads alike: `(N,)`."""
+    held = branch.heads()
     N = 1 if held is None else held.B.shape[0]
     return torch.full((N,), 1 / N)
 
