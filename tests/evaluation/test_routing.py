@@ -129,9 +129,11 @@ def test_plain_lora_has_no_heads_to_compare(tiny_llama):
 
 
 def test_heads_are_the_active_adapters_or_the_named_ones(tiny_llama):
-    first = headwater.make_config("rlora", r=4, num_heads=3, target_modules=["up_proj"])
+    first = headwater.make_config("rlora", r=4, num_heads=3, head_dropout=0.0, target_modules=["up_proj"])
     model = get_peft_model(tiny_llama(), first, "news")
-    model.add_adapter("other", headwater.make_config("rlora", r=2, num_heads=2, target_modules=["up_proj"]))
+    model.add_adapter(
+        "other", headwater.make_config("rlora", r=2, num_heads=2, head_dropout=0.0, target_modules=["up_proj"])
+    )
     assert [held.B.shape[0] for held in heads(model).values()] == [3, 3]
     assert [len(found) for found in head_similarity(model, "other").values()] == [2, 2]
     model.set_adapter("other")
