@@ -77,12 +77,18 @@ def check_file(path: str, option: str) -> None:
     file = _behind_links(file)  # which is what is written
     if not file.parent.is_dir():
         raise HeadwaterError(Problem("the folder of this file does not exist", where))
+    if (why := why_not_writable(file.parent)) is not None:
+        what = f"nothing can be written to the folder of this file: {why}"
+        raise HeadwaterError(Problem(what, where, "choose another place"))
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why no file can be made in a folder that is there, found out by making one; None if one can."""
     try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
+        with tempfile.TemporaryFile(dir=folder):
+            return None
     except OSError as error:
-        what = f"nothing can be written to the folder of this file: {error.strerror}"
-        raise HeadwaterError(Problem(what, where, "choose another place")) from None
+        return str(error.strerror)
 
 
 def finite(value: Any) -> Any:

@@ -216,7 +216,7 @@ def test_other_settings_for_a_kept_run_are_an_error_that_names_them(whole, tmp_p
 def test_other_rows_under_a_kept_run_are_an_error_until_it_is_made_again(tmp_path):
     path = write_file(tmp_path)
     out, asked = tmp_path / "out", ("compare.methods=[lora]", "compare.seeds=[0]")
-    before = compared(path, *asked)
+    compared(path, *asked)
     run = out / "lora" / "seed-0"
     (tmp_path / "animals-test.jsonl").write_text((tmp_path / "animals-test.jsonl").read_text().replace("cat", "cow"))
     with pytest.raises(HeadwaterError) as caught:
@@ -227,10 +227,6 @@ def test_other_rows_under_a_kept_run_are_an_error_until_it_is_made_again(tmp_pat
     assert "delete such a folder" in problem.fix
     with pytest.raises(HeadwaterError, match=r"other settings: data\.max_length"):
         compared(path, *asked, "data.max_length=99")
-    results = json.loads((run / "results.json").read_text())
-    del results["extra"]["digests"]  # as an older headwater wrote it
-    (run / "results.json").write_text(json.dumps(results))
-    assert timeless(compared(path, *asked))["summary"] == timeless(before)["summary"]
     shutil.rmtree(run)
     again = compared(path, *asked)
     own = train(load_config(run / "config.yaml", [f"output_dir={tmp_path / 'own'}"]), console=Console(quiet=True))
@@ -420,7 +416,7 @@ def test_learning_rates_that_all_diverge_are_an_error(tmp_path):
 def test_a_folder_of_one_run_is_not_taken_for_a_comparison(whole, tmp_path):
     path = copy_of(whole, tmp_path)
     run = tmp_path / "out" / "lora" / "seed-0"
-    with pytest.raises(HeadwaterError, match=r"holds a run of `headwater train`"):
+    with pytest.raises(HeadwaterError, match=r"holds a run of another command \(adapter, results.json\)"):
         compared(path, f"output_dir={run}")
     with pytest.raises(HeadwaterError, match=r"holds a run already \(comparison.json\)"):
         train(load_config(path), console=Console(quiet=True))

@@ -87,11 +87,6 @@ def test_scores_come_back_from_the_history(tmp_path):
     assert history.scores(3, {"a": "some rows"}) == {}
     assert history.scores(0, {"a": "others"}) == {}
     assert history.scores(0, {"a": "some rows", "b": "more"}) == {}
-    [line] = history.lines()
-    del line["tasks"]["a"]["rows"]  # as an older headwater wrote it
-    history.start()
-    history.append(line)
-    assert history.scores(0, {"a": "some rows"}) == known
 
 
 def test_the_table_says_what_is_measured_and_a_sinking_loss_is_a_gain():

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import headwater
 from headwater.analysis import GateRecorder, Texts, gate_statistics
 from headwater.analysis.gates import shows_gates
+from headwater.analysis.routing import mean_gates
 from headwater.training import MethodCallback
 
 from .helpers import LAYERS, adapt, config, task_kwargs, tokens, train_loss
@@ -205,6 +206,8 @@ def test_the_gates_of_two_adapters_are_not_mixed(tiny_llama, num_heads):
     for texts in ([[1, 2, 3]], [[1, 2, 3], [4, 5]]):
         with pytest.raises(headwater.HeadwaterError, match=r"mlp\.\w+ shows the gates of several active adapters"):
             gate_statistics(model, texts)
+    with pytest.raises(headwater.HeadwaterError, match="2 adapters are active"):
+        mean_gates(model, Texts([[1, 2, 3]]))
     for name, heads in (("default", 3), ("other", num_heads)):
         model.set_adapter(name)
         found = gate_statistics(model, [[1, 2, 3]])

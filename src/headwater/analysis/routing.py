@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.analysis.gates import GateRecorder, GateStatistics
-from headwater.analysis.weights import heads
+from headwater.analysis.weights import heads, meant_adapter
 from headwater.data.encode import DataSpec, encode_completion, encode_prompt
 from headwater.evaluation.forward import (
     evaluating,
@@ -151,8 +151,12 @@ def mean_gates(model: nn.Module, texts: Texts, *, fill: int = 0) -> dict[str, Te
 
     Returns:
         Layer name -> `(N,)`, float64; for Conditional MixLoRA the mean pairing of its factors, `(E, E)`.
+
+    Raises:
+        HeadwaterError: if the model has no adapter of headwater's, or not exactly one is active.
     """
     context = context_of(model)
+    meant_adapter(model)  # the gates of two would be mixed
     sums: dict[str, tuple[Tensor, float]] = {}
 
     def see(name: str, gate: Tensor) -> None:

@@ -24,7 +24,7 @@ from headwater.evaluation.scores import TaskScore
 from headwater.files import write_json
 from headwater.marked_yaml import parse_document, read_document
 from headwater.report import PAGE, write_comparison_report, write_report
-from headwater.training.folder import check_writable, last_checkpoint, make_folder
+from headwater.training.folder import ELSEWHERE, check_writable, held_in, last_checkpoint, make_folder, named
 from headwater.training.history import History
 from headwater.training.memory import free_memory
 from headwater.training.progress import ProgressDisplay, duration
@@ -98,9 +98,9 @@ def compare(plan: Plan, *, console: Console | None = None) -> dict[str, Any]:
         make_folder(output)
     except HeadwaterError as error:
         raise plan.config.placed(error) from None
-    if (output / "results.json").exists():
-        what, fix = f"{output} holds a run of `headwater train`", "choose another folder: --set output_dir=FOLDER"
-        raise HeadwaterError(Problem(what, plan.config.where("output_dir"), fix))
+    if others := [path for path in held_in(output) if path.name != "comparison.json"]:
+        what = f"{output} holds a run of another command ({named(others, output)})"
+        raise HeadwaterError(Problem(what, plan.config.where("output_dir"), ELSEWHERE))
     (output / LOCKS).mkdir(exist_ok=True)
     bench = _Bench(console)
     planned, chosen = _with_learning_rates(plan, output, bench)
@@ -329,9 +329,8 @@ def _refuse_other_runs(jobs: Sequence[Job], base: RunConfig) -> None:
 
 
 def _other_rows(jobs: Sequence[Job], base: RunConfig) -> dict[str, str]:
-    """Of each finished job whose rows have changed since, which. What an older headwater made does not say what its
-    rows were; where no run says it, no data are read."""
-    kept = {job.name: then for job in jobs if job.finished and (then := job.results()["extra"].get("digests"))}
+    """Of each finished job whose rows have changed since, which."""
+    kept = {job.name: job.results()["extra"]["digests"] for job in jobs if job.finished}
     now = digests(_tasks(base)) if kept else {}
     changed = {
         name: [

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, m
 from headwater.seeds import InRange
 from headwater.tuner.align import AlignSpec
 
-OWN_FOLDERS = ("figures", "learning-rate")
-"""What a comparison's folder holds besides its runs, so no method may be labelled so."""
+OWN_FOLDERS = ("figures", "learning-rate", "adapter")
+"""What a comparison's folder holds besides its runs, and what tells a single run's; so no method may be labelled so."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -52,7 +52,7 @@ class Variant(BaseModel):
     @classmethod
     def _folder_is_free(cls, label: str) -> str:
         if label in OWN_FOLDERS:
-            raise ValueError("this name is taken by a folder of the comparison's own; choose another")
+            raise ValueError("this name is taken by a folder of headwater's own; choose another")
         return label
 
 

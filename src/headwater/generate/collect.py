@@ -88,10 +88,9 @@ def collect(
     held = {task.name: _held(root / task.name) for task in tasks}
     problems = []
     for name, kept in held.items():
-        # one without rows was collected by an older headwater
-        if kept is not None and (other := {"rows": settings[name]["rows"], **kept}) != settings[name]:
-            now = settings[name]
-            changed = ", ".join(sorted(key for key in {*other, *now} if other.get(key) != now.get(key)))
+        now = settings[name]
+        if kept is not None and kept != now:
+            changed = ", ".join(sorted(key for key in {*kept, *now} if kept.get(key) != now.get(key)))
             what = f"the adapters of {name} were collected under other settings: {changed} differ"
             problems.append(Problem(what, str(root / name), "choose another output_dir, or delete this folder"))
     if problems:

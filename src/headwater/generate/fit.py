@@ -162,15 +162,14 @@ def _save(folder: Path, settings: dict[str, Any], step: int, cvae: CVAE, optimiz
 
 
 def _held(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The note of a state that is there. It must be of these settings; what it does not tell may have been another."""
+    """The note of a state that is there. It must be of these settings."""
     file = folder / "state.json"
     if not file.is_file():
         return None
     held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     then = held["settings"]
     if changed := sorted(key for key in settings if then.get(key) != settings[key]):
-        named = (key if key in then else f"{key} (an older headwater did not note it)" for key in changed)
-        what = f"holds the state of another training of the generator: {', '.join(named)} differ"
+        what = f"holds the state of another training of the generator: {', '.join(changed)} differ"
         raise HeadwaterError(Problem(what, str(folder), "choose another output_dir, or delete this folder"))
     return held
 

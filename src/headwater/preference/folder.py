@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headwater.config import dump_config, local_path
+from headwater.config import dump_config
 from headwater.errors import HeadwaterError, Problem
 from headwater.marked_yaml import parse_document
 from headwater.preference.spec import PreferConfig
@@ -44,10 +44,6 @@ def check_folder(config: PreferConfig, output: Path) -> bool:
     if held and asked:
         before = parse_document((output / FILE).read_text(encoding="utf-8"), str(output / FILE)).data
         now = parse_document(dump_config(config), FILE).data
-        for source in (before.get("preference") or {}).get("sources", ()):
-            for key in ("model", "reference"):  # an older headwater kept them as they were given
-                if source.get(key):
-                    source[key] = local_path(Path.cwd(), local_path(config.base_dir, source[key]))
         for key in COMPARED:
             old, new = (
                 {k: v for k, v in d[key].items() if k not in FREE} if isinstance(d.get(key), dict) else d.get(key)

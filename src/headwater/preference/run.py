@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from headwater.preference.sources import Source, make_sources
 from headwater.preference.spec import BEST_SINGLE, SINGLE, PreferConfig, PreferenceSpec
 from headwater.report.rounds import run_folder
 from headwater.training.adapter import add_adapter
-from headwater.training.arguments import HeadwaterArguments
+from headwater.training.arguments import HeadwaterArguments, total_steps
 from headwater.training.folder import STATE, clear_folder, last_checkpoint, lock_folder
 from headwater.training.interrupt import SaveOnInterrupt
 from headwater.training.memory import free_memory
@@ -238,7 +237,7 @@ def _base_scores(
     found = json.loads(path.read_text(encoding="utf-8"))
     what = "are not those that the run began with"
     fix = "bring them back, or start anew (training.overwrite_output_dir: true)"
-    then = found.get("rows", rows)  # an older headwater wrote none
+    then = found["rows"]
     if other := [Problem(f"the rows of {name} {what}", "tasks", fix) for name in rows if then.get(name) != rows[name]]:
         raise HeadwaterError(*other)
     return found
@@ -340,11 +339,7 @@ def _copy_adapter(source: Path, target: Path) -> None:
 
 
 def _is_complete(checkpoint: Path, trainer: Any) -> bool:
-    steps = trainer.args.max_steps
-    if steps <= 0:
-        trainer.get_train_dataloader()
-        a_pass = math.ceil(len(trainer.sampler) / trainer.args.gradient_accumulation_steps)
-        steps = math.ceil(trainer.args.num_train_epochs * a_pass)
+    steps = total_steps(trainer.args, len(trainer.get_train_dataloader()))
     return TrainerState.load_from_json(str(checkpoint / STATE)).global_step >= steps
 
 

@@ -88,8 +88,7 @@ class History:
 
 
 def _same_rows(tasks: Mapping[str, Mapping[str, Any]], rows: Mapping[str, str]) -> bool:
-    """Where an older headwater did not say what rows it scored, they are taken for the same."""
-    return all(s.get("rows") in (None, rows.get(name)) for name, s in tasks.items())
+    return all(s["rows"] == rows[name] for name, s in tasks.items())
 
 
 def named(logs: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -327,10 +327,12 @@ class HeadwaterTrainer(Trainer):
             inputs |= {KEYWORD: tasks, LABELS: labels}
             self._context.loss_scale = scale  # type: ignore[assignment]
         head = self._head or CompletionHead(self.model)
-        with head.at(index), self._count_activations(model), self._rows_apart(inputs):
-            outputs = model(**inputs)
-        if self._context is not None:
-            self._context.loss_scale = 1.0  # what runs the model next may not be this trainer
+        try:
+            with head.at(index), self._count_activations(model), self._rows_apart(inputs):
+                outputs = model(**inputs)
+        finally:
+            if self._context is not None:
+                self._context.loss_scale = 1.0  # what runs the model next may not be this trainer
         if head is not self._head:
             head.remove()
         losses = completion_losses(
