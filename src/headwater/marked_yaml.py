@@ -161,6 +161,8 @@ def _parse(text: str, document: Document) -> Any:
         column = f" (column {mark.column + 1})" if mark else ""
         what = f"not valid YAML{column}: {error.problem or error.context}"
         raise HeadwaterError(*builder.problems, Problem(what, place)) from None
+    except RecursionError:
+        raise HeadwaterError(Problem("this is nested too deeply", source)) from None
     finally:
         loader.dispose()
     if builder.problems:

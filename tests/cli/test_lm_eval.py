@@ -136,6 +136,20 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert (seen["task_index"], seen["apply_chat_template"], seen["batch_size"]) == (1, True, 3)
 
 
+@pytest.mark.parametrize(
+    ("of_task", "said"),
+    [("{{{{prompt.text.more}}}}", "has no attribute 'text'"), ("{{{{prompt}}}}", "JSON parse error")],
+)
+def test_a_mistyped_field_and_a_bad_line_are_errors_with_a_reason(folder, tmp_path, of_task, said):
+    rows = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "a", "completion": " good", "choices": CHOICES})
+    rows.write_text(good + "\n" + ("{\n" if "JSON" in said else good + "\n"))
+    task = TASK.replace("{{{{prompt}}}}", of_task).replace("reviews", "wrong").format(rows=rows)
+    (tmp_path / "wrong.yaml").write_text(task)
+    with pytest.raises(HeadwaterError, match=said):
+        lm_eval_scores(adapted("rlora"), make_tiny_tokenizer(), ["wrong"], include_path=str(tmp_path))
+
+
 def test_data_that_cannot_be_had_is_an_error_with_a_reason(folder, tmp_path):
     (tmp_path / "gone.yaml").write_text(TASK.format(rows=tmp_path / "missing.jsonl").replace("reviews", "gone"))
     with pytest.raises(HeadwaterError, match=r"missing\.jsonl"):

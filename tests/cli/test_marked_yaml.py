@@ -61,6 +61,11 @@ def test_what_is_dumped_is_read_back_and_every_place_is_its_line(data):
         assert place == f"f.yaml:{line}: {key}"
 
 
+def test_brackets_without_end_are_an_error():
+    with pytest.raises(HeadwaterError, match="nested too deeply"):
+        parse_value("[" * 5000)
+
+
 def test_places_of_nested_values_and_of_missing_ones():
     document = parse_document("a: 1\ntasks:\n  - name: x\n    weight: 2\n  - {name: y,\n     weight: 3}\n", "f.yaml")
     assert document.where(("tasks", 0, "weight")) == "f.yaml:4: tasks[0].weight"

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_models import make_tiny_llama
 
 from headwater.cli import main
-from headwater.cli.advise import sentence
+from headwater.cli.advise import _difference, sentence
 from headwater.compare.advise import advice_of, full_steps
 from headwater.compare.advise import advise as advice_on
 from headwater.compare.budget import trainable_parameters
@@ -76,6 +76,13 @@ def test_the_verdict_needs_an_interval_that_keeps_off_zero(interval, verdict, sa
 
 def test_an_undecided_pilot_says_what_it_could_have_seen():
     assert "about 0.030 to show" in sentence(advice_of(comparison([0.02, 0.02], [-0.01, 0.05]), steps=3, full=9))
+
+
+def test_a_pilot_whose_seeds_agree_to_the_last_digit_decides_nothing():
+    advice = advice_of(comparison([0.02, 0.02], None), steps=3, full=9)
+    assert (advice["verdict"], advice["ci95"]) == ("undecided", None)
+    assert "over 2 seeds: +0.020 with each, which tells no spread" in sentence(advice)
+    assert _difference(advice) == ["+0.020", ""]
 
 
 def test_a_pilot_on_a_tiny_model(tmp_path, capsys):

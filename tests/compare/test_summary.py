@@ -27,6 +27,7 @@ def test_an_interval_is_the_mean_and_t_standard_errors():
     half = 4.302652729749464 * 0.2 / math.sqrt(3)  # the standard deviation of these three is 0.2
     assert t_interval(values) == pytest.approx((0.7 - half, 0.7 + half), rel=1e-12)
     assert t_interval([0.5]) is None
+    assert t_interval([0.7 - 0.6, 0.3 - 0.2]) is None  # equal but for rounding
     assert t_interval(values, (0, 1)) == pytest.approx((0.7 - half, 1), rel=1e-12)
     assert t_interval([0.1, 0.3, 0.2], (0, 1))[0] == 0
 

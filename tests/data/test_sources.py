@@ -177,12 +177,15 @@ def test_missing_files(tmp_path):
     assert said(tmp_path / "a") == f"{tmp_path / 'a'}: no such file or folder"
 
 
-def test_a_hub_name_that_cannot_be_had(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Couldn't reach it"), RuntimeError("Dataset scripts are no longer supported")]
+)
+def test_a_hub_name_that_cannot_be_had(monkeypatch, error):
     def unreachable(*_args, **_options):
-        raise ConnectionError("Couldn't reach it")
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    assert "nobody/nothing: no such file or folder, and as a hub data set: Couldn't reach it" in said("nobody/nothing")
+    assert f"nobody/nothing: no such file or folder, and as a hub data set: {error}" in said("nobody/nothing")
 
 
 def test_a_hub_name_gives_name_subset_and_split(monkeypatch):

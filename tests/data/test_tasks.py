@@ -158,7 +158,7 @@ def test_all_problems_of_all_tasks_together(folder):
     assert "tasks[1].name: 2 tasks are called 'same'" in text
     assert "missing.jsonl: no such file" in text
     assert "empty.jsonl: has no rows\n    task 'same' needs at least one train row" in text
-    assert "tasks[2] nothing: the task has neither `train` nor `test`" in text
+    assert "tasks[2].name: task 'nothing' has neither `train` nor `test`\n    give it one, or both" in text
     assert "broken.jsonl:1: field 'completion' is missing" in text
     assert text.count("broken.jsonl:2: not JSON") == 1
     assert str(folder) not in text

@@ -7,11 +7,12 @@ import torch
 from peft import get_peft_model
 
 import headwater
+from headwater.data.encode import DataSpec, encode_rows
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError
 from headwater.evaluation import generate_text
 from headwater.evaluation.forward import evaluating
-from headwater.evaluation.generate import generate_from_ids
+from headwater.evaluation.generate import end_ids, generate_from_ids
 
 PROMPTS = ["hello", "a much longer prompt than the other ones", "x", "two words"]
 
@@ -92,6 +93,32 @@ def test_a_conversation_is_answered_where_the_assistant_speaks(ending, tiny_toke
     wanted = plain_tokens(model, by_hand, {*model.generation_config.eos_token_id, 257}, 6)
     found = generate_text(model, tiny_tokenizer, [Row("", "", messages=m) for m in (asked, answered)], max_new_tokens=6)
     assert found == [tiny_tokenizer.decode(wanted, skip_special_tokens=True)] * 2
+
+
+def test_what_closes_a_turn_in_the_chat_template_ends_an_answer(tiny_llama, tiny_tokenizer):
+    """As training has it there, though base models have another end token."""
+    model = tiny_llama()
+    assert end_ids(model, tiny_tokenizer) == [257]
+    tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("<eos>", "<|im_end|>\n")
+    row = Row("", "", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    (trained,), _ = encode_rows([row], tiny_tokenizer, DataSpec(), 0)
+    assert trained.labels[-1] == tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_ids(model, tiny_tokenizer) == [257, trained.labels[-1]]
+    tiny_tokenizer.chat_template = None
+    assert end_ids(model, tiny_tokenizer) == [257]
+
+
+def test_settings_of_the_model_s_own_change_no_answer(ending, tiny_tokenizer):
+    model, prompts, wanted = ending
+    wanted = [tiny_tokenizer.decode(tokens[:6], skip_special_tokens=True) for tokens in wanted]
+    model.generation_config.update(suppress_tokens=list(range(0, 250, 2)), encoder_repetition_penalty=9.0,
+                                   min_p=0.9, stop_strings=["a"], bad_words_ids=[[5]])  # fmt: skip
+    own = model.generation_config
+    with evaluating(model):
+        found = generate_from_ids(model, tiny_tokenizer, prompts, max_new_tokens=6)
+    assert [answer.text for answer in found] == wanted
+    assert model.generation_config is own
 
 
 def test_sampling_follows_its_seed_and_leaves_the_random_state(tiny_llama, tiny_tokenizer):

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 import headwater
 import headwater.evaluation.forward as forward
 from headwater.compose.scoring import Composition, score_mixtures
-from headwater.data.encode import DataSpec
+from headwater.data.encode import DataSpec, encode_rows
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
 from headwater.errors import HeadwaterError
@@ -248,6 +248,53 @@ def test_long_prompts_are_cut_where_training_cuts_them(tiny_llama, tiny_tokenize
     seen.clear()
     score_task(model, tiny_tokenizer, task, rows, spec, DataSpec(max_length=50))
     assert seen[0] == tiny_tokenizer(rows[0].prompt)["input_ids"]
+
+
+def test_generated_answers_are_asked_for_with_the_prompts_of_training(tiny_llama, tiny_tokenizer):
+    """However much longer than the completion an answer may get."""
+    model, data = tiny_llama(), DataSpec(max_length=60, on_too_long="truncate_prompt")
+    rows = [Row("x" * length + " end", " yes", source="t.jsonl", line=1) for length in (20, 50, 90)]
+    trained = [len(item) - len(" yes") - 1 for item in encode_rows(rows, tiny_tokenizer, data, 0)[0]]
+    seen: list[int] = []
+    for new in (5, 55, 400):  # of the model's 512 positions
+        seen.clear()
+        hook = model.register_forward_pre_hook(
+            lambda _m, _a, kw: seen.append(kw["input_ids"].shape[1]), with_kwargs=True
+        )
+        spec = EvaluationSpec(max_new_tokens=new, batch_size=1)
+        task = task_of("exact_match", rows)
+        score = score_task(model, tiny_tokenizer, task, rows, spec, data)
+        hook.remove()
+        assert sorted(length for length in seen if length > 1) == sorted(trained)  # the others are its own tokens
+        assert score.detail["shortened_prompts"] == 1
+
+
+def test_choices_that_begin_another_are_told_apart_by_where_they_end(tiny_llama, tiny_tokenizer):
+    model, choices, end = tiny_llama(), (" 1", " 10", " 100"), tiny_tokenizer.eos_token_id
+    one, nought = tiny_tokenizer("10")["input_ids"]
+    for dim, (token, following) in enumerate(((one, nought), (nought, end))):  # a model that says 10 and no more
+        model.model.embed_tokens.weight.data[token, dim] = 50
+        model.lm_head.weight.data[following, dim] = 10
+    rows = [Row(f"Question {i * i}:", choices[i % 3], choices, source="t.jsonl", line=i + 1) for i in range(9)]
+    best, without = [], []
+    for row in rows:
+        prompt = tiny_tokenizer(row.prompt)["input_ids"]
+        sums = {}
+        for choice in choices:
+            tokens = [*tiny_tokenizer(choice)["input_ids"], end]
+            with torch.no_grad():
+                log_probs = model(input_ids=torch.tensor([prompt + tokens])).logits[0].double().log_softmax(-1)
+            each = [log_probs[len(prompt) - 1 + j, t].item() for j, t in enumerate(tokens)]
+            sums[choice] = (sum(each), sum(each[:-1]))
+        best.append(max(choices, key=lambda c: sums[c][0]))
+        without.append(max(choices, key=lambda c: sums[c][1]))
+    assert {*best} == {" 10"}
+    assert " 1" in without
+    score = score_task(model, tiny_tokenizer, task_of("choice_accuracy", rows), rows, EvaluationSpec(), DataSpec())
+    assert (score.detail["predicted_shares"][" 10"], score.detail["end_scored"]) == (1.0, True)
+    plain = score_task(model, tiny_tokenizer, task_of("choice_accuracy", rows_with_choices()), rows_with_choices(),
+                       EvaluationSpec(), DataSpec())  # fmt: skip
+    assert "end_scored" not in plain.detail
 
 
 def test_the_model_s_own_limit_cuts_and_refuses_too(tiny_llama, tiny_tokenizer):

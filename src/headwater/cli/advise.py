@@ -52,11 +52,15 @@ def run(file: str, minutes: float, seeds: str, method: str | None, overrides: Se
 
 def sentence(advice: dict[str, Any]) -> str:
     """The verdict in words, with what it rests on."""
-    name, (low, high) = advice["method"], advice["ci95"]
+    name, interval = advice["method"], advice["ci95"]
     rests = (
         f"on validation rows, after {advice['steps']} of {advice['full_steps']} steps, over {len(advice['seeds'])} "
-        f"seeds: {advice['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        f"seeds: {advice['difference']:+.3f}"
     )
+    if interval is None:
+        return f"The pilot cannot tell {name} from plain LoRA {rests} with each, which tells no spread. Add --seeds."
+    low, high = interval
+    rests += f" ({low:+.3f} to {high:+.3f})"
     if advice["verdict"] == "multi-head":
         return f"{name} pays here {rests}."
     if advice["verdict"] == "plain":
@@ -69,5 +73,5 @@ def sentence(advice: dict[str, Any]) -> str:
 
 
 def _difference(values: dict[str, Any]) -> list[str]:
-    low, high = values["ci95"]
-    return [f"{values['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+    interval = values["ci95"]
+    return [f"{values['difference']:+.3f}", "" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"]

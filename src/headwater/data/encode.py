@@ -169,6 +169,31 @@ def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, *, end: boo
     return [*ids[Piece(text, content=True)], *([ids.end] if end else [])]
 
 
+def encode_end(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> list[int]:
+    """The ids behind the (last) completion in `encode_rows`: the end token, or what closes a turn in the template."""
+    ids = _Ids(tokenizer)
+    pieces = _pieces(row, tokenizer, spec, row.completion or "?")
+    last = max(i for i, piece in enumerate(pieces) if piece.content)
+    return _join(pieces[last + 1 :], ids, 0).input_ids
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The start token, where the tokenizer adds one: what a cut from the left leaves in its place."""
+    return _Ids(tokenizer).start
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special token by which the chat template closes an assistant's turn, which training teaches; none without."""
+    if not tokenizer.chat_template:
+        return []
+    turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "?"})
+    try:
+        closing = _Ids(tokenizer)[chat_pieces(turns, tokenizer, "")[-1]]
+    except HeadwaterError:
+        return []
+    return [i for i in closing[-1:] if i in tokenizer.all_special_ids]
+
+
 def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, completion: str) -> list[Piece]:
     if spec.chat_template == "always" or (row.messages and spec.chat_template == "auto"):
         turns = row.messages or ({"role": "user", "content": row.prompt},)

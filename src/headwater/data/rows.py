@@ -267,7 +267,7 @@ def _list(fields: Mapping[str, Any], name: str, errors: list[Problem]) -> list[A
     """A list, or the JSON text of one: a CSV cell can hold nothing else."""
     value = fields[name]
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, list):
         return value

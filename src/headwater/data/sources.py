@@ -181,7 +181,7 @@ def _read_dataset(name: str, split: str | None, subset: str | None) -> Read:
     saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # the last is of data sets with a script
         if folder.is_dir():
             return [], [Problem(f"`datasets` cannot load this folder: {error}", name)]
         fix = "give a path that exists, or the name of a hub data set that this machine can reach"

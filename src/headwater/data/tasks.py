@@ -163,7 +163,10 @@ def _load(spec: TaskSpec, index: int, base_dir: Path, problems: dict[str, list[P
         limit = spec.max_train_rows if split == "train" else spec.max_test_rows
         rows[split] = _sample(found, limit, spec.name, split, notes)
     if not spec.train and not spec.test:
-        problems.setdefault(place, []).append(Problem("the task has neither `train` nor `test`", place))
+        where = f"tasks[{index}].name"
+        problems.setdefault(place, []).append(
+            Problem(f"task '{spec.name}' has neither `train` nor `test`", where, "give it one, or both")
+        )
     metric = spec.metric or ("choice_accuracy" if any(row.choices for row in _all(rows)) else "loss")
     problems.setdefault(place, []).extend(_metric_problems(metric, rows, place))
     task = Task(spec.name, index, metric, spec.weight, notes=notes)
@@ -196,15 +199,21 @@ def _metric_problems(metric: Metric, rows: dict[str, list[Row]], place: str) -> 
     scored = [*rows.get("validation", []), *rows.get("test", [])]
     if metric == "choice_accuracy":
         bad = [row for row in scored if not row.choices]
-        what = "have no choices, which choice_accuracy needs"
+        what, fix = "have no choices, which choice_accuracy needs", "give them some"
     elif metric == "final_number":
         bad = [row for row in scored if number_after_mark(row.completion) is None]
-        what = "have no number after ####, which final_number needs"
+        what, fix = "have no number after ####, which final_number needs", "end completions like: #### 42"
     else:
         return []
     if not bad:
         return []
-    return [Problem(f"{place}: {len(bad):,} of {len(scored):,} held-out rows {what}", bad[0].where)]
+    return [
+        Problem(
+            f"{place}: {len(bad):,} of {len(scored):,} held-out rows {what}",
+            bad[0].where,
+            f"{fix}, or name another metric",
+        )
+    ]
 
 
 def input_of(row: Row) -> Any:

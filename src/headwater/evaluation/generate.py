@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from headwater.data.encode import DataSpec, encode_prompt
+from headwater.data.encode import DataSpec, closing_ids, encode_prompt
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.forward import (
@@ -70,11 +71,12 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's eos, which training appends, and those of the model's own settings."""
+    """Tokens that end an answer: the tokenizer's eos or what closes a turn in its chat template, one of which training
+    puts there, and those of the model's own settings."""
     settings = getattr(base_of(model), "generation_config", None)
     own = getattr(settings, "eos_token_id", None)
     listed = own if isinstance(own, list) else [own]
-    return sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
+    return sorted({i for i in (tokenizer.eos_token_id, *listed, *closing_ids(tokenizer)) if i is not None})
 
 
 def generate_from_ids(
@@ -130,14 +132,15 @@ def generate_from_ids(
             cache = _run_prompts(model, padded, samples, task_index)
         batch = [i for i in chosen for _ in range(samples)]
         stop = _Settled(tokenizer, settled or (lambda _i, _text: False), batch, width)
-        output = cast(Any, model).generate(
-            input_ids=padded.input_ids.repeat_interleave(samples, 0),
-            attention_mask=padded.attention_mask.repeat_interleave(samples, 0),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([stop] if settled else []),
-            **({} if cache is None else {"past_key_values": cache}),
-            **task_keywords(model, task_index, len(batch)),
-        )
+        with _without_own_settings(model):
+            output = cast(Any, model).generate(
+                input_ids=padded.input_ids.repeat_interleave(samples, 0),
+                attention_mask=padded.attention_mask.repeat_interleave(samples, 0),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stop] if settled else []),
+                **({} if cache is None else {"past_key_values": cache}),
+                **task_keywords(model, task_index, len(batch)),
+            )
         for row, tokens in enumerate(output[:, width:].tolist()):
             end = next((at for at, token in enumerate(tokens) if token in ends), None)
             finished = end is not None or row in stop.rows
@@ -145,6 +148,17 @@ def generate_from_ids(
         if on_batch is not None:
             on_batch(len(chosen))
     return results
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: nn.Module) -> Iterator[None]:
+    """transformers fills whatever a given config leaves open from the model's own."""
+    base = base_of(model)
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _run_prompts(model: nn.Module, padded: Padded, samples: int, task_index: int | None) -> DynamicCache | None:

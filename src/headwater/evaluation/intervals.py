@@ -48,14 +48,16 @@ def interval(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 
 def t_interval(values: Sequence[float], within: tuple[float, float] | None = None) -> tuple[float, float] | None:
-    """95 % interval of the mean of a few values, by Student's t; None for fewer than two, which tell no spread.
+    """95 % interval of the mean of a few values, by Student's t; None where they tell no spread: one, or all equal.
+
+    Scores come in whole rows, so two seeds often differ by the same; another seed would not have to.
 
     Args:
         within: bounds that no value can leave, such as (0, 1) for scores. The interval is cut there: the mean lies
             inside anyway, so nothing that it could be is lost.
     """
     n = len(values)
-    if n < 2:
+    if n < 2 or max(values) - min(values) < 1e-12:
         return None
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from torch import nn
 
 from headwater.errors import HeadwaterError, Problem
@@ -103,8 +105,10 @@ def lm_eval_scores(
                 apply_chat_template=apply_chat_template,
                 log_samples=False,
             )
-        except (OSError, ValueError, KeyError) as error:  # a data set that cannot be had, a template that does not fit
-            reason = " ".join(str(error).split())[:400]
+        # a data set that cannot be had or read, a template that does not fit
+        except (OSError, ValueError, KeyError, DatasetsError, TemplateError) as error:
+            # datasets says no more than that an error occurred; what it was is its cause
+            reason = " ".join(str((isinstance(error, DatasetsError) and error.__cause__) or error).split())[:400]
             raise HeadwaterError(Problem(f"lm-eval stopped: {reason}", f"--lm-eval {','.join(tasks)}")) from error
     return list(_scores(found))
 

@@ -26,6 +26,7 @@ class TaskScore:
             `normalization`, `chance` and, where all rows have the same, `predicted_shares`; for generated answers
             `examples` and `unfinished`; for `loss` `tokens`; `shortened_prompts` and `dropped_rows` where the data's
             settings allow such.
+        weights: how much each of `correct` counts in `value`: for `loss` the row's tokens; None where all count alike.
     """
 
     task: str
@@ -35,6 +36,7 @@ class TaskScore:
     majority: float | None
     correct: list[float]
     detail: dict[str, Any] = field(default_factory=dict)
+    weights: list[float] | None = None
 
 
 def mean_score(scores: Iterable[TaskScore]) -> float | None:

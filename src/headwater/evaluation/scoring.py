@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from headwater.data.encode import (
     Encoded,
     EncodingReport,
     encode_completion,
+    encode_end,
     encode_prompt,
     encode_rows,
+    start_ids,
 )
 from headwater.data.rows import one_screen
 from headwater.data.tasks import majority
@@ -157,8 +160,7 @@ def _score_choices(
     data_spec: DataSpec,
     on_batch: Callable[[int], None],
 ) -> TaskScore:
-    prompts, tokens, cut = _choice_ids(model, tokenizer, task, rows, spec, data_spec)
-    choices = [[tokens[c] for c in row.choices] for row in rows]
+    prompts, choices, detail_of_ids = _choice_ids(model, tokenizer, task, rows, spec, data_spec)
     log_probs = choice_log_probs(
         model,
         prompts,
@@ -176,7 +178,7 @@ def _score_choices(
     detail: dict[str, Any] = {
         "normalization": spec.choice_normalization,
         "chance": sum(1 / len(r.choices) for r in rows) / len(rows),
-        **cut,
+        **detail_of_ids,
     }
     if len({frozenset(row.choices) for row in rows}) == 1:
         counts = Counter(picked)
@@ -192,8 +194,8 @@ def _choice_ids(
     rows: Sequence[Row],
     spec: EvaluationSpec,
     data_spec: DataSpec,
-) -> tuple[list[list[int]], dict[str, list[int]], dict[str, int]]:
-    """Prompts and, by their texts, choices as token ids, and what a score's detail has to say about the prompts."""
+) -> tuple[list[list[int]], list[list[list[int]]], dict[str, Any]]:
+    """Each row's prompt and choices as token ids, and what a score's detail has to say about them."""
     tokens = {
         text: encode_completion(text, tokenizer) for text in dict.fromkeys(c for row in rows for c in row.choices)
     }
@@ -207,11 +209,22 @@ def _choice_ids(
         if not row.choices
     ]
     problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
-    rooms = [max((len(tokens[c]) for c in row.choices), default=0) for row in rows]
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms)
+    choices = [[tokens[c] for c in row.choices] for row in rows]
+    # The shorter of " 1" and " 10" is the likelier by its tokens, whatever the model; where each ends tells them apart.
+    with_end = any(_one_begins_another([tokens[c] for c in found]) for found in {row.choices for row in rows})
+    if with_end:
+        ends = [encode_end(row, tokenizer, data_spec) for row in rows]
+        choices = [[[*ids, *end] for ids in found] for found, end in zip(choices, ends, strict=True)]
+    rooms = [max(map(len, found), default=0) for found in choices]
+    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms, rooms)
     places = [row.where for row in rows]
     _refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
-    return prompts, tokens, cut
+    return prompts, choices, {**({"end_scored": True} if with_end else {}), **cut}
+
+
+def _one_begins_another(choices: Sequence[Sequence[int]]) -> bool:
+    ordered = sorted(map(tuple, choices))  # what begins another stands before it, and before what begins alike
+    return any(a != b and b[: len(a)] == a for a, b in pairwise(ordered))
 
 
 def _best(
@@ -272,7 +285,8 @@ def _generation_ids(
             for row in rows
             if number_after_mark(row.completion) is None
         ]
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows))
+    trained = [len(encode_completion(row.completion, tokenizer, end=True)) for row in rows]
+    prompts, cut = _prompts(model, tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows), trained)
     places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
     _refuse(task, problems + length_problems(model, prompts, places, [spec.max_new_tokens] * len(rows), fix))
     return prompts, cut
@@ -302,7 +316,7 @@ def _score_loss(
     means, weights = zip(*counted, strict=True)
     fates = {"dropped_rows": sum(report.dropped.values()), "shortened_prompts": sum(report.truncated.values())}
     detail = {"tokens": sum(weights), **{fate: count for fate, count in fates.items() if count}}
-    return _score(task, rows, list(means), detail, weights)
+    return _score(task, rows, list(means), detail, list(weights))
 
 
 def _loss_ids(
@@ -341,12 +355,13 @@ def _score(
     rows: Sequence[Row],
     correct: list[float],
     detail: dict[str, Any],
-    weights: Sequence[float] | None = None,
+    weights: list[float] | None = None,
 ) -> TaskScore:
     value = float(np.average(correct, weights=weights))
     ends = interval(correct, weights)
     detail = {"interval": ends and list(ends), **detail}
-    return TaskScore(task.name, task.metric, value, len(correct), majority(rows, task.metric), correct, detail)
+    most = majority(rows, task.metric)
+    return TaskScore(task.name, task.metric, value, len(correct), most, correct, detail, weights)
 
 
 def _prompts(
@@ -355,6 +370,7 @@ def _prompts(
     rows: Sequence[Row],
     data_spec: DataSpec,
     rooms: Sequence[int],
+    trained: Sequence[int],
 ) -> tuple[list[list[int]], dict[str, int]]:
     """Prompts as token ids, and what a score's detail has to say about them.
 
@@ -364,10 +380,11 @@ def _prompts(
     prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
     if data_spec.on_too_long != "truncate_prompt":
         return prompts, {}
-    cut, limit = 0, min(data_spec.max_length, max_positions(model) or data_spec.max_length)
-    for i, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
-        excess = len(prompt) + room - limit
-        start = int(prompt[:1] == [tokenizer.bos_token_id])
+    cut, positions, begin = 0, max_positions(model), start_ids(tokenizer)
+    for i, (prompt, room, behind) in enumerate(zip(prompts, rooms, trained, strict=True)):
+        excess = len(prompt) + behind - data_spec.max_length
+        excess = excess if positions is None else max(excess, len(prompt) + room - positions)
+        start = len(begin) if prompt[: len(begin)] == begin else 0
         if 0 < excess < len(prompt) - start:
             prompts[i] = prompt[:start] + prompt[start + excess :]
             cut += 1

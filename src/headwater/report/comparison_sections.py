@@ -59,7 +59,8 @@ def _lead(comparison: Comparison) -> str:
         return "One seed does not tell differences between methods from chance; what follows is one run of each."
     better = [e.method for e in others if e.paired_ci95 and e.paired_ci95[0] > 0]
     worse = [e.method for e in others if e.paired_ci95 and e.paired_ci95[1] < 0]
-    unclear = [e.method for e in others if e.paired_ci95 and e.paired_ci95[0] <= 0 <= e.paired_ci95[1]]
+    compared = [e.method for e in others if e.paired_difference is not None]
+    unclear = [name for name in compared if name not in (*better, *worse)]
     parts = []
     for names, said in ((better, "better than"), (worse, "worse than"), (unclear, "not clearly different from")):
         if names:
