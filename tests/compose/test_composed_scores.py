@@ -106,6 +106,44 @@ def test_rows_of_many_mixtures_are_scored_as_each_alone(found, metric):
     assert (score.n, said[-1]) == (6, ("mine", 6, 6))
 
 
+def test_rows_of_one_loss_count_by_their_own_tokens(found):
+    """So score and interval are of the same thing, whether rows are scored in groups or at once."""
+    made = [Row("p" * i, ("xyz" * i * i)[:60] if i % 2 else "q") for i in range(1, 9)]
+    task = Task("mine", 0, "loss", test=made)
+    with found.pooled.rows([{"plain": 1.0}]):
+        at_once = score_task(found.pooled.model, found.tokenizer, task, made, *SPECS)
+    same = score_mixtures(found, task, made, [{"plain": 1.0}] * 8, *SPECS)
+    groups = score_mixtures(found, task, made, [{"plain": 1.0}, {"plain": 1.0, "rs": 0.0}] * 4, *SPECS)
+    for score in (same, groups):
+        assert score.value == pytest.approx(at_once.value, rel=1e-4)
+        assert score.detail["interval"] == pytest.approx(at_once.detail["interval"], rel=1e-4)
+        assert score.detail["tokens"] == at_once.detail["tokens"]
+        assert score.weights == at_once.weights
+
+
+def test_rows_that_are_left_out_are_left_out_of_groups(found):
+    made = [Row("p" * k, "abc" * (1 + k % 3), source="file") for k in (3, 200, 5, 6, 300, 7)]
+    task = Task("mine", 0, "loss", test=made)
+    specs = EvaluationSpec(), DataSpec(max_length=50, on_too_long="drop")
+    plan = [{"plain": 1.0}, {"plain": 1.0}, {}, {"plain": 1.0}, {"rs": 1.0}, {}]  # all rows of rs are left out
+    score = score_mixtures(found, task, made, plan, *specs)
+    fitting = [row for row in made if len(row.prompt) < 50]
+    alone = score_mixtures(found, task, fitting, [{"plain": 1.0}, {}, {"plain": 1.0}, {}], *specs)
+    assert (score.n, score.correct, score.weights) == (4, alone.correct, alone.weights)
+    assert score.detail == {**alone.detail, "dropped_rows": 2}
+    same = score_mixtures(found, task, made, [{}] * 6, *specs)
+    assert (same.n, same.detail["dropped_rows"]) == (4, 2)
+    with pytest.raises(HeadwaterError, match="no row has a token to score: 2 of 2 are too long"):
+        score_mixtures(found, task, [made[1], made[4]], [{}, {"rs": 1.0}], *specs)
+
+
+def test_what_a_score_says_of_its_choices_is_said_of_groups_too(found):
+    made = [Row(f"row {i}", " yes", choices=(" yes", " no", " maybe")[: 2 + i % 2]) for i in range(4)]
+    score = score_mixtures(found, Task("mine", 0, "choice_accuracy", test=made), made, [{}, {"rs": 1.0}] * 2, *SPECS)
+    assert score.detail["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert score.detail["normalization"] == SPECS[0].choice_normalization
+
+
 def test_fusion_is_not_the_mixture(found):
     task = Task("mine", 0, "loss", test=rows(3))
 

@@ -310,6 +310,10 @@ def test_saved_and_loaded_exactly(pool, pooled, tmp_path, granularity):
     file.write_text("{")
     with pytest.raises(HeadwaterError, match="not readable"):
         FlowGate.load(tmp_path / "gates", pool, other)
+    file.write_text(json.dumps(written))
+    (tmp_path / "gates" / "flow.safetensors").unlink()
+    with pytest.raises(HeadwaterError, match=r"flow\.safetensors: not readable: No such file"):
+        FlowGate.load(tmp_path / "gates", pool, other)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from headwater.cli.adapters import (
     locate,
 )
 from headwater.cli.console import err_console, out_console, table
+from headwater.cli.evaluate import refuse
 from headwater.errors import HeadwaterError, Problem
 
 if TYPE_CHECKING:
@@ -27,10 +28,13 @@ def run(source: str, output: str, *, merge: bool, per_task: bool, rows: int, sco
     """Write an adapter for tools that do not know headwater.
 
     Raises:
-        HeadwaterError: no adapter, a folder that is not empty, or a method that cannot be written that way.
+        HeadwaterError: no adapter, a folder that is not empty, options that exclude each other, or a method that cannot
+            be written that way.
     """
     if merge and per_task:
         raise HeadwaterError(Problem("--merge and --per-task exclude each other", "--merge", "give one of them"))
+    if not per_task:
+        refuse({"--score-rows": score_rows}, "it is about --per-task: leave it out, or give that")
     found, folder = locate(source), Path(output).absolute()
     method = str(adapter_fields(found.adapter).get("peft_type", "")).lower()
 

@@ -78,7 +78,7 @@ def read_adapter(folder: str | Path, name: str, sizes: Sizes | None = None) -> A
         raise HeadwaterError(*problems)
     config = read_config(folder)
     problems += config_problems(config, str(folder / CONFIG_FILE))
-    factors = _read_factors(folder / WEIGHTS_FILE, problems)
+    factors = _read_factors(folder, problems)
     layers: dict[str, LowRank] = {}
     where = str(folder / WEIGHTS_FILE)
     for layer, pair in sorted(factors.items()):
@@ -154,11 +154,34 @@ def _file_problems(folder: Path) -> list[Problem]:
             fix = f"copy the adapter with its files, for instance cp -rL {folder} COPY"
             problems.append(Problem("this file is a symbolic link", str(file), fix))
         elif not file.is_file():
-            fix = ""
-            if name == WEIGHTS_FILE and any((folder / f"adapter_model.{end}").exists() for end in ("bin", "pt", "pth")):
-                fix = "there is a pickled file, which is never read; save the adapter again with a current PEFT"
-            problems.append(Problem(f"there is no {name} in this folder", str(folder), fix))
+            problems.append(_missing(folder, name))
     return problems
+
+
+def _missing(folder: Path, name: str) -> Problem:
+    fix = ""
+    if name == WEIGHTS_FILE and any((folder / f"adapter_model.{end}").exists() for end in ("bin", "pt", "pth")):
+        fix = "there is a pickled file, which is never read; save the adapter again with a current PEFT"
+    return Problem(f"there is no {name} in this folder", str(folder), fix)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, of whatever kind it is; nothing is unpickled.
+
+    Raises:
+        HeadwaterError: there is no `adapter_model.safetensors`, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise HeadwaterError(_missing(folder, WEIGHTS_FILE))
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        what = f"not a readable safetensors file: {error}"
+        raise HeadwaterError(Problem(what, str(file), "fetch or save it again")) from None
 
 
 def config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
@@ -205,14 +228,11 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _read_factors(file: Path, problems: list[Problem]) -> dict[str, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read_factors(folder: Path, problems: list[Problem]) -> dict[str, dict[str, Tensor]]:
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        problems.append(Problem(f"not a readable safetensors file: {error}", str(file), "fetch or save it again"))
+        tensors = read_tensors(folder)
+    except HeadwaterError as error:
+        problems += error.problems
         return {}
     factors: dict[str, dict[str, Tensor]] = {}
     strange = []
@@ -225,7 +245,8 @@ def _read_factors(file: Path, problems: list[Problem]) -> dict[str, dict[str, Te
     if strange:
         shown = ", ".join(strange[:_SHOWN]) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
         what = f"it holds tensors that are not LoRA factors of linear layers: {shown}"
-        problems.append(Problem(what, str(file), "a pool holds adapters on linear layers only"))
+        where = str(folder / WEIGHTS_FILE)
+        problems.append(Problem(what, where, "a pool holds adapters on linear layers only"))
     return factors
 
 

@@ -11,7 +11,7 @@ r x r matrix R_b R_a'. That is exact, where PEFT's version takes 15 power iterat
 
 GenKnowSub takes the mean of some general adapters g = 1..m off every adapter first, and routes by what is left:
 
-    s_e B_e A_e - 1/m sum_g s_g B_g A_g                           of updates, exactly
+    s_e B_e A_e - 1/m sum_g s_g B_g A_g                           of updates
     s (B_e - 1/m sum_g B_g) (A_e - 1/m sum_g A_g)                 of factors, as PEFT does
 
 The second is no difference of updates, and changes when an adapter is written as (B R, R^-1 A), which is the same one.

@@ -1,6 +1,6 @@
 """One adapter made of several, with fixed weights.
 
-    concat    sum_t w_t s_t B_t A_t, exactly; its rank is the sum of ranks    (LoRI, arXiv 2504.07448: concatenated)
+    concat    sum_t w_t s_t B_t A_t; its rank is the sum of ranks             (LoRI, arXiv 2504.07448: concatenated)
     fuse      (sum_t w_t s_t B_t) (sum_t w_t A_t), rank r                     (LoraRetriever, arXiv 2402.09997: fusion)
     linear    (sum_t sqrt(w_t s_t) B_t) (sum_t sign sqrt(w_t s_t) A_t), rank r       (PEFT's `linear`, used with LoRI)
 
@@ -10,6 +10,7 @@ adapter's factors are written as (B R, R^-1 A), which is the same adapter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -22,11 +23,14 @@ Parts = list[tuple[float, LowRank]]
 
 
 def concat(adapters: Sequence[Adapter], weights: Sequence[float], name: str = "concat") -> Adapter:
-    """The weighted sum of the adapters' updates, exactly; ranks and scalings may differ. Scalings go into B."""
+    """The weighted sum of the adapters' updates; ranks and scalings may differ.
+
+    Weights and scalings go into B, which is rounded to the factors' dtype: 0.2 % of the update in bfloat16.
+    """
 
     def layer(parts: Parts) -> LowRank:
-        A = torch.cat([part.A for _, part in parts])
-        return LowRank(A, torch.cat([_wide(part.B) * (w * part.scaling) for w, part in parts], 1).to(A.dtype), 1.0)
+        A = torch.cat([_wide(part.A) for _, part in parts])
+        return _rounded(parts, A, torch.cat([_wide(part.B) * (w * part.scaling) for w, part in parts], 1))
 
     return _merge(adapters, weights, name, layer)
 
@@ -42,7 +46,7 @@ def fuse(adapters: Sequence[Adapter], weights: Sequence[float], name: str = "fus
     def layer(parts: Parts) -> LowRank:
         A = sum(_wide(part.A) * w for w, part in parts)
         B = sum(_wide(part.B) * (w * part.scaling) for w, part in parts)
-        return _as_first(parts, A, B)
+        return _rounded(parts, A, B)
 
     return _merge(adapters, weights, name, layer)
 
@@ -59,7 +63,7 @@ def linear(adapters: Sequence[Adapter], weights: Sequence[float], name: str = "l
         roots = [abs(w * part.scaling) ** 0.5 for w, part in parts]
         A = sum(_wide(p.A) * (root if w * p.scaling >= 0 else -root) for root, (w, p) in zip(roots, parts, strict=True))
         B = sum(_wide(part.B) * root for root, (_, part) in zip(roots, parts, strict=True))
-        return _as_first(parts, A, B)
+        return _rounded(parts, A, B)
 
     return _merge(adapters, weights, name, layer)
 
@@ -85,8 +89,9 @@ def _wide(factor: Tensor) -> Tensor:
     return factor.to(torch.promote_types(factor.dtype, torch.float32))
 
 
-def _as_first(parts: Parts, A: Tensor | int, B: Tensor | int) -> LowRank:
-    dtype = parts[0][1].A.dtype
+def _rounded(parts: Parts, A: Tensor | int, B: Tensor | int) -> LowRank:
+    """In the dtype that holds the factors of all parts, whatever their order."""
+    dtype = functools.reduce(torch.promote_types, (factor.dtype for _, part in parts for factor in (part.A, part.B)))
     return LowRank(torch.as_tensor(A).to(dtype), torch.as_tensor(B).to(dtype), 1.0)
 
 

@@ -61,8 +61,7 @@ class Stack:
         down, up = torch.cat([part.A for part in factors]), torch.cat([part.B.T for part in factors])
         ranks = torch.tensor([part.rank for part in factors])
         owner = torch.tensor([position for position, _ in parts]).repeat_interleave(ranks)
-        wide = torch.promote_types(down.dtype, torch.float32)
-        scale = torch.tensor([part.scaling for part in factors], dtype=wide).repeat_interleave(ranks)
+        scale = torch.tensor([part.scaling for part in factors], dtype=_scale_dtype(down)).repeat_interleave(ranks)
         key = tuple((position, part.rank, part.scaling) for position, part in parts)
         owner, scale = (t.to(down.device, non_blocking=True) for t in (owner, scale))
         return cls(down, up, owner, scale, key)
@@ -228,7 +227,8 @@ class PooledModel:
         """An adapter's copy on the devices and in the dtypes of the layers.
 
         Raises:
-            HeadwaterError: the model lacks one of its layers.
+            HeadwaterError: the model lacks one of its layers, or the adapter's numbers are too large for its dtype: 0
+                times infinity would then spoil the rows that do not use it.
         """
         missing = [
             Problem(f"the model has no linear layer {n}", adapter.name)
@@ -242,7 +242,13 @@ class PooledModel:
             weight: Any = self._modules[name].weight
             floating = floating_weight(self._modules[name]) is not None
             to = {"device": weight.device, "dtype": weight.dtype if floating else getattr(self.model, "dtype", None)}
-            layers[name] = LowRank(factors.A.to(**to), factors.B.to(**to), factors.scaling)
+            placed = LowRank(factors.A.to(**to), factors.B.to(**to), factors.scaling)
+            most = torch.finfo(_scale_dtype(placed.A)).max
+            if abs(placed.scaling) > most or not (placed.A.isfinite().all() and placed.B.isfinite().all()):
+                what = f"its numbers at {name} are too large for this model's dtype, {placed.A.dtype}"
+                fix = "load the base model in a wider dtype, or leave the adapter out"
+                raise HeadwaterError(Problem(what, adapter.name, fix))
+            layers[name] = placed
         return Adapter(adapter.name, layers)
 
     def stack(self, adapters: Sequence[Adapter]) -> dict[str, Stack]:
@@ -291,6 +297,10 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return self.pooled._add(self.name, module, args[0], output)
+
+
+def _scale_dtype(down: Tensor) -> torch.dtype:
+    return torch.promote_types(down.dtype, torch.float32)
 
 
 def _is_finite(weight: Any) -> bool:

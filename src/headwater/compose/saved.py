@@ -87,7 +87,7 @@ def read_fitted(
         raise HeadwaterError(Problem(f"this is not version {SCHEMA} of a {kind} file", str(file), fix))
     names, tensors = list(adapters), {}
     weights = folder / f"{kind}.safetensors"
-    if weights.exists():
+    if kind == "flow" or weights.exists():  # Arrow makes its tensors anew, and a composed adapter has none
         try:
             with safe_open(weights, "pt") as opened:
                 listed = json.loads((opened.metadata() or {}).get("adapters", "[]"))

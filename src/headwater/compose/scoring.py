@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.encode import DataSpec
+from ..data.encode import DataSpec, encode_rows
 from ..data.rows import Row
 from ..data.tasks import Task, majority
 from ..errors import HeadwaterError, Problem
 from ..evaluation import EvaluationSpec, Progress, TaskScore, interval, score_task
+from ..evaluation.forward import max_positions
 from ..evaluation.scoring import sample
 from .adapter import read_adapter, read_config
 from .arrow import Arrow
@@ -26,9 +28,12 @@ from .retriever import Retriever, mixtures
 from .saved import kind_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 RETRIEVED = ("selection", "mixture", "fusion")
+_COUNTS = ("tokens", "unfinished", "shortened_prompts")  # in a score's detail
+_SETTINGS = ("normalization", "end_scored")
 
 
 @dataclass(frozen=True)
@@ -158,29 +163,66 @@ def score_mixtures(
     fused: bool = False,
     progress: Progress | None = None,
 ) -> TaskScore:
-    """Score rows that each have a mixture of their own. Rows of one mixture share their batches."""
+    """Score rows that each have a mixture of their own. Rows of one mixture share their batches.
+
+    What a score's detail says of single answers, `examples` and `predicted_shares`, it has where all rows have the same
+    mixture.
+
+    Raises:
+        HeadwaterError: as `score_task` and `PooledModel.rows`.
+    """
+    pooled, tokenizer = composition.pooled, composition.tokenizer
+    kept = _fitting(pooled.model, tokenizer, task, rows, data_spec)
     groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-    for position, mixture in enumerate(plan):
-        groups.setdefault(tuple(sorted(mixture.items())), []).append(position)
-    correct, weights, done = [0.0] * len(rows), [1.0] * len(rows), 0
-    pooled, parts = composition.pooled, []
-    for weights_of, positions in groups.items():
-        with pooled.rows([dict(weights_of)], fused=fused):
-            part = score_task(pooled.model, composition.tokenizer, task, [rows[i] for i in positions], spec, data_spec)
+    for position in kept:
+        groups.setdefault(tuple(sorted(plan[position].items())), []).append(position)
+    if len(groups) < 2:
+        with pooled.rows([dict(next(iter(groups), ()))], fused=fused):
+            return score_task(pooled.model, tokenizer, task, rows, spec, data_spec, progress=progress)
+    parts, values, tokens = [], dict.fromkeys(kept, 0.0), dict.fromkeys(kept, 0.0)
+    done = len(rows) - len(kept)
+    for mixture, positions in groups.items():
+        with pooled.rows([dict(mixture)], fused=fused):
+            part = score_task(pooled.model, tokenizer, task, [rows[i] for i in positions], spec, data_spec)
         parts.append(part)
-        tokens = part.detail.get("tokens", len(part.correct)) / max(1, len(part.correct))
-        for position, value in zip(positions, part.correct, strict=True):
-            correct[position], weights[position] = value, tokens
+        values.update(zip(positions, part.correct, strict=True))
+        if part.weights is not None:
+            tokens.update(zip(positions, part.weights, strict=True))
         done += len(positions)
         if progress is not None:
             progress(task.name, done, len(rows))
-    if task.metric == "loss":  # a mean over tokens: groups count by theirs
-        value = float(np.average([p.value for p in parts], weights=[p.detail["tokens"] for p in parts]))
-        bounds = interval(correct, weights)
-    else:
-        value, bounds = float(np.mean(correct)), interval(correct)
-    detail = {"interval": bounds and list(bounds)}
-    return TaskScore(task.name, task.metric, value, len(rows), majority(rows, task.metric), correct, detail)
+    correct, weights = list(values.values()), list(tokens.values()) if task.metric == "loss" else None
+    ends = interval(correct, weights)
+    detail = {"interval": ends and list(ends), **_joined(parts)}
+    if len(kept) < len(rows):
+        detail["dropped_rows"] = len(rows) - len(kept)
+    value, share = float(np.average(correct, weights=weights)), majority(rows, task.metric)
+    return TaskScore(task.name, task.metric, value, len(kept), share, correct, detail, weights)
+
+
+def _fitting(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], data_spec: DataSpec
+) -> list[int]:
+    """Positions of the rows that a loss does not leave out for their length: its score does not say which they were."""
+    if task.metric != "loss" or data_spec.on_too_long != "drop":
+        return list(range(len(rows)))
+    whole = data_spec.model_copy(update={"max_length": sys.maxsize})
+    encoded, _ = encode_rows(rows, tokenizer, whole, task.index)
+    limit = min(data_spec.max_length, max_positions(model) or sys.maxsize)
+    return [i for i, row in enumerate(encoded) if len(row) <= limit]
+
+
+def _joined(parts: Sequence[TaskScore]) -> dict[str, Any]:
+    """What the scores of several groups of rows say about how they were taken, as one."""
+    details = [part.detail for part in parts]
+    joined: dict[str, Any] = {key: detail[key] for detail in details for key in _SETTINGS if key in detail}
+    for key in _COUNTS:
+        if any(key in detail for detail in details):
+            joined[key] = sum(detail.get(key, 0) for detail in details)
+    if "chance" in details[0]:
+        chances = [detail["chance"] for detail in details]
+        joined["chance"] = float(np.average(chances, weights=[part.n for part in parts]))
+    return joined
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..compose.adapter import CONFIG_FILE, WEIGHTS_FILE, config_problems, rank_and_scaling, read_config
+from ..compose.adapter import CONFIG_FILE, WEIGHTS_FILE, config_problems, rank_and_scaling, read_config, read_tensors
 from ..errors import HeadwaterError, Problem
 from ..files import write_json
 
@@ -26,17 +26,19 @@ def rewrite_lora(adapter: Path, folder: Path) -> int:
     fewer ranks are filled up with zeros. Modules trained beside it (`modules_to_save`) come along.
 
     Raises:
-        HeadwaterError: the adapter does more than `scaling * B A x`: DoRA, say, or trained biases.
+        HeadwaterError: the adapter does more than `scaling * B A x`: DoRA, say, or trained biases; or its weights are
+            missing, pickled or damaged.
     """
     config = read_config(adapter)
     where = str(adapter / CONFIG_FILE)
     if problems := config_problems({**config, "modules_to_save": None}, where):
         raise HeadwaterError(*(Problem(p.what, p.where, p.fix or _OUT) for p in problems))
+    tensors = read_tensors(adapter)
     if not (config.get("rank_pattern") or config.get("alpha_pattern")):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapter / name, folder / name)
-        return int(config["r"])
-    tensors, rank = _levelled(load_file(adapter / WEIGHTS_FILE), config, str(adapter / WEIGHTS_FILE))
+        return int(config.get("r", 8))
+    tensors, rank = _levelled(tensors, config, str(adapter / WEIGHTS_FILE))
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, {**config, **plain})

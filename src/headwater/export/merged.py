@@ -24,7 +24,12 @@ def write_merged(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         HeadwaterError: if the base is quantised, an adapted layer shares its weight with the embeddings, or the result
             is not finite.
     """
-    embeddings = model.get_base_model().get_input_embeddings().weight
+    base = model.get_base_model()
+    if getattr(base, "is_quantized", False):  # PEFT's LoRA would merge into it with a warning
+        what = "the base model is quantised, and merged weights would be rounded again"
+        fix = "name an unquantised base model in its place, or leave --merge out and keep the adapter beside the model"
+        raise HeadwaterError(Problem(what, base.name_or_path, fix))
+    embeddings = base.get_input_embeddings().weight
     shared = [
         name
         for name, module in model.named_modules()
@@ -41,6 +46,12 @@ def write_merged(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
                 for name in shared
             )
         )
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except HeadwaterError:
+        raise
+    except ValueError as error:  # PEFT's own methods
+        fix = "leave --merge out and keep the adapter beside the model, or train it anew if its numbers are broken"
+        raise HeadwaterError(Problem(f"PEFT cannot merge this adapter: {error}", fix=fix)) from error
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -16,15 +16,18 @@ _UNFIT = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "train
 def serve_command(base_model: str, adapters: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> str | None:
     """`vllm serve ...` for plain LoRA folders on one base model; None where vLLM would not take them.
 
-    vLLM takes no rank above 512, no DoRA, no bias and no trained modules beside the LoRA (`modules_to_save`). Of the
-    scaling it reads `r`, `lora_alpha` and `use_rslora` alone, so adapters with patterns of ranks would be misread.
+    vLLM takes no rank above 512, no DoRA, no bias and no trained modules beside the LoRA (`modules_to_save`), and no
+    config without `r`. Of the scaling it reads `r`, `lora_alpha` and `use_rslora` alone, so adapters with patterns of
+    ranks would be misread.
 
     Args:
-        base_model: hub id or folder.
+        base_model: hub id or folder; empty where it is not known, and then there is no command either.
         adapters: the name to serve under -> its folder, and the content of its `adapter_config.json`.
     """
     configs = [config for _, config in adapters.values()]
-    if any(config.get(key) for config in configs for key in _UNFIT) or any(c.get("bias") != "none" for c in configs):
+    if not base_model or any(config.get(key) for config in configs for key in _UNFIT):
+        return None
+    if any(config.get("bias") != "none" or "r" not in config for config in configs):
         return None
     rank = max(config["r"] for config in configs)
     fitting = next((r for r in RANKS if r >= rank), None)
