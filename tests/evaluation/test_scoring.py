@@ -291,7 +291,7 @@ def test_choices_that_begin_another_are_told_apart_by_where_they_end(tiny_llama,
     assert {*best} == {" 10"}
     assert " 1" in without
     score = score_task(model, tiny_tokenizer, task_of("choice_accuracy", rows), rows, EvaluationSpec(), DataSpec())
-    assert (score.detail["predicted_shares"][" 10"], score.detail["end_scored"]) == (1.0, True)
+    assert (score.detail["predicted_shares"][" 10"], score.detail["end_scored"]) == (1.0, 9)
     plain = score_task(model, tiny_tokenizer, task_of("choice_accuracy", rows_with_choices()), rows_with_choices(),
                        EvaluationSpec(), DataSpec())  # fmt: skip
     assert "end_scored" not in plain.detail

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
+from transformers import AutoModelForCausalLM
 from tuner.helpers import TARGETS, adapt, config, logits, stir, tokens
 from tuner.rows import BY_ID, ROWS
 from tuner.test_merge import GPT2, tiny_gpt2
@@ -219,6 +220,20 @@ def test_merging_into_tied_embeddings_is_refused(tiny_llama, tmp_path, row_id):
         write_merged(model, make_tiny_tokenizer(), tmp_path)
     assert torch.equal(base.get_input_embeddings().weight, before)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_on_the_input_embeddings_is_merged_where_nothing_else_has_their_weight(tiny_llama, tmp_path, tied):
+    base = tiny_llama(tie_word_embeddings=tied)
+    model = get_peft_model(base, LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    want = model(torch.arange(6)[None]).logits
+    if tied:
+        with pytest.raises(headwater.HeadwaterError, match="embed_tokens shares its weight"):
+            write_merged(model, make_tiny_tokenizer(), tmp_path)
+        return
+    write_merged(model, make_tiny_tokenizer(), tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(torch.arange(6)[None]).logits, want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):

@@ -37,7 +37,7 @@ def test_commands_name_what_they_wrote(trained, tmp_path, capsys, monkeypatch):
     folder.mkdir(parents=True)
     evaluate.run(run, None, "test", f"{folder}/scores.json", [])
     assert f"wrote {folder}/scores.json\n" in capsys.readouterr().err
-    export.run(run, f"{folder}/plain", merge=False, per_task=False, rows=1, score_rows=None)
+    export.run(run, f"{folder}/plain", merge=False, per_task=False, rows=None, score_rows=None)
     assert f"wrote {folder}/plain (" in capsys.readouterr().out
     monkeypatch.setattr("headwater.evaluation.lm_eval.lm_eval_scores", lambda *args, **options: [])
     options = {"include_path": None, "num_fewshot": None, "limit": None, "task": None, "chat": False, "overrides": []}

@@ -237,7 +237,10 @@ def export(
     per_task: Annotated[
         bool, typer.Option("--per-task", help="Write one plain LoRA for each task of the run.")
     ] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Rows per task that --per-task averages gates over.")] = 64,
+    rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Rows per task that --per-task averages gates over; 64 by default."),
+    ] = None,
     score_rows: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Test rows per task that --per-task scores; all by default, 0 for none."),

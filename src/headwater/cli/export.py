@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RECORD = "export.json"
 
 
-def run(source: str, output: str, *, merge: bool, per_task: bool, rows: int, score_rows: int | None) -> None:
+def run(source: str, output: str, *, merge: bool, per_task: bool, rows: int | None, score_rows: int | None) -> None:
     """Write an adapter for tools that do not know headwater.
 
     Raises:
@@ -34,7 +34,7 @@ def run(source: str, output: str, *, merge: bool, per_task: bool, rows: int, sco
     if merge and per_task:
         raise HeadwaterError(Problem("--merge and --per-task exclude each other", "--merge", "give one of them"))
     if not per_task:
-        refuse({"--score-rows": score_rows}, "it is about --per-task: leave it out, or give that")
+        refuse({"--rows": rows, "--score-rows": score_rows}, "it is about --per-task: leave it out, or give that")
     found, folder = locate(source), Path(output).absolute()
     method = str(adapter_fields(found.adapter).get("peft_type", "")).lower()
 
@@ -93,7 +93,7 @@ def _refusal(method: str, error: HeadwaterError) -> HeadwaterError:
     return NotMergeable(*(Problem(problem.what, method, f"{fix}headwater serve RUN") for problem in error.problems))
 
 
-def _per_task(found: Source, method: str, work: Path, rows: int, score_rows: int | None) -> dict[str, Any]:
+def _per_task(found: Source, method: str, work: Path, rows: int | None, score_rows: int | None) -> dict[str, Any]:
     if found.config is None:
         what = "the adapter alone does not say which tasks there are"
         raise HeadwaterError(Problem(what, str(found.adapter), "give the run folder, whose config.yaml lists them"))
@@ -118,7 +118,7 @@ def _per_task(found: Source, method: str, work: Path, rows: int, score_rows: int
     return {"kind": "per_task", "what": what, "exact": exact, "tasks": list(map(_as_json, exported))}
 
 
-def _by_mean_gates(found: Source, work: Path, rows: int, score_rows: int | None) -> list[Exported]:
+def _by_mean_gates(found: Source, work: Path, rows: int | None, score_rows: int | None) -> list[Exported]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from headwater.data.tasks import load_tasks
@@ -148,7 +148,7 @@ def _by_mean_gates(found: Source, work: Path, rows: int, score_rows: int | None)
             config.evaluation,
             config.data,
             work,
-            rows=rows,
+            rows=rows or 64,
             score_rows=score_rows,
             progress=show,
         )

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RETRIEVED = ("selection", "mixture", "fusion")
-_COUNTS = ("tokens", "unfinished", "shortened_prompts")  # in a score's detail
-_SETTINGS = ("normalization", "end_scored")
+_COUNTS = ("tokens", "unfinished", "shortened_prompts", "end_scored")  # in a score's detail
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def _fitting(
 def _joined(parts: Sequence[TaskScore]) -> dict[str, Any]:
     """What the scores of several groups of rows say about how they were taken, as one."""
     details = [part.detail for part in parts]
-    joined: dict[str, Any] = {key: detail[key] for detail in details for key in _SETTINGS if key in detail}
+    joined: dict[str, Any] = {k: v for detail in details for k, v in detail.items() if k == "normalization"}
     for key in _COUNTS:
         if any(key in detail for detail in details):
             joined[key] = sum(detail.get(key, 0) for detail in details)

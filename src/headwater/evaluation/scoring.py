@@ -211,15 +211,16 @@ def _choice_ids(
     problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
     choices = [[tokens[c] for c in row.choices] for row in rows]
     # The shorter of " 1" and " 10" is the likelier by its tokens, whatever the model; where each ends tells them apart.
-    with_end = any(_one_begins_another([tokens[c] for c in found]) for found in {row.choices for row in rows})
-    if with_end:
-        ends = [encode_end(row, tokenizer, data_spec) for row in rows]
-        choices = [[[*ids, *end] for ids in found] for found, end in zip(choices, ends, strict=True)]
+    nested = {found: _one_begins_another([tokens[c] for c in found]) for found in {row.choices for row in rows}}
+    ended = [i for i, row in enumerate(rows) if nested[row.choices]]
+    for i in ended:
+        end = encode_end(rows[i], tokenizer, data_spec)
+        choices[i] = [[*ids, *end] for ids in choices[i]]
     rooms = [max(map(len, found), default=0) for found in choices]
     prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms, rooms)
     places = [row.where for row in rows]
     _refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
-    return prompts, choices, {**({"end_scored": True} if with_end else {}), **cut}
+    return prompts, choices, {**({"end_scored": len(ended)} if ended else {}), **cut}
 
 
 def _one_begins_another(choices: Sequence[Sequence[int]]) -> bool:
@@ -374,8 +375,9 @@ def _prompts(
 ) -> tuple[list[list[int]], dict[str, int]]:
     """Prompts as token ids, and what a score's detail has to say about them.
 
-    Where training cuts long prompts from the left, so does scoring, to leave `rooms` tokens for the answers; else they
-    stay whole, since a prompt that does not fit into a training batch may well fit into the model.
+    Where training cuts long prompts from the left, so does scoring: by the `trained` tokens that are behind them there,
+    and further where the model's context does not leave `rooms` tokens for the answers. Else they stay whole, since a
+    prompt that does not fit into a training batch may well fit into the model.
     """
     prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
     if data_spec.on_too_long != "truncate_prompt":

@@ -29,11 +29,14 @@ def write_merged(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         what = "the base model is quantised, and merged weights would be rounded again"
         fix = "name an unquantised base model in its place, or leave --merge out and keep the adapter beside the model"
         raise HeadwaterError(Problem(what, base.name_or_path, fix))
-    embeddings = base.get_input_embeddings().weight
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
     shared = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and getattr(module.get_base_layer(), "weight", None) is embeddings
+        if isinstance(module, BaseTunerLayer)
+        and getattr(module.get_base_layer(), "weight", None) is embeddings.weight
+        and (tied or module is not embeddings)
     ]
     if shared:
         raise HeadwaterError(
