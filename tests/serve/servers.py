@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from tiny_models import make_tiny_tokenizer
@@ -64,18 +65,25 @@ def process(folder: Path, source: Path, *options: str, **variables: str) -> Iter
         popen.wait()
 
 
-@contextlib.contextmanager
-def thread(
-    routes=None, *, limits: Limits | None = None, api_key: str | None = None, wrap=lambda app: app, **options
-) -> Iterator[tuple[str, Engine]]:
-    """The application over `routes` on a thread: its address and its engine."""
-    engine = Engine(routes or Plain(), make_tiny_tokenizer(), **options)
+def application(
+    routes=None, *, limits: Limits | None = None, api_key: str | None = None, tokenizer=None, **options
+) -> tuple[Any, Engine]:
+    """The application over `routes`, and its engine, to be closed."""
+    tokenizer = tokenizer or make_tiny_tokenizer()
+    engine = Engine(routes or Plain(), tokenizer, **options)
     metrics = Metrics()
     metrics.watch(lambda: engine.running, lambda: engine.waiting)
-    service = Service(engine, make_tiny_tokenizer(), DataSpec(), limits or Limits(), metrics)
+    service = Service(engine, tokenizer, DataSpec(), limits or Limits(), metrics)
+    return make_app(service, api_key=api_key), engine
+
+
+@contextlib.contextmanager
+def thread(routes=None, *, wrap=lambda app: app, **options) -> Iterator[tuple[str, Engine]]:
+    """The application over `routes` on a thread: its address and its engine."""
+    app, engine = application(routes, **options)
     listening = bind("127.0.0.1", 0)
-    app = wrap(make_app(service, api_key=api_key))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(wrap(app), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     running = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     running.start()
     wait_for(lambda: server.started or not running.is_alive())

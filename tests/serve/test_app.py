@@ -104,7 +104,7 @@ def test_a_piece_that_comes_when_the_loop_has_been_closed_is_nobodys():
 
     async def ask():
         service = SimpleNamespace(engine=engine, limits=LIMITS)
-        Answers(service, "plain", gates=False, logprobs=False).ask([1], Route("plain"), Sampling())
+        Answers(service, "plain", 0.0, gates=False, logprobs=False).ask([1], Route("plain"), Sampling())
 
     asyncio.run(ask())
     tickets[0].deliver(Piece("late"))
@@ -138,20 +138,21 @@ def test_a_signal_that_comes_before_the_server_listens_to_them_ends_it(monkeypat
     assert not late
 
 
-def test_what_the_model_raises_is_a_500_and_no_end():
+def test_what_the_model_raises_is_a_500_and_no_end_and_told_to_the_log_alone(caplog):
     class Broken(Plain):
         broken = True
 
         def apply(self, routes):
             if self.broken:
-                raise RuntimeError("no more memory")
+                raise RuntimeError("no more memory for /home/me")
             return super().apply(routes)
 
     routes = Broken()
     with thread(routes) as (url, _):
         failed = post(url, prompt="x", max_tokens=2)
         assert failed.status_code == 500
-        assert failed.json()["error"]["message"] == "no more memory"
+        assert failed.json()["error"]["message"] == "RuntimeError in the server; its log says more"
+        assert "/home/me" in caplog.text
         routes.broken = False
         assert post(url, prompt="x", max_tokens=2).status_code == 200
 
@@ -184,7 +185,12 @@ def test_other_pages_and_other_names_are_kept_out():
         assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}, timeout=60).status_code == 403
         assert httpx.get(f"{url}/health", headers={"Host": "[::1"}, timeout=60).status_code == 403
         assert httpx.get(f"{url}/health", headers={"Host": "localhost:1"}, timeout=60).status_code == 200
-        for origin, status in (("http://evil.example", 403), ("null", 403), (url, 200)):
+        for origin, status in (
+            ("http://evil.example", 403),
+            ("null", 403),
+            (url, 200),
+            (url.replace("http", "https"), 200),
+        ):
             body = {"prompt": "x", "max_tokens": 1}
             got = httpx.post(f"{url}/v1/completions", json=body, headers={"Origin": origin}, timeout=60)
             assert got.status_code == status

@@ -211,6 +211,26 @@ def test_a_full_queue_says_when_to_come_back_and_closing_finishes_what_is_there(
         engine.submit([1], PLAIN, Sampling(1), blocked)
 
 
+def test_cancelled_requests_hold_no_places_in_the_queue():
+    first, full = threading.Event(), threading.Event()
+
+    def blocked(piece):  # so that no token comes with which they would leave
+        first.set()
+        full.wait()
+
+    with running(Plain(), max_batch=1, max_waiting=2) as engine:
+        try:
+            engine.submit([1, 2], PLAIN, Sampling(2), blocked)
+            assert first.wait(60)
+            for _ in range(2):
+                engine.submit([1, 2], PLAIN, Sampling(2), blocked).cancel()
+            assert engine.waiting == 0
+            engine.submit([1, 2], PLAIN, Sampling(2), blocked)
+            assert engine.waiting == 1
+        finally:
+            full.set()
+
+
 def test_cancelled_and_late_requests_leave_the_batch():
     got: dict[str, list] = {"gone": [], "late": [], "queued": [], "stays": []}
     ended = threading.Semaphore(0)
@@ -255,7 +275,7 @@ def test_what_breaks_one_request_breaks_no_other():
         answers = engine.generate(prompts, list(map(Route, names)), greedy([6] * 9))
     for prompt, name, answer in zip(prompts, names, answers, strict=True):
         if name == "broken":
-            assert [(p.finish, p.error) for p in answer] == [("error", "this adapter cannot be read")]
+            assert [(p.finish, p.error) for p in answer] == [("error", "RuntimeError in the server; its log says more")]
         else:
             assert tokens_of(answer) == alone(routes.model, prompt, 6)
 
@@ -283,7 +303,7 @@ def test_a_batch_that_fails_ends_and_the_engine_goes_on():
     with running(routes) as engine:
         engine.submit([4, 5], PLAIN, Sampling(50), take)
         assert ended.wait(60)
-        assert (pieces[-1].finish, pieces[-1].error) == ("error", "out of memory")
+        assert (pieces[-1].finish, pieces[-1].error) == ("error", "RuntimeError in the server; its log says more")
         (answer,) = engine.generate([[6, 7]], [PLAIN], [Sampling(5)])
     assert tokens_of(answer) == alone(model, [6, 7], 5)
 
@@ -300,7 +320,11 @@ def test_outputs_that_are_not_numbers_are_an_error():
 
 def test_requests_that_cannot_be_answered_are_refused():
     with running(Plain()) as engine:
-        for prompt, sampling, message in (([], Sampling(3), "no tokens"), ([1] * 500, Sampling(13), "more than 512")):
+        for prompt, sampling, message in (
+            ([], Sampling(3), "no tokens"),
+            ([5, 300], Sampling(3), "token 300, and the model knows 0 to 299"),
+            ([1] * 500, Sampling(13), "more than 512"),
+        ):
             with pytest.raises(headwater.HeadwaterError, match=message):
                 engine.submit(prompt, PLAIN, sampling, print)
     with pytest.raises(headwater.HeadwaterError, match="max_batch must be at least 1"):

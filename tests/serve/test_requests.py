@@ -210,6 +210,25 @@ def test_mistakes_are_named(url, body, message, param):
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": [0] * 3000}, "the body has 3,000 mistakes"),
+        ({"prompt": "a", "headwater": dict.fromkeys(map(str, range(3000)), 1)}, "the body has 3,000 mistakes"),
+        ({"messages": [0] * 9}, "messages.0: Input should be"),
+        ({"prompt": [None] * 3000}, "prompt is a text, token ids"),
+        ({"prompt": "a", **dict.fromkeys(map(str, range(3000)), 1)}, "this server does not know 0"),
+        ({"prompt": "a", "z" * 3000: 1}, "this server does not know zzz"),
+    ],
+    ids=["messages", "extras", "few", "prompt", "names", "name"],
+)
+def test_what_is_said_about_many_mistakes_stays_short(url, body, message):
+    answer = post(url, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+    assert len(answer.content) < 800
+
+
 @pytest.mark.parametrize(("kind", "named"), [("text/plain", "is text/plain"), ("", "is missing")])
 def test_another_content_type_is_named(url, kind, named):
     error = refusal(url, TEXT, **{"Content-Type": kind})
@@ -247,3 +266,5 @@ def test_the_key_is_a_bearer_s():
     with thread(api_key="secret") as (url, _):
         for given, status in (("Bearer secret", 200), ("bearer  secret", 200), ("Basic secret", 401), ("secret", 401)):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": given}, timeout=60).status_code == status
+        counted = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer secret"}, timeout=60).text
+        assert 'headwater_refused_requests_total{status="401"} 2.0' in counted

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from headwater.errors import HeadwaterError
 from headwater.evaluation.generate import decode
@@ -136,3 +138,16 @@ def test_bytes_that_never_become_a_character_come_at_the_end(tokens):
     got, pieces, _ = feed(tokens)
     assert got == decode(TOKENIZER, tokens)
     assert pieces[-1] == got
+
+
+def test_a_token_by_itself_keeps_the_space_that_it_begins_with():
+    """As in Llama 2, whose decoder drops a text's first space."""
+    words = ["▁the", "▁cat", "s", "a", "▁", "</s>"]
+    plain = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    text = Text(PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>"), ())
+    spelled = []
+    for token in (0, 1, 2, 4, 0, 5):
+        spelled.append(text.spelled(token))
+        text.add(token)
+    assert spelled == ["the", " cat", "s", " ", " the", "</s>"]

@@ -24,16 +24,20 @@ _STATUS_OF_FINISH = {"timeout": 504, "unavailable": 503, "error": 500}
 
 
 class Answers:
-    """The answers to one request, as their pieces come in from the engine's thread."""
+    """The answers to one request, as their pieces come in from the engine's thread.
 
-    def __init__(self, service: Service, name: str, *, gates: bool, logprobs: bool):
-        self.service, self.name = service, name
+    Args:
+        name: of what answers, as it was asked for.
+        began: when the request came, by `time.monotonic`.
+    """
+
+    def __init__(self, service: Service, name: str, began: float, *, gates: bool, logprobs: bool):
+        self.service, self.name, self._began = service, name, began
         self._gates, self._logprobs = gates, logprobs
         self.tickets: list[Ticket] = []
         self.routes: list[Route] = []
         self.tokens = 0
         self._open = 0
-        self._began = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
@@ -46,7 +50,7 @@ class Answers:
             except RuntimeError:  # the loop was closed a moment ago, which a second signal does: nobody waits
                 self.cancel()
 
-        submit, timeout = self.service.engine.submit, self.service.limits.timeout
+        submit, timeout = self.service.engine.submit, self._began + self.service.limits.timeout - time.monotonic()
         self.tickets.append(
             submit(prompt, route, sampling, on_piece, timeout=timeout, gates=self._gates, logprobs=self._logprobs)
         )
@@ -85,13 +89,11 @@ class Answers:
 
     def token(self, piece: Piece) -> dict[str, Any]:
         """A token with its gates, as `headwater` in an answer."""
-        text = "" if piece.token is None else self.service.tokenizer.decode([piece.token])
-        return {"token": text, "gates": [round(gate, 4) for gate in piece.gates or ()]}
+        return {"token": piece.spelled, "gates": [round(gate, 4) for gate in piece.gates or ()]}
 
     def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         """How likely the tokens of these pieces were, where that was asked for."""
-        decode = self.service.tokenizer.decode
-        known = [(decode([p.token]), p.logprob, p.at) for p in pieces if p.logprob is not None]
+        known = [(p.spelled, p.logprob, p.at) for p in pieces if p.logprob is not None]
         return logprobs_of(known) if known else None
 
 
@@ -140,5 +142,11 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _failure(piece: Piece) -> Refused:
-    what = piece.error or "the answer took too long"
-    return Refused(_STATUS_OF_FINISH[piece.finish or ""], what, "server_error", code=piece.finish)
+    if piece.finish == "timeout":
+        return late()
+    return Refused(_STATUS_OF_FINISH[piece.finish or ""], piece.error, "server_error", code=piece.finish)
+
+
+def late() -> Refused:
+    """What is said where a request is out of time."""
+    return Refused(504, "the answer took too long", "server_error", code="timeout")

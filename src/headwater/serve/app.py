@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,15 +20,17 @@ from ..data.conversation import for_conversation
 from ..data.encode import DataSpec, encode_prompt
 from ..data.rows import Row
 from ..errors import HeadwaterError
-from .answers import Answers, events, whole
+from .answers import Answers, events, late, whole
 from .engine import BusyError, ClosedError, Engine
 from .guard import Guard
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, Shape
 from .refusals import Refused, mistake, said
+from .routes import Route, unknown
 from .sampling import Sampling
 
-_T = TypeVar("_T")
+_Prompt = Row | str | list[int]
+"""A conversation, a text or token ids."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Limits:
         default_tokens: as many where a request does not say.
         max_body: most bytes of a request.
         max_answers: most answers to one request: prompts times `n`.
-        timeout: seconds that a request may take altogether.
+        timeout: seconds that a request may take altogether, once its body is there.
     """
 
     max_tokens: int = 1024
@@ -63,75 +65,86 @@ class Service:
         self.engine, self.tokenizer, self.limits, self.metrics = engine, tokenizer, limits, metrics
         self.data_spec = data_spec
         self.started = int(time.time())
+        self._vocabulary = min(len(tokenizer), engine.vocabulary)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="headwater-reader")
-
-    async def _apart(self, function: Callable[..., _T], *args: Any) -> _T:
-        """Runs what takes long beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, function, *args)
+        self._reading = 0  # answers whose prompts are being read: they hold places, as those in the queue do
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         messages = tuple(message.plain() for message in body.messages)
         row = Row(prompt=messages[-1]["content"], completion="", messages=messages)
-        prompt = await self._apart(encode_prompt, row, self.tokenizer, for_conversation(self.data_spec))
-        return await self._answer(body, request, [(prompt, row.prompt)])
+        return await _unless_gone(self._answer(body, [row]), request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        prompts: list[tuple[list[int], str]] = []
-        vocabulary = len(self.tokenizer)
-        for prompt in body.prompts:
-            if isinstance(prompt, str):
-                row = Row(prompt=prompt, completion="")
-                prompts.append((await self._apart(encode_prompt, row, self.tokenizer, self.data_spec), prompt))
-            elif all(0 <= token < vocabulary for token in prompt):
-                prompts.append((prompt, await self._apart(self.tokenizer.decode, prompt)))
-            else:
-                raise Refused(400, f"token ids go from 0 to {vocabulary - 1}", param="prompt")
-        return await self._answer(body, request, prompts)
+        return await _unless_gone(self._answer(body, body.prompts), request)
 
-    async def _answer(
-        self,
-        body: ChatRequest | CompletionRequest,
-        request: Request,
-        prompts: Sequence[tuple[list[int], str]],
-    ) -> Response:
-        chat, limits = isinstance(body, ChatRequest), self.limits
-        places = {"prompt": "messages"} if chat else {}  # what the engine calls things -> what the request does
-        if isinstance(body, ChatRequest) and body.max_completion_tokens:
-            places["max_tokens"] = "max_completion_tokens"
-        if body.limit is not None and body.limit > limits.max_tokens:
-            where = places.get("max_tokens", "max_tokens")
-            raise Refused(400, f"an answer has at most {limits.max_tokens} tokens here", param=where)
-        most = min(limits.max_answers, self.engine.capacity)  # more would never fit, however often they came back
+    def _check(self, body: ChatRequest | CompletionRequest, name: str, prompts: Sequence[_Prompt]) -> None:
+        """Refuses what can be refused without reading the prompts."""
+        if body.limit is not None and body.limit > self.limits.max_tokens:
+            where = _places(body).get("max_tokens", "max_tokens")
+            raise Refused(400, f"an answer has at most {self.limits.max_tokens} tokens here", param=where)
+        most = min(self.limits.max_answers, self.engine.capacity)  # more would never fit, however often they came back
         if len(prompts) * body.n > most:
             where = "n" if body.n > 1 else "prompt"
             raise Refused(400, f"a request has at most {most} answers here: prompts times n", param=where)
+        names = self.engine.routes.names
+        if name not in names:
+            raise Refused(404, said(unknown(name, names)), param="model", code="model_not_found")
+        for prompt in prompts:
+            if isinstance(prompt, list) and not all(0 <= token < self._vocabulary for token in prompt):
+                raise Refused(400, f"token ids go from 0 to {self._vocabulary - 1}", param="prompt")
+
+    def _read(self, prompts: Sequence[_Prompt], name: str) -> list[tuple[list[int], Route]]:
+        """Each prompt's tokens, and what answers it."""
+        read = []
+        for prompt in prompts:
+            if isinstance(prompt, list):
+                ids, text = prompt, self.tokenizer.decode(prompt)
+            elif isinstance(prompt, str):
+                ids, text = encode_prompt(Row(prompt=prompt, completion=""), self.tokenizer, self.data_spec), prompt
+            else:
+                ids, text = encode_prompt(prompt, self.tokenizer, for_conversation(self.data_spec)), prompt.prompt
+            read.append((ids, self.engine.routes.choose(name, text)))
+        return read
+
+    async def _answer(self, body: ChatRequest | CompletionRequest, prompts: Sequence[_Prompt]) -> Response:
+        began = time.monotonic()
         name = body.model or self.engine.routes.names[0]
+        self._check(body, name, prompts)
+        count = len(prompts) * body.n
+        self.engine.require_room(self._reading + count)
+        self._reading += count
+        reading = asyncio.get_running_loop().run_in_executor(self._reader, self._read, prompts, name)
         try:
-            routes = [await self._apart(self.engine.routes.choose, name, text) for _, text in prompts]
-        except HeadwaterError as error:
-            if name in self.engine.routes.names:
-                raise
-            raise Refused(404, said(error), param="model", code="model_not_found") from error
+            await asyncio.wait({reading}, timeout=self.limits.timeout)
+            if not reading.done():
+                raise late()
+            read = reading.result()
+        finally:
+            reading.cancel()
+            self._reading -= count
         logprobs = isinstance(body, CompletionRequest) and body.asks_logprobs
-        answers = Answers(self, name, gates=body.headwater.gates, logprobs=logprobs)
+        answers = Answers(self, name, began, gates=body.headwater.gates, logprobs=logprobs)
         try:
-            for index in range(len(prompts) * body.n):
-                prompt, route = prompts[index // body.n][0], routes[index // body.n]
+            for index in range(count):
+                prompt, route = read[index // body.n]
                 answers.ask(prompt, route, self._sampling(body, prompt, index))
         except BaseException as error:
             answers.cancel()
             if isinstance(error, HeadwaterError):
                 where = error.problems[0].where
-                raise Refused(400, said(error), param=places.get(where, where)) from error
+                raise Refused(400, said(error), param=_places(body).get(where, where)) from error
             raise
-        read = sum(len(prompt) for prompt, _ in prompts)
-        self.metrics.tokens.labels("prompt").inc(read)
-        shape = Shape(chat=chat, model=name)
+        tokens = sum(len(prompt) for prompt, _ in read)
+        self.metrics.tokens.labels("prompt").inc(tokens)
+        shape = Shape(chat=isinstance(body, ChatRequest), model=name)
         if body.stream:
-            stream = events(answers, shape, read if body.stream_options.include_usage else None)
+            stream = events(answers, shape, tokens if body.stream_options.include_usage else None)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        return await _unless_gone(whole(answers, shape, read), request, answers)
+        try:
+            return await whole(answers, shape, tokens)
+        finally:
+            answers.cancel()
 
     def _sampling(self, body: ChatRequest | CompletionRequest, prompt: Sequence[int], index: int) -> Sampling:
         max_tokens = body.limit
@@ -144,17 +157,22 @@ class Service:
         return Sampling(max_tokens, body.temperature, body.top_p, body.stops, seed)
 
 
-async def _unless_gone(answer: Awaitable[Response], request: Request, answers: Answers) -> Response:
+def _places(body: ChatRequest | CompletionRequest) -> dict[str, str]:
+    """What the engine calls things -> what the request does."""
+    places = {"prompt": "messages"} if isinstance(body, ChatRequest) else {}
+    if isinstance(body, ChatRequest) and body.max_completion_tokens:
+        places["max_tokens"] = "max_completion_tokens"
+    return places
+
+
+async def _unless_gone(answer: Awaitable[Response], request: Request) -> Response:
     """The answer, unless the client leaves first."""
     working = asyncio.ensure_future(answer)
     leaving = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return Response(status_code=499)
+        return working.result() if working.done() else Response(status_code=499)
     finally:
-        answers.cancel()
         for task in (working, leaving):
             task.cancel()
 
@@ -214,8 +232,11 @@ def make_app(service: Service, *, api_key: str | None = None, loopback: bool = T
     async def _complete(body: CompletionRequest, request: Request) -> Response:
         return await service.complete(body, request)
 
+    def count(status: int) -> None:
+        service.metrics.refused.labels(str(status)).inc()
+
     def refuse(refused: Refused) -> JSONResponse:
-        service.metrics.refused.labels(str(refused.status)).inc()
+        count(refused.status)
         return refused.response()
 
     @app.exception_handler(Exception)
@@ -245,4 +266,4 @@ def make_app(service: Service, *, api_key: str | None = None, loopback: bool = T
 
     for kind in (Refused, BusyError, ClosedError, HeadwaterError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _expected)
-    return Guard(app, api_key=api_key, max_body=service.limits.max_body, loopback=loopback)
+    return Guard(app, api_key=api_key, max_body=service.limits.max_body, loopback=loopback, on_refused=count)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import HeadwaterError, Problem
-from ..evaluation.forward import max_positions, pad_id
+from ..evaluation.forward import max_positions, pad_id, vocabulary_size
 from ..evaluation.generate import end_ids
 from .batch import Batch
 from .routes import Route, Routes, UnavailableError
@@ -48,6 +48,7 @@ class Piece:
         token: the token that was drawn, None in a piece that only ends the answer.
         finish: why the answer ended, in its last piece.
         gates: how much each head had in the token, averaged over layers, where that was asked for and is known.
+        spelled: the token's text by itself, where gates or log-probabilities were asked for.
         logprob: the token's log-probability as the model has it, before temperature and top_p, where asked for.
         at: how many characters of the answer are before the token.
         error: what went wrong.
@@ -58,6 +59,7 @@ class Piece:
     finish: Finish | None = None
     gates: list[float] | None = None
     logprob: float | None = None
+    spelled: str = ""
     at: int = 0
     error: str = ""
 
@@ -109,6 +111,7 @@ class _Row:
     def take(self, token: int, ends: Sequence[int], gates: list[float] | None, logprob: float | None) -> None:
         self.newest, self.tokens = token, self.tokens + 1
         at = self.text.length
+        spelled = self.text.spelled(token) if self.ticket.gates or self.ticket.logprobs else ""
         finish: Finish | None = None
         text = ""
         if token in ends:
@@ -122,7 +125,7 @@ class _Row:
         if finish:
             text += self.text.finish()
             finish = "stop" if self.text.stopped else finish
-        piece = Piece(text, token, finish, gates, logprob, at)
+        piece = Piece(text, token, finish, gates, logprob, spelled, at)
         self.end(piece) if finish else self.ticket.deliver(piece)
 
     def end(self, piece: Piece) -> None:
@@ -165,6 +168,7 @@ class Engine:
             raise HeadwaterError(*bad)
         self.routes, self.max_batch, self.max_waiting, self.max_prefill = routes, max_batch, max_waiting, max_prefill
         self.max_length = min((n for n in (max_length, max_positions(routes.model)) if n is not None), default=None)
+        self.vocabulary = vocabulary_size(routes.model)
         self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers must not be used by two threads at once
         self._ends = end_ids(routes.model, tokenizer)
         self._batch = Batch(routes, pad_id(tokenizer))
@@ -188,12 +192,25 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait for a place in the batch."""
-        return len(self._waiting)
+        with self._wake:
+            return sum(not ticket.cancelled for ticket in self._waiting)
 
     @property
     def capacity(self) -> int:
         """Requests that fit at once, answered and waiting."""
         return self.max_batch + self.max_waiting
+
+    def require_room(self, requests: int) -> None:
+        """Checks that so many more requests would be taken.
+
+        Raises:
+            BusyError: they would not.
+        """
+        with self._wake:
+            waiting = self.waiting
+            placed = sum(not (ticket.ended or ticket.cancelled) for ticket in self._placed)
+            if waiting + placed + requests > self.capacity:  # whom a place is free for does not wait
+                raise BusyError(self._seconds_per_answer * (1 + waiting / self.max_batch))
 
     def submit(
         self,
@@ -218,10 +235,14 @@ class Engine:
         Raises:
             BusyError: the queue is full.
             ClosedError: the engine is shutting down.
-            HeadwaterError: the prompt is empty, or longer with its answer than the model can take.
+            HeadwaterError: the prompt is empty, has tokens that the model does not, or is longer with its answer than
+                the model can take.
         """
         if not prompt:
             raise HeadwaterError(Problem("the prompt has no tokens, so nothing predicts the answer", "prompt"))
+        if strange := [token for token in prompt if not 0 <= token < self.vocabulary]:
+            what = f"the prompt has token {strange[0]}, and the model knows 0 to {self.vocabulary - 1}"
+            raise HeadwaterError(Problem(what, "prompt", "leave it out"))
         if self.max_length is not None and len(prompt) + sampling.max_tokens > self.max_length:
             what = f"{len(prompt)} tokens of prompt and {sampling.max_tokens} of answer are more than {self.max_length}"
             where = "prompt" if len(prompt) >= self.max_length else "max_tokens"
@@ -231,9 +252,7 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise ClosedError("the server is shutting down")
-            placed = sum(not (ticket.ended or ticket.cancelled) for ticket in self._placed)
-            if len(self._waiting) >= self.capacity - placed:  # whom a place is free for does not wait
-                raise BusyError(self._seconds_per_answer * (1 + len(self._waiting) / self.max_batch))
+            self.require_room(1)
             self._waiting.append(ticket)
             self._wake.notify()
         return ticket
@@ -378,9 +397,11 @@ def _over(ticket: Ticket) -> bool:
 
 
 def _failed(error: Exception) -> Piece:
-    """The last piece of an answer that failed; all of the error goes to the log."""
+    """The last piece of an answer that failed; all of the error goes to the log, as clients read the piece."""
     if isinstance(error, UnavailableError):
         logger.warning("%s: %s", error, error.__cause__)
         return Piece("", finish="unavailable", error=str(error))
     logger.error("answering failed", exc_info=error)
-    return Piece("", finish="error", error=str(error))
+    ours = isinstance(error, HeadwaterError)
+    what = str(error) if ours else f"{type(error).__name__} in the server; its log says more"
+    return Piece("", finish="error", error=what)

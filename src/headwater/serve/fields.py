@@ -52,6 +52,8 @@ _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
 }
 _IN_MESSAGES = ("tool_calls", "function_call", "audio")
+_TOLD = 3
+"""Most unknown names that are told one by one: to look for each one's nearest would stop the server."""
 
 
 def refusal(message: str, param: str | None) -> PydanticCustomError:
@@ -82,11 +84,26 @@ def check_fields(extra: Mapping[str, Any], served: Iterable[str], n: int) -> Non
     neutral = {**_NOT_HERE, "best_of": (n,)}
     unknown = [name for name in extra if name not in neutral and name not in _HARMLESS]
     missing = [name for name, value in extra.items() if name in neutral and value not in neutral[name]]
-    said = [f"this server does not know {name}{_nearest(name, served)}" for name in unknown]
+    said = [f"this server does not know {_short(name)}{_nearest(name, served)}" for name in unknown[:_TOLD]]
+    if len(unknown) > _TOLD:
+        said.append(f"nor {len(unknown) - _TOLD:,} other names")
     if missing:
         said.append(f"this server does not have {', '.join(missing)}")
     if said:
-        raise refusal("; ".join(said), (unknown + missing)[0])
+        raise refusal("; ".join(said), _short((unknown + missing)[0]))
+
+
+def check_prompt(prompt: Any) -> Any:
+    """Refuses what is neither text nor token ids nor a list of either. By hand, because pydantic would tell of each
+    element that it is none of the four."""
+
+    def ids(of: Any) -> bool:
+        return isinstance(of, list) and all(type(token) is int for token in of)  # true and false are of another type
+
+    texts = isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
+    if isinstance(prompt, str) or texts or ids(prompt) or (isinstance(prompt, list) and all(map(ids, prompt))):
+        return prompt
+    raise refusal("prompt is a text, token ids, a list of texts or a list of lists of token ids", "prompt")
 
 
 def check_message(extra: Mapping[str, Any]) -> None:
@@ -96,6 +113,10 @@ def check_message(extra: Mapping[str, Any]) -> None:
         raise refusal(f"this server does not have {', '.join(found)} in messages", "messages")
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= 64 else f"{name[:64]}..."
+
+
 def _nearest(name: str, served: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(served), 1)
+    close = difflib.get_close_matches(_short(name), list(served), 1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -21,16 +21,25 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Guard:
-    """ASGI middleware. Refuses with an error in OpenAI's shape:
+    """ASGI middleware. Tells `on_refused` the status, and refuses with an error in OpenAI's shape:
 
     - 401 without the API key, where there is one; keys are compared in constant time;
-    - 403 from another web page (its `Origin` is not this server), and on loopback under another host's name, so that no
+    - 403 from another web page (its `Origin` is another host), and on loopback under another host's name, so that no
       page that a browser has open can reach the server behind the user's back;
     - 413 for bodies above `max_body` bytes, 408 for those that take longer than `read_timeout` seconds to arrive.
     """
 
-    def __init__(self, app: Any, *, api_key: str | None, max_body: int, loopback: bool, read_timeout: float = 30.0):
-        self.app, self.max_body, self.read_timeout = app, max_body, read_timeout
+    def __init__(
+        self,
+        app: Any,
+        *,
+        api_key: str | None,
+        max_body: int,
+        loopback: bool,
+        on_refused: Callable[[int], None],
+        read_timeout: float = 30.0,
+    ):
+        self.app, self.max_body, self.read_timeout, self.on_refused = app, max_body, read_timeout, on_refused
         self.key = api_key.encode() if api_key else None
         self.loopback = loopback
 
@@ -41,15 +50,15 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refused = self._refusal(scope, headers)
         if refused is not None:
-            await _answer(send, *refused)
+            await self._refuse(send, *refused)
             return
         try:
             body = await asyncio.wait_for(self._body(receive), self.read_timeout)
         except asyncio.TimeoutError:
-            await _answer(send, 408, "the body took too long to arrive", "invalid_request_error", "timeout")
+            await self._refuse(send, 408, "the body took too long to arrive", "invalid_request_error", "timeout")
             return
         if body is None:
-            await _answer(send, *self._too_large())
+            await self._refuse(send, *self._too_large())
             return
         sent = False
 
@@ -67,7 +76,8 @@ class Guard:
         if self.loopback and _hostname(host) not in LOOPBACK:
             return 403, f"this server is not {host!r}", "invalid_request_error", "wrong_host"
         origin = headers.get("origin")
-        if origin is not None and origin != f"{scope.get('scheme', 'http')}://{host}":
+        # not the scheme: behind a proxy with TLS the page has another than what arrives here
+        if origin is not None and origin.partition("://")[1:] != ("://", host):
             return 403, f"pages of {origin} may not use this server", "invalid_request_error", "wrong_origin"
         if self.key is not None and scope["path"] not in OPEN:
             # as bytes, which were read as Latin-1; a letter's last one may look like a space there
@@ -77,6 +87,15 @@ class Guard:
                 return 401, what, "authentication_error", "invalid_api_key"
         length = headers.get("content-length", "")
         return self._too_large() if length.isdigit() and int(length) > self.max_body else None
+
+    async def _refuse(self, send: Send, status: int, message: str, kind: str, code: str) -> None:
+        self.on_refused(status)
+        content = json.dumps(error_body(message, kind, code=code)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
 
     def _too_large(self) -> tuple[int, str, str, str]:
         return 413, f"the body is larger than {self.max_body:,} bytes", "invalid_request_error", "body_too_large"
@@ -102,12 +121,3 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
-
-
-async def _answer(send: Send, status: int, message: str, kind: str, code: str) -> None:
-    content = json.dumps(error_body(message, kind, code=code)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -7,12 +7,21 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic.functional_validators import ModelWrapValidatorHandler
 from typing_extensions import Self
 
-from .fields import check_characters, check_fields, check_message, refusal
+from .fields import check_characters, check_fields, check_message, check_prompt, refusal
 
-TokenId = Annotated[int, Strict()]
+_MISTAKES = 100
+"""Most mistakes of a body that are looked at: to tell each of a hundred thousand would stop the server for seconds."""
 
 
 class Extras(BaseModel):
@@ -57,6 +66,16 @@ class Request(BaseModel):
             return data
         check_characters(data)
         return {key: value for key, value in data.items() if value is not None}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _has_few_mistakes(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            if error.error_count() <= _MISTAKES:
+                raise
+            raise refusal(f"the body has {error.error_count():,} mistakes, too many to name", None) from None
 
     @model_validator(mode="after")
     def _is_served(self) -> Self:
@@ -117,7 +136,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(check_prompt)]
 
     @model_validator(mode="after")
     def _asks_something(self) -> Self:

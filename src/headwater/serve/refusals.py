@@ -43,5 +43,7 @@ def mistake(error: RequestValidationError, content_type: str) -> tuple[str, str 
     if place == ("body",) and kind != "refused":
         return "the body is not a JSON object", None
     texts = [e["msg"] if e["type"] == "refused" else f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in found]
+    told = list(dict.fromkeys(texts))
+    more = [f"and {len(told) - 5} more"] if len(told) > 5 else []
     param = found[0]["ctx"]["param"] if kind == "refused" else str(place[1])
-    return "; ".join(dict.fromkeys(texts)), param
+    return "; ".join(told[:5] + more), param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from dataclasses import dataclass
@@ -105,6 +106,20 @@ class Text:
         if not self.stopped:
             rest, self._held = rest + self._held, ""
         return rest
+
+    def spelled(self, token: int) -> str:
+        """The text of a token that is to be added, by itself; special tokens by their names."""
+        # some tokenizers drop the space before a word where nothing stands before it
+        front = self._front if self.length else []
+        before, text = (
+            self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (front, [*front, token])
+        )
+        return text[len(before) :]
+
+    @functools.cached_property
+    def _front(self) -> list[int]:
+        """What a token can stand behind."""
+        return self._tokenizer("a", add_special_tokens=False)["input_ids"]
 
     def _decoded(self) -> str:
         before = decode(self._tokenizer, self._tokens[self._start : self._read])
