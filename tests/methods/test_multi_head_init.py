@@ -9,7 +9,7 @@ import torch
 from adapted_linear import OneLinear, adapt, base_of, held, noise, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from headwater import HeadwaterError, make_config
 from headwater.analysis import heads
@@ -120,6 +120,21 @@ def test_norm_clip_without_a_usable_weight_is_refused():
     for unusable in (base, OneLinear(6, 8, device="meta")):
         with pytest.raises(HeadwaterError, match="init_norm_clip needs"):
             get_peft_model(unusable, config)
+
+
+def test_a_clipped_adapter_is_loaded_on_a_base_whose_weights_are_not_at_hand(tmp_path):
+    config = make_config("rlora", target_modules=["layer"], r=2, init_norm_clip=True, head_dropout=0.0)
+    model = get_peft_model(OneLinear(6, 8), config)
+    model.save_pretrained(tmp_path)
+    quantised = OneLinear(6, 8)
+    quantised.layer.weight = torch.nn.Parameter(torch.zeros(48, 1, dtype=torch.uint8), requires_grad=False)
+    loaded = PeftModel.from_pretrained(quantised, tmp_path)
+    for name, value in held_state(model).items():
+        assert torch.equal(held_state(loaded)[name], value), name
+
+
+def held_state(model):
+    return model.base_model.model.layer.branch("default").state_dict()
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,14 @@ def test_exp3_update_is_its_equation():
     np.testing.assert_allclose(bandit.probabilities(), [0.5 * weight / (weight + 1) + 0.25, 0.5 / (weight + 1) + 0.25])
 
 
+def test_exp3_divides_by_the_probability_of_the_pick_where_several_are_learned_at_once():
+    bandit = Exp3("ab", gamma=0.5)
+    arms = [bandit.choose(np.zeros(1)) for _ in range(6)]
+    for arm in arms:
+        bandit.update(arm, np.zeros(1), 0.8)
+    np.testing.assert_allclose(bandit.log_weights, [arms.count(arm) * 0.5 * 0.8 / (2 * 0.5) for arm in range(2)])
+
+
 def bandits():
     return [LinUCB("abc", 8, seed=3), Exp3("abc", seed=3), Picker("abc", seed=3), RoundRobin("abc"), Single("abc", "b")]
 

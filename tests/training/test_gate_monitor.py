@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import headwater
-from headwater.analysis.gates import _sums, statistics_of
+from headwater.analysis.gates import GateRecorder, _sums, statistics_of
 from headwater.data.collate import Collator
 from headwater.training import MethodCallback, gate_monitor
 from headwater.training.gate_monitor import METRICS, same_heads
@@ -46,6 +46,22 @@ class Seen:
             each.append(statistics_of({name: (sums[0], float(most[0]))})[name])
         entropies = ([s.gate_entropy for s in each], [s.load_entropy for s in each])
         return [sum(e) / len(e) for e in entropies] + [sum(len(s.dead()) for s in each)]
+
+
+def test_only_training_of_the_active_adapter_is_watched(tiny_llama):
+    """And not what a trainer of preferences samples, evaluates, or asks its reference for in between."""
+    model, ids = adapted(tiny_llama()), torch.arange(12).view(2, 6)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.train()
+    watched = GateRecorder(model, of_training=True)
+    with watched, GateRecorder(model) as everything:
+        model(input_ids=ids)
+        model.eval()(input_ids=ids)
+        model.train().set_adapter("ref")
+        model(input_ids=ids)
+        model.set_adapter("default")
+    assert {s.tokens for s in everything.statistics().values()} == {36}
+    assert {s.tokens for s in watched.statistics().values()} == {12}
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "checkpointed"])

@@ -79,6 +79,16 @@ def test_a_batch_with_a_loss_between_rows_stays_whole(tiny_llama, tmp_path, monk
     assert run.activation_bytes > 0
 
 
+def test_ranks_whose_forwards_meet_run_as_many(tiny_llama, tmp_path, monkeypatch):
+    """SMoRA's counts are of all ranks; one forward more on one of them would wait for the others."""
+    run = make_trainer(adapted(tiny_llama(), "smora", r=6, top_k=2), tmp_path)
+    other = make_trainer(adapted(tiny_llama()), tmp_path)
+    assert run.may_cut
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    assert not run.may_cut
+    assert other.may_cut
+
+
 @pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_ranks_that_gather_weights_in_each_forward_run_as_many(tiny_llama, tmp_path, sharded):
     run = make_trainer(adapted(tiny_llama()), tmp_path)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from headwater.data.mixture import MixtureSpec
 from headwater.errors import HeadwaterError
 from headwater.training import HeadwaterArguments, HeadwaterTrainer
-from headwater.tuner import context_of
+from headwater.tuner import align, context_of
 
 from .common import CPU, adapted, make_rows, make_tasks, make_trainer, trained
 
@@ -35,6 +35,37 @@ def test_the_loss_of_an_evaluation_is_that_of_a_plain_reading(tiny_llama, tmp_pa
     means = torch.stack([loss.mean() for loss in losses])
     expected = means.mean() if normalization == "example" else torch.cat(losses).mean()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_alignment_may_come_after_the_trainer(tiny_llama, tmp_path):
+    weights = []
+    for late in (False, True):
+        model = adapted(tiny_llama(), "lora")
+        if not late:
+            align(model, kind="kl", weight=1.0)
+        trainer = make_trainer(model, tmp_path, max_steps=2, per_device_train_batch_size=6)
+        if late:
+            align(model, kind="kl", weight=1.0)
+        trainer.train()
+        weights.append(trained(model))
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_method_that_goes_by_task_may_be_on_the_output_layer(tiny_llama, tmp_path, padding_free):
+    fields = {"target_modules": ["lm_head"], "num_tasks": 2}
+    model = adapted(tiny_llama(attn_implementation="sdpa"), "mtl_lora", lora_dropout=0.0, **fields)
+    rows = [*make_rows(0, 3), *make_rows(1, 3)]
+    args = {"padding_free": padding_free, "per_device_train_batch_size": 6, "learning_rate": 0.0, "max_steps": 1}
+    trainer = make_trainer(model, tmp_path, tasks={"a": rows[:3], "b": rows[3:]}, **args)
+    losses = []
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels)[1:]
+        with torch.no_grad():
+            logits = model(input_ids=ids, headwater_task_ids=torch.tensor([row.task])).logits[0, :-1]
+        losses.append(F.cross_entropy(logits, labels, ignore_index=-100))
+    assert trainer.train().training_loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
 def test_auxiliary_losses_of_ones_own_loop_count_in_full_after_a_trainer(tiny_llama, tmp_path):

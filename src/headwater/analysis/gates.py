@@ -119,16 +119,19 @@ class GateRecorder:
         model: a model with an adapter of headwater's.
         values_per_layer: at most about so many gate values of a layer in one forward are counted, of tokens evenly
             spread over the batch; all by default.
+        of_training: count only forwards in training mode of the adapters that are active at the start, and so neither
+            evaluations and sampling in the middle of training nor a reference adapter.
 
     Raises:
         HeadwaterError: if the model has no such adapter; in the forward, if several active ones show gates.
     """
 
-    def __init__(self, model: nn.Module, *, values_per_layer: int | None = None):
+    def __init__(self, model: nn.Module, *, values_per_layer: int | None = None, of_training: bool = False):
         self._context = context_of(model)
         self._layers = {module.name: module for module in model.modules() if isinstance(module, MethodLayer)}
         self._shown: tuple[State | None, set[str]] = (None, set())  # a forward and the layers that showed a gate in it
-        self._limit = values_per_layer
+        self._limit, self._of_training = values_per_layer, of_training
+        self._active: dict[str, list[str]] = {}
         self._recording = False
         self._state: State | None = None
         self._forwards = 0
@@ -140,6 +143,7 @@ class GateRecorder:
     def start(self) -> None:
         """Begins, or goes on, to record; harmless while it does."""
         if not self._recording:
+            self._active = {name: list(layer.active_adapters) for name, layer in self._layers.items()}
             self._context.observers.append(self._see)
             self._recording = True
 
@@ -183,10 +187,13 @@ class GateRecorder:
     def _see(self, name: str, gate: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
+        layer = self._layers.get(name)
+        if self._of_training and layer and not (layer.training and layer.active_adapters == self._active[name]):
+            return
         state = self._context.state
         if state is not self._shown[0]:
             self._shown = (state, set())
-        if name in self._shown[1] and name in self._layers and len(self._layers[name].active_adapters) > 1:
+        if name in self._shown[1] and layer and len(layer.active_adapters) > 1:
             raise HeadwaterError(  # a layer that a model runs at several depths shows its gate again, too, and is fine
                 Problem(
                     f"{name} shows the gates of several active adapters, whose statistics would be mixed",

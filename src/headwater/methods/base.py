@@ -91,6 +91,7 @@ class Branch(nn.Module):
     """
 
     by_prompt: bool = False  # goes by what a row's text begins with, so a decoder beside an encoder has nothing to show
+    meets_ranks: bool = False  # its learning forwards talk to other ranks, so all ranks run as many of them
     needs_state: bool = False  # uses task ids, the padding mask or auxiliary losses of the forward pass
     has_losses: bool = False  # adds auxiliary losses, which are of a whole batch
     head_dropout: float = 0.0  # dropout that `mix` makes from `call.seed`

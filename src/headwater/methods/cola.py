@@ -31,7 +31,8 @@ class ColaConfig(MethodConfig):
         link_ranks: rank of each link, e.g. [8, 4, 2], the first being `r`; by default all have `r`.
         knots: optimiser steps after which a link is tied, M - 1 of them, rising; by default the run is split evenly.
         alpha_mode: "fixed_scaling" keeps s when the rank changes; "fixed_alpha" keeps alpha.
-        reinit_a: "fresh" draws a new A for each link; "same" starts each from the first link's.
+        reinit_a: "fresh" draws a new A for each link; "same" starts each from the first link's, drawn
+            from `init_seed`.
         train_factor: "both"; "B" with each link's A random and frozen; "A" with its B so.
         mode: "stack" computes tied links from their factors; "fold" adds them to a copy of the base weight, which costs
             that copy and makes a forward as cheap as one LoRA's. Both save the same file, and an adapter loaded for
@@ -62,6 +63,9 @@ class ColaConfig(MethodConfig):
             self.check("num_links", self.num_links >= 1, "must be at least 1"),
             self.one_of("alpha_mode", ("fixed_scaling", "fixed_alpha")),
             self.one_of("reinit_a", ("fresh", "same")),
+            Problem("reinit_a='same' needs a seed to draw the first link's A from again", "init_seed", "set init_seed")
+            if self.reinit_a == "same" and self.init_seed is None
+            else None,
             self.one_of("train_factor", ("both", "A", "B")),
             self.one_of("mode", ("stack", "fold")),
             self.one_of("lr_policy", ("continue", "restart")),

@@ -109,7 +109,7 @@ def draw_heads(
     else:
         A *= factor
         B *= factor
-    if config.init_norm_clip:
+    if config.init_norm_clip and not config.inference_mode:  # else what was saved takes the start's place
         if shape.weight is None or not shape.weight.any():  # clipped to a zero weight, the adapter could never learn
             raise HeadwaterError(
                 Problem("init_norm_clip needs the values of a base weight that is not zero", shape.name, "leave it off")

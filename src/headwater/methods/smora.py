@@ -82,7 +82,7 @@ class SMoraBranch(Branch):
         self.k = min(config.top_k, r) // self.block
         self.softmax, self.bias_in_gate = config.gate == "softmax", config.bias_in_gate
         self.rate = config.bias_update_rate if config.balance == "loss_free" else 0.0
-        self.needs_state = self.rate > 0
+        self.needs_state = self.meets_ranks = self.rate > 0
         self.A = nn.Parameter(kaiming(r, d_in, generator))
         self.B = nn.Parameter(torch.zeros(r, shape.out_features))
         self.router = nn.Parameter(kaiming(r // self.block, d_in, generator))

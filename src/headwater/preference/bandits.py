@@ -140,6 +140,7 @@ class Exp3(Picker):
         super().__init__(arms, seed)
         self.gamma = gamma
         self.log_weights = np.zeros(len(self.arms))
+        self._picked_by: Vector | None = None
 
     def probabilities(self) -> Vector:
         """Each arm's, float64 `(arms,)`; dropped arms have 0 and do not count among the K."""
@@ -151,7 +152,9 @@ class Exp3(Picker):
 
     def update(self, arm: int, context: Vector, reward: float) -> None:
         if arm in self.alive:
-            self.log_weights[arm] += self.gamma * reward / (len(self.alive) * self.probabilities()[arm])
+            # Several picks of one optimiser step are learned from one after another; all were made by the same p.
+            p = self.probabilities() if self._picked_by is None else self._picked_by
+            self.log_weights[arm] += self.gamma * reward / (np.count_nonzero(p) * p[arm])
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         return {"log_weights": self.log_weights}, super().state()[1]
@@ -161,7 +164,8 @@ class Exp3(Picker):
         self.log_weights = tensors["log_weights"].copy()
 
     def _choose(self, context: Vector, random: np.random.Generator) -> int:
-        return int(random.choice(len(self.arms), p=self.probabilities()))
+        self._picked_by = self.probabilities()
+        return int(random.choice(len(self.arms), p=self._picked_by))
 
 
 class RoundRobin(Picker):

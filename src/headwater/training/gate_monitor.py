@@ -36,7 +36,7 @@ class GateMonitor:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._recorder = GateRecorder(model, values_per_layer=_VALUES)
+        self._recorder = GateRecorder(model, values_per_layer=_VALUES, of_training=True)
         self._just_logged = True
         self._sums: GateSums = {}  # since the last look back
         self._looked_at: int | None = None

@@ -24,7 +24,7 @@ from ..data.sampler import MixtureBatchSampler
 from ..errors import HeadwaterError, Problem
 from ..evaluation.scores import TaskScore, mean_score
 from ..methods.call import KEYWORD, LENGTHS
-from ..tuner.context import LABELS, has_encoder
+from ..tuner.context import LABELS, Context, has_encoder
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
 from .arguments import HeadwaterArguments, steps_per_epoch, total_steps
@@ -118,13 +118,17 @@ class HeadwaterTrainer(Trainer):
         self.method_callback = MethodCallback()
         self.add_callback(self.method_callback)
         self.head_monitor = HeadMonitor(model)
-        self._context = context_of(model) if is_adapted(model) else None
         self._head: CompletionHead | None = None
         self._parameters: int | None = None
         self.activation_bytes: int | None = None
         self._counting = False
         if args.padding_free:
             self._packs()  # if it cannot be, that is said before anything is scored
+
+    @property
+    def _context(self) -> Context | None:
+        """Looked up each time: `align` may come after the trainer was made."""
+        return context_of(self.model) if is_adapted(self.model) else None
 
     def _packs(self) -> bool:
         """Whether batches are to be packed.
@@ -298,8 +302,10 @@ class HeadwaterTrainer(Trainer):
     @property
     def may_cut(self) -> bool:
         """False under a loss between rows, and where ranks must run as many forwards as each other, or one a batch."""
-        between_rows = self._context is not None and self._context.needs_batch
-        return not (between_rows or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        context, ranks = self._context, self.accelerator.num_processes
+        if context is not None and (context.needs_batch or (ranks > 1 and context.branches_meet_ranks)):
+            return False
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def compute_loss(
         self,
@@ -322,17 +328,18 @@ class HeadwaterTrainer(Trainer):
         total = items.sum() if step is None else step
         ranks = self.accelerator.num_processes if self.averages_over_ranks and step is not None else 1
         scale = items.sum() * ranks / total
-        if self._context is not None:
+        context = self._context
+        if context is not None:
             # The model is not given the labels, so that it computes no loss; a method may still want to know them.
             inputs |= {KEYWORD: tasks, LABELS: labels}
-            self._context.loss_scale = scale  # type: ignore[assignment]
+            context.loss_scale = scale  # type: ignore[assignment]
         head = self._head or CompletionHead(self.model)
         try:
             with head.at(index), self._count_activations(model), self._rows_apart(inputs):
                 outputs = model(**inputs)
         finally:
-            if self._context is not None:
-                self._context.loss_scale = 1.0  # what runs the model next may not be this trainer
+            if context is not None:
+                context.loss_scale = 1.0  # what runs the model next may not be this trainer
         if head is not self._head:
             head.remove()
         losses = completion_losses(
@@ -345,12 +352,12 @@ class HeadwaterTrainer(Trainer):
         )
         if model.training:
             self.accounts.add(losses.detach(), items, tasks, inputs)
-            if self._context is not None:
-                self.accounts.add_auxiliary(self._context.last_losses, scale)
+            if context is not None:
+                self.accounts.add_auxiliary(context.last_losses, scale)
         # Every rank's gradient is averaged over ranks afterwards, hence times their number.
         loss = losses.sum() * ranks / total
-        if self._context is not None:
-            self._context.follow(loss)
+        if context is not None:
+            context.follow(loss)
         return (loss, outputs) if return_outputs else loss
 
     @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Context:
         self.merging: list[Observer] = []  # those that are shown what a merge takes
         self.align: Align | None = None
         self.loss_scale = 1.0
-        self.branches_need_state = self.branches_need_batch = False
+        self.branches_need_state = self.branches_need_batch = self.branches_meet_ranks = False
         self.last_losses: dict[str, Tensor] = {}
         self._checkpointing: list[nn.Module] | None = None
         self._opened = False  # by a forward whose layers may run again in backward, perhaps in another thread
@@ -56,7 +56,7 @@ class Context:
     def __reduce__(self) -> tuple[Any, ...]:
         # thread-local storage cannot be copied; a copied model starts with its own, and without observers. Nor does
         # `loss_scale` go along: a trainer sets it for its own accumulation, and a copy is trained by another.
-        kept = ("align", "branches_need_state", "branches_need_batch")
+        kept = ("align", "branches_need_state", "branches_need_batch", "branches_meet_ranks")
         return Context, (self._names,), {name: getattr(self, name) for name in kept}
 
     @property

@@ -168,7 +168,7 @@ def _whole_or_not_at_all(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """On an error inside, the model is as before: what one layer refuses must not stay on the layers before it, where
     the next try would train it as its own."""
     context: Context | None = model.__dict__.get(_CONTEXT)
-    needs = context and (context.branches_need_state, context.branches_need_batch)
+    needs = context and (context.branches_need_state, context.branches_need_batch, context.branches_meet_ranks)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = {m: dict(m.branches).get(adapter_name) for m in model.modules() if isinstance(m, MethodLayer)}
     try:
@@ -190,7 +190,7 @@ def _whole_or_not_at_all(model: nn.Module, adapter_name: str) -> Iterator[None]:
         if context is None:
             _remove_context(model)
         elif needs:
-            context.branches_need_state, context.branches_need_batch = needs
+            context.branches_need_state, context.branches_need_batch, context.branches_meet_ranks = needs
         raise
 
 
@@ -230,6 +230,7 @@ def add_branch(
     layer.branches[adapter_name] = branch
     layer.context.branches_need_state |= branch.needs_state
     layer.context.branches_need_batch |= branch.has_losses
+    layer.context.branches_meet_ranks |= branch.meets_ranks
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
 
