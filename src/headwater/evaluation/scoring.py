@@ -7,29 +7,18 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from headwater.data.answers import number_after_mark
-from headwater.data.encode import (
-    IGNORED,
-    DataSpec,
-    Encoded,
-    EncodingReport,
-    encode_completion,
-    encode_end,
-    encode_prompt,
-    encode_rows,
-    start_ids,
-)
+from headwater.data.encode import IGNORED, DataSpec, Encoded, EncodingReport, encode_rows
 from headwater.data.rows import one_screen
 from headwater.data.tasks import majority
 from headwater.errors import DivergedError, HeadwaterError, Problem
+from headwater.evaluation.asked import choice_ids, generation_ids
 from headwater.evaluation.forward import evaluating, max_positions, pad_id
-from headwater.evaluation.generate import generate_from_ids, length_problems
+from headwater.evaluation.generate import generate_from_ids
 from headwater.evaluation.intervals import interval
 from headwater.evaluation.likelihood import choice_log_probs, completion_losses
 from headwater.evaluation.metrics import GENERATION_METRICS
@@ -160,7 +149,7 @@ def _score_choices(
     data_spec: DataSpec,
     on_batch: Callable[[int], None],
 ) -> TaskScore:
-    prompts, choices, detail_of_ids = _choice_ids(model, tokenizer, task, rows, spec, data_spec)
+    prompts, choices, detail_of_ids = choice_ids(model, tokenizer, task, rows, spec, data_spec)
     log_probs = choice_log_probs(
         model,
         prompts,
@@ -187,47 +176,6 @@ def _score_choices(
     return _score(task, rows, correct, detail)
 
 
-def _choice_ids(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-) -> tuple[list[list[int]], list[list[list[int]]], dict[str, Any]]:
-    """Each row's prompt and choices as token ids, and what a score's detail has to say about them."""
-    tokens = {
-        text: encode_completion(text, tokenizer) for text in dict.fromkeys(c for row in rows for c in row.choices)
-    }
-    problems = [
-        Problem(
-            "the task is scored by its choices, and this row has none",
-            row.where,
-            "Add choices, or name another metric.",
-        )
-        for row in rows
-        if not row.choices
-    ]
-    problems += [Problem(f"the choice {text!r} has no tokens", task.name) for text, ids in tokens.items() if not ids]
-    choices = [[tokens[c] for c in row.choices] for row in rows]
-    # The shorter of " 1" and " 10" is the likelier by its tokens, whatever the model; where each ends tells them apart.
-    nested = {found: _one_begins_another([tokens[c] for c in found]) for found in {row.choices for row in rows}}
-    ended = [i for i, row in enumerate(rows) if nested[row.choices]]
-    for i in ended:
-        end = encode_end(rows[i], tokenizer, data_spec)
-        choices[i] = [[*ids, *end] for ids in choices[i]]
-    rooms = [max(map(len, found), default=0) for found in choices]
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms, rooms)
-    places = [row.where for row in rows]
-    _refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
-    return prompts, choices, {**({"end_scored": len(ended)} if ended else {}), **cut}
-
-
-def _one_begins_another(choices: Sequence[Sequence[int]]) -> bool:
-    ordered = sorted(map(tuple, choices))  # what begins another stands before it, and before what begins alike
-    return any(a != b and b[: len(a)] == a for a, b in pairwise(ordered))
-
-
 def _best(
     log_probs: Sequence[float], texts: Sequence[str], ids: Sequence[Sequence[int]], by: ChoiceNormalization
 ) -> int:
@@ -247,7 +195,7 @@ def _score_generated(
     on_batch: Callable[[int], None],
 ) -> TaskScore:
     metric = GENERATION_METRICS[task.metric]
-    prompts, cut = _generation_ids(model, tokenizer, task, rows, spec, data_spec)
+    prompts, cut = generation_ids(model, tokenizer, task, rows, spec, data_spec)
     answers = generate_from_ids(
         model,
         tokenizer,
@@ -268,29 +216,6 @@ def _score_generated(
         **cut,
     }
     return _score(task, rows, correct, detail)
-
-
-def _generation_ids(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-) -> tuple[list[list[int]], dict[str, int]]:
-    """Prompts as token ids, and what a score's detail has to say about them."""
-    problems = []
-    if task.metric == "final_number":
-        problems += [
-            Problem("the answer holds no number after ####", row.where, "Add one, or name another metric.")
-            for row in rows
-            if number_after_mark(row.completion) is None
-        ]
-    trained = [len(encode_completion(row.completion, tokenizer, end=True)) for row in rows]
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows), trained)
-    places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
-    _refuse(task, problems + length_problems(model, prompts, places, [spec.max_new_tokens] * len(rows), fix))
-    return prompts, cut
 
 
 def _score_loss(
@@ -344,8 +269,8 @@ _SCORERS: dict[str, Callable[..., TaskScore]] = {
     "loss": _score_loss,
 }
 _IDS: dict[str, Callable[..., Any]] = {
-    "choice_accuracy": _choice_ids,
-    **dict.fromkeys(GENERATION_METRICS, _generation_ids),
+    "choice_accuracy": choice_ids,
+    **dict.fromkeys(GENERATION_METRICS, generation_ids),
     "loss": _loss_ids,
 }
 """What a metric's scorer begins with; it refuses rows that cannot be scored."""
@@ -365,36 +290,6 @@ def _score(
     return TaskScore(task.name, task.metric, value, len(correct), most, correct, detail, weights)
 
 
-def _prompts(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    data_spec: DataSpec,
-    rooms: Sequence[int],
-    trained: Sequence[int],
-) -> tuple[list[list[int]], dict[str, int]]:
-    """Prompts as token ids, and what a score's detail has to say about them.
-
-    Where training cuts long prompts from the left, so does scoring: by the `trained` tokens that are behind them there,
-    and further where the model's context does not leave `rooms` tokens for the answers. Else they stay whole, since a
-    prompt that does not fit into a training batch may well fit into the model.
-    """
-    prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
-    if data_spec.on_too_long != "truncate_prompt":
-        return prompts, {}
-    cut, positions, begin = 0, max_positions(model), start_ids(tokenizer)
-    for i, (prompt, room, behind) in enumerate(zip(prompts, rooms, trained, strict=True)):
-        excess = len(prompt) + behind - data_spec.max_length
-        excess = excess if positions is None else max(excess, len(prompt) + room - positions)
-        start = len(begin) if prompt[: len(begin)] == begin else 0
-        if 0 < excess < len(prompt) - start:
-            prompts[i] = prompt[:start] + prompt[start + excess :]
-            cut += 1
-    if cut:
-        logger.warning("%s: %d prompts of %d were shortened from the left", rows[0].source, cut, len(rows))
-    return prompts, {"shortened_prompts": cut}
-
-
 def _refuse_nan(task: Task, rows: Sequence[Row], values: Iterable[float]) -> None:
     """A diverged model must not pass for one that always takes the first choice."""
     bad = [i for i, value in enumerate(values) if not value < math.inf]
@@ -404,8 +299,3 @@ def _refuse_nan(task: Task, rows: Sequence[Row], values: Iterable[float]) -> Non
         raise DivergedError(
             Problem(f"the model's outputs are not finite numbers (NaN or infinity) on {len(bad)} rows", where, fix)
         )
-
-
-def _refuse(task: Task, problems: Sequence[Problem]) -> None:
-    if problems:
-        raise HeadwaterError(*one_screen({task.name: problems}))
