@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 import headwater
 from headwater.methods import call
@@ -85,6 +85,67 @@ def test_a_lora_that_was_merged_does_not_align_the_next_adapter(tiny_llama):
     for one in (model, fresh):
         train_loss(row, one).backward()  # asks for no task ids
     assert_near(gradients(model), gradients(fresh))
+
+
+def up_proj(method="lora", **fields):
+    fields = {"r": 2, "target_modules": ["up_proj"], "task_type": "CAUSAL_LM", **fields}
+    return LoraConfig(**fields) if method == "lora" else headwater.make_config(method, **fields)
+
+
+def test_dora_is_refused_where_it_is_active(tiny_llama):
+    """It takes the identity through its A in each forward, too."""
+    model = get_peft_model(tiny_llama(), up_proj())
+    model.add_adapter("other", up_proj(use_dora=True))
+    headwater.align(model, weight=1.0)
+    model.set_adapter("other")
+    with pytest.raises(headwater.HeadwaterError, match="align: other: PEFT's DoRA"):
+        headwater.align(model, weight=1.0)
+    headwater.align(model, weight=0.0)
+    assert context_of(model).align is None
+
+
+def test_lora_on_parameters_is_left_out_and_named(tiny_llama):
+    on_parameters = {"target_parameters": ["mlp.up_proj.weight"]}
+    model = get_peft_model(tiny_llama(), up_proj(target_modules=["q_proj"], **on_parameters))
+    with pytest.warns(UserWarning, match=r"leaves out .*layers\.0\.mlp\.up_proj, .*layers\.1\.mlp\.up_proj$"):
+        headwater.align(model, weight=1.0)
+    assert context_of(model).align.layers == 2
+    model = get_peft_model(tiny_llama(), up_proj(target_modules=[], **on_parameters))
+    with pytest.raises(headwater.HeadwaterError, match=r"no adapter to align: .*layers\.0\.mlp\.up_proj"):
+        headwater.align(model, weight=1.0)
+
+
+def test_lora_on_multihead_attention_is_left_out_with_its_output_projection():
+    base = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2), "linear": torch.nn.Linear(8, 8)})
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["attention", "linear"]))
+    with pytest.warns(UserWarning, match=r"\.attention, .*\.attention\.base_layer\.out_proj$"):
+        headwater.align(model, weight=1.0)
+    assert context_of(model).align.layers == 1
+
+
+def test_adalora_whose_a_is_a_parameter_is_refused(tiny_llama):
+    model = get_peft_model(tiny_llama(), AdaLoraConfig(total_step=9, target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(headwater.HeadwaterError, match=r"no adapter to align: .*up_proj"):
+        headwater.align(model, weight=1.0)
+
+
+@pytest.mark.parametrize(("method", "fields"), [("lora", {}), ("multilora", {"num_heads": 1, "lora_dropout": 0.0})])
+def test_a_second_active_adapter_halves_the_loss_of_the_first(tiny_llama, method, fields):
+    """Updates start at 0, so the gradient of an A is the alignment's alone."""
+    model = get_peft_model(tiny_llama(), up_proj(method, **fields)).train()
+    model.add_adapter("other", up_proj(method, **fields))
+    x, ids, found = tokens(4, 12), torch.tensor([0, 0, 1, 1]), []
+    for active in (["default"], ["default", "other"]):
+        model.base_model.set_adapter(active)
+        headwater.align(model, weight=1.0)
+        model.zero_grad()
+        model(input_ids=x, labels=x, headwater_task_ids=ids).loss.backward()
+        grads = {n: g for n, g in gradients(model).items() if "default" in n and ("lora_A" in n or n.endswith(".A"))}
+        assert len(grads) == 2
+        found.append(grads)
+    for name, grad in found[0].items():
+        assert grad.norm() > 0
+        torch.testing.assert_close(found[1][name], grad / 2)
 
 
 def own_loop(row, base, align, compiled, scale=1.0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -90,12 +90,14 @@ def test_generation_after_a_forward_that_was_interrupted():
     assert torch.equal(model.generate(input_ids=text(7), headwater_task_ids=IDS, max_new_tokens=5), expected)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("make_model", ["t5", "bart"])
-def test_padding_on_either_side_changes_no_loss(make_model):
+def test_padding_on_either_side_changes_no_loss(make_model, plain):
     """Of layers that read the encoder's output in the decoder, too, and where both come to the same length."""
     base = make_t5() if make_model == "t5" else BartForConditionalGeneration(bart_config())
     targets = ["q", "k", "v", "wi_0"] if make_model == "t5" else ["q_proj", "k_proj", "v_proj", "fc1"]
-    model = balanced(base, target_modules=targets, r=2)
+    fields = {"target_modules": targets, "r": 2}
+    model = get_peft_model(base, LoraConfig(**fields)).train() if plain else balanced(base, **fields)
     headwater.align(model, weight=1.0)
     generator = torch.Generator().manual_seed(4)
     x, labels = (torch.randint(3, 99, (4, n), generator=generator) for n in (20, 12))

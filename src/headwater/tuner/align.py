@@ -5,11 +5,13 @@ Liu et al., arXiv:2508.05078. No new parameters, nothing at inference; plain PEF
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -133,12 +135,13 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
     averaged over what active adapters are on now: call it again when others are made active, or added on other layers.
 
     Args:
-        model: a model with one of headwater's adapters or with PEFT's LoRA.
+        model: a model with one of headwater's adapters or with PEFT's LoRA. Where that computes no A x, on parameters
+            and `nn.MultiheadAttention`, it is left out with a warning.
         spec: the loss; or give its fields as keywords. `weight=0` switches it off.
 
     Raises:
-        HeadwaterError: if the model has no adapter with a down-projection, a field is out of range, or both a spec and
-            fields are given.
+        HeadwaterError: if the model has no adapter that computes A x, an active one is PEFT's DoRA, a field is out of
+            range, or both a spec and fields are given.
     """
     if spec is not None and fields:
         what = f"{' and '.join(sorted(fields))} would be ignored beside the spec"
@@ -154,14 +157,24 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
         context = context_of(model)
         context.align = AlignLoss(spec, len(active or adapted)) if spec.weight > 0 else None
     else:
-        lora = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A]
+        lora: list[tuple[str, Any]] = [
+            (name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A
+        ]
+        silent = _without_activations(lora)
+        left_out = ", ".join(name for name, m in lora if m in silent)
+        lora = [(name, m) for name, m in lora if m not in silent]
         if not lora:
-            raise HeadwaterError(Problem("this model has no adapter to align", fix="add one with get_peft_model first"))
+            why = f": no tokens pass through the A of {left_out}" if left_out else ""
+            fix = "target linear layers by target_modules" if left_out else "add one with get_peft_model first"
+            raise HeadwaterError(Problem(f"this model has no adapter to align{why}", fix=fix))
+        if spec.weight > 0:
+            _refuse_dora(lora)
+            if left_out:
+                warnings.warn(f"align leaves out what passes no tokens through its A: {left_out}", stacklevel=2)
         active = [name for _, m in lora for name in m.active_adapters if name in m.lora_A]
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         context = install_context(base)
         context.align = AlignLoss(spec, len(active or lora)) if spec.weight > 0 else None
-        module: Any
         for name, module in lora:
             if not any(isinstance(hook, _LoraHook) for hook in module._forward_pre_hooks.values()):
                 hook = _LoraHook(context, name)
@@ -169,18 +182,33 @@ def align(model: nn.Module, spec: AlignSpec | None = None, **fields: Any) -> Non
                 hook(module, ())
 
 
+def _without_activations(lora: list[tuple[str, Any]]) -> list[Any]:
+    """The layers for which PEFT adds B A to the weight instead of running A."""
+    whole = [m for _, m in lora if isinstance(m, MultiheadAttention)]
+    parameters = [m for _, m in lora if isinstance(m, ParamWrapper) or not isinstance(m.lora_A, nn.ModuleDict)]
+    return [*whole, *(m.base_layer.out_proj for m in whole), *parameters]  # A of AdaLoRA is a parameter
+
+
+def _refuse_dora(lora: list[tuple[str, Any]]) -> None:
+    dora = {name for _, m in lora for name in m.active_adapters if m.use_dora.get(name)}
+    if dora:
+        what = f"{' and '.join(sorted(dora))}: PEFT's DoRA passes more than tokens through its A"
+        raise HeadwaterError(Problem(what, "align", "train it without use_dora, or without align"))
+
+
 class _LoraHook:
     """On PEFT's `LoraLayer`: sees to it that each `lora_A` attaches the loss, those that are added later as well."""
 
     def __init__(self, context: Context, name: str):
-        self.attach = _AttachHook(context, name)
+        self.context, self.name = context, name
 
     def __call__(self, layer: Any, args: tuple[Tensor, ...]) -> None:
         if torch.compiler.is_compiling():
             return
-        for A in layer.lora_A.values():
+        for adapter, A in layer.lora_A.items():
             if not any(isinstance(hook, _AttachHook) for hook in A._forward_hooks.values()):
-                A.register_forward_hook(self.attach)
+                # each adapter's runs are counted by themselves; the layer's name stays last, where it is matched
+                A.register_forward_hook(_AttachHook(self.context, f"lora_A.{adapter} of {self.name}"))
 
 
 class _AttachHook:
