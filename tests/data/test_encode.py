@@ -11,7 +11,7 @@ from tiny_models import make_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from headwater.data.encode import IGNORED, DataSpec, encode_completion, encode_prompt, encode_rows
+from headwater.data.encode import IGNORED, DataSpec, encode_completion, encode_end, encode_prompt, encode_rows
 from headwater.data.rows import Row
 from headwater.errors import HeadwaterError
 
@@ -65,11 +65,8 @@ def test_scoring_sees_the_ids_of_training(tokenizer, prompt, completion):
     row = Row(prompt or ".", completion)
     spec = DataSpec(max_length=4096)
     together = encode_prompt(row, tokenizer, spec) + encode_completion(completion, tokenizer)
-    assert encode(row, tokenizer, spec).input_ids == [*together, tokenizer.eos_token_id]
-    assert encode_completion(completion, tokenizer, end=True) == [
-        *encode_completion(completion, tokenizer),
-        tokenizer.eos_token_id,
-    ]
+    assert encode(row, tokenizer, spec).input_ids == [*together, *encode_end(row, tokenizer, spec)]
+    assert encode_end(row, tokenizer, spec) == [tokenizer.eos_token_id]
 
 
 def test_sentencepiece_puts_no_space_into_the_middle():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AddedToken
 
 import headwater
 from headwater.data.encode import DataSpec, encode_rows
@@ -95,18 +96,23 @@ def test_a_conversation_is_answered_where_the_assistant_speaks(ending, tiny_toke
     assert found == [tiny_tokenizer.decode(wanted, skip_special_tokens=True)] * 2
 
 
-def test_what_closes_a_turn_in_the_chat_template_ends_an_answer(tiny_llama, tiny_tokenizer):
+@pytest.mark.parametrize("named", [False, True])
+def test_what_closes_a_turn_in_the_chat_template_ends_an_answer(tiny_llama, tiny_tokenizer, named):
     """As training has it there, though base models have another end token."""
     model = tiny_llama()
     assert end_ids(model, tiny_tokenizer) == [257]
-    tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    if named:
+        tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    else:  # as a tokenizer.json may have it
+        tiny_tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)], special_tokens=True)
     tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("<eos>", "<|im_end|>\n")
     row = Row("", "", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
     (trained,), _ = encode_rows([row], tiny_tokenizer, DataSpec(), 0)
     assert trained.labels[-1] == tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end_ids(model, tiny_tokenizer) == [257, trained.labels[-1]]
-    tiny_tokenizer.chat_template = None
-    assert end_ids(model, tiny_tokenizer) == [257]
+    for template in (None, "{{ messages + 1 }}", {"tools": "{{ messages }}"}):  # none that can be asked
+        tiny_tokenizer.chat_template = template
+        assert end_ids(model, tiny_tokenizer) == [257]
 
 
 def test_settings_of_the_model_s_own_change_no_answer(ending, tiny_tokenizer):

@@ -236,7 +236,7 @@ def test_long_prompts_are_cut_where_training_cuts_them(tiny_llama, tiny_tokenize
     if start:
         tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", start[0])])
     rows = [Row("x" * 90 + " end", " yes", CHOICES, source="t.jsonl", line=1)]
-    short = rows[0].prompt[-(50 - len(start) - len(CHOICES[2])) :]
+    short = rows[0].prompt[-(50 - len(start) - len(" yes") - 1) :]
     task = task_of("choice_accuracy", rows)
     model, spec = tiny_llama(), EvaluationSpec()
     cut = DataSpec(max_length=50, on_too_long="truncate_prompt")

@@ -18,7 +18,7 @@ def history(rounds=60, arms=3, dim=7, seed=0):
 def learned(pulled, contexts, rewards, arms=3, alpha=0.7):
     bandit = LinUCB([f"arm {k}" for k in range(arms)], contexts.shape[1], alpha)
     for arm, context, reward in zip(pulled, contexts, rewards, strict=True):
-        bandit.update(arm, context, reward)
+        bandit.update(arm, context, reward, bandit.probability(arm))
     return bandit
 
 
@@ -91,7 +91,7 @@ def test_before_any_update_every_arm_scores_alpha_times_the_length_and_ties_are_
 def test_variance_after_pulls_of_one_fixed_context_and_only_that_arm_moves():
     bandit, c = LinUCB("ab", 5), np.full(5, 0.4)
     for _ in range(9):
-        bandit.update(1, c, 0.5)
+        bandit.update(1, c, 0.5, 1.0)
     assert c @ bandit.inverse[1] @ c == pytest.approx(c @ c / (1 + 9 * (c @ c)), abs=1e-14)
     assert np.array_equal(bandit.inverse[0], np.eye(5))
     assert not bandit.b[0].any()
@@ -106,7 +106,7 @@ def play(bandit, rounds, random, worth):
         c = centres[kind] + 0.1 * random.normal(size=8)
         c /= np.linalg.norm(c)
         arm = bandit.choose(c)
-        bandit.update(arm, c, float(np.clip(worth[kind, arm] + 0.1 * random.normal(), 0, 1)))
+        bandit.update(arm, c, float(np.clip(worth[kind, arm] + 0.1 * random.normal(), 0, 1)), 1.0)
         regrets.append(worth[kind].max() - worth[kind, arm])
         hits.append(arm == worth[kind].argmax())
     return np.array(regrets), np.array(hits)
@@ -131,7 +131,7 @@ def test_exp3_finds_the_best_arm_and_keeps_exploring():
 
 def test_exp3_update_is_its_equation():
     bandit = Exp3("ab", gamma=0.5)
-    bandit.update(0, np.zeros(1), 0.8)
+    bandit.update(0, np.zeros(1), 0.8, bandit.probability(0))
     weight = np.exp(0.5 * 0.8 / (2 * 0.5))
     np.testing.assert_allclose(bandit.probabilities(), [0.5 * weight / (weight + 1) + 0.25, 0.5 / (weight + 1) + 0.25])
 
@@ -139,8 +139,9 @@ def test_exp3_update_is_its_equation():
 def test_exp3_divides_by_the_probability_of_the_pick_where_several_are_learned_at_once():
     bandit = Exp3("ab", gamma=0.5)
     arms = [bandit.choose(np.zeros(1)) for _ in range(6)]
-    for arm in arms:
-        bandit.update(arm, np.zeros(1), 0.8)
+    picked = [bandit.probability(arm) for arm in arms]
+    for arm, p in zip(arms, picked, strict=True):
+        bandit.update(arm, np.zeros(1), 0.8, p)
     np.testing.assert_allclose(bandit.log_weights, [arms.count(arm) * 0.5 * 0.8 / (2 * 0.5) for arm in range(2)])
 
 

@@ -57,6 +57,6 @@ def test_linucb_finds_what_is_good_for_all_kinds_and_for_each(worth):
             kind = turn % 2
             context = projection(states[kind * 40 + random.integers(40, size=6)])
             arm = bandit.choose(context)
-            bandit.update(arm, context, float(np.clip(worth[kind][arm] + 0.2 * random.normal(), 0, 1)))
+            bandit.update(arm, context, float(np.clip(worth[kind][arm] + 0.2 * random.normal(), 0, 1)), 1.0)
             late += [arm == np.argmax(worth[kind])] if turn >= 20 else []
     assert np.mean(late) > 0.85

@@ -229,6 +229,22 @@ def test_what_is_said_about_many_mistakes_stays_short(url, body, message):
     assert len(answer.content) < 800
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"headwater": {"z" * 100_000: 1}}, 400),
+        ({"stream": True, "stream_options": {"z" * 100_000: 1}}, 400),
+        ({"z" * 100_000 + "\ud800": 1}, 400),
+        ({"model": "m" * 100_000}, 404),
+    ],
+    ids=["headwater", "stream_options", "half a pair", "model"],
+)
+def test_a_long_name_is_not_sent_back_whole(url, fields, status):
+    answer = post(url, {**TEXT, **fields})
+    assert answer.status_code == status
+    assert len(answer.content) < 1500
+
+
 @pytest.mark.parametrize(("kind", "named"), [("text/plain", "is text/plain"), ("", "is missing")])
 def test_another_content_type_is_named(url, kind, named):
     error = refusal(url, TEXT, **{"Content-Type": kind})

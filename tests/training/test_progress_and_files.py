@@ -87,6 +87,13 @@ def test_scores_come_back_from_the_history(tmp_path):
     assert history.scores(3, {"a": "some rows"}) == {}
     assert history.scores(0, {"a": "others"}) == {}
     assert history.scores(0, {"a": "some rows", "b": "more"}) == {}
+    assert history.scores(0, {"b": "more"}) == {}
+    history.append_scores(0, {"a": score}, {})  # of a part of the rows
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
+    history.start(checkpoint, {"b": "more"})
+    assert [line["tasks"]["a"]["rows"] for line in history.lines()] == [None]
 
 
 def test_the_table_says_what_is_measured_and_a_sinking_loss_is_a_gain():

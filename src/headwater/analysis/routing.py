@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headwater.analysis.gates import GateRecorder, GateStatistics
 from headwater.analysis.weights import heads, meant_adapter
-from headwater.data.encode import DataSpec, encode_completion, encode_prompt
+from headwater.data.encode import DataSpec, encode_completion, encode_end, encode_prompt
 from headwater.evaluation.forward import (
     evaluating,
     input_device,
@@ -142,8 +142,12 @@ def encode_whole(row: Row, tokenizer: PreTrainedTokenizerBase, data_spec: DataSp
 
     A row that is too long to train on must not stop a look at the others.
     """
-    ids = [*encode_prompt(row, tokenizer, data_spec), *encode_completion(row.completion, tokenizer, end=True)]
-    return ids[:limit]
+    parts = (
+        encode_prompt(row, tokenizer, data_spec),
+        encode_completion(row.completion, tokenizer),
+        encode_end(row, tokenizer, data_spec),
+    )
+    return [token for part in parts for token in part][:limit]
 
 
 def mean_gates(model: nn.Module, texts: Texts, *, fill: int = 0) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def chat_pieces(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
         turn["content"] = _mark(number)
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # its own, a mistake in it, none of several by default
         raise HeadwaterError(Problem(f"the chat template refuses the conversation: {error}", where)) from error
     assert isinstance(text, str)
     context: list[str] = []

@@ -160,13 +160,12 @@ def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) 
     return _join(pieces[:last], ids, 0).input_ids
 
 
-def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = False) -> list[int]:
-    """The ids of a completion or a choice behind a prompt, as in `encode_rows`; with `end`, the end token too.
+def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a completion or a choice behind a prompt, as in `encode_rows`; `encode_end` has what follows.
 
     They are the same in a chat template, where an assistant's turn stands as it is written.
     """
-    ids = _Ids(tokenizer)
-    return [*ids[Piece(text, content=True)], *([ids.end] if end else [])]
+    return _Ids(tokenizer)[Piece(text, content=True)]
 
 
 def encode_end(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec) -> list[int]:
@@ -191,7 +190,8 @@ def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         closing = _Ids(tokenizer)[chat_pieces(turns, tokenizer, "")[-1]]
     except HeadwaterError:
         return []
-    return [i for i in closing[-1:] if i in tokenizer.all_special_ids]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in closing[-1:] if i in special]
 
 
 def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, completion: str) -> list[Piece]:

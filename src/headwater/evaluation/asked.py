@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def choice_ids(
         end = encode_end(rows[i], tokenizer, data_spec)
         choices[i] = [[*ids, *end] for ids in choices[i]]
     rooms = [max(map(len, found), default=0) for found in choices]
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms, rooms)
+    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms)
     places = [row.where for row in rows]
     refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
     return prompts, choices, {**({"end_scored": len(ended)} if ended else {}), **cut}
@@ -83,12 +84,10 @@ def generation_ids(
             for row in rows
             if number_after_mark(row.completion) is None
         ]
-    answers = [[*encode_completion(row.completion, tokenizer), *encode_end(row, tokenizer, data_spec)] for row in rows]
-    prompts, cut = _prompts(
-        model, tokenizer, rows, data_spec, [spec.max_new_tokens] * len(rows), list(map(len, answers))
-    )
+    rooms = [spec.max_new_tokens] * len(rows)
+    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms)
     places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
-    refuse(task, problems + length_problems(model, prompts, places, [spec.max_new_tokens] * len(rows), fix))
+    refuse(task, problems + length_problems(model, prompts, places, rooms, fix))
     return prompts, cut
 
 
@@ -98,21 +97,21 @@ def _prompts(
     rows: Sequence[Row],
     data_spec: DataSpec,
     rooms: Sequence[int],
-    trained: Sequence[int],
 ) -> tuple[list[list[int]], dict[str, int]]:
     """Prompts as token ids, and what a score's detail has to say about them.
 
-    Where training cuts long prompts from the left, so does scoring: by the `trained` tokens that are behind them there,
+    Where training cuts long prompts from the left, so does scoring, to what the row's completion leaves of the length,
     and further where the model's context does not leave `rooms` tokens for the answers. Else they stay whole, since a
     prompt that does not fit into a training batch may well fit into the model.
     """
     prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
     if data_spec.on_too_long != "truncate_prompt":
         return prompts, {}
-    cut, positions, begin = 0, max_positions(model), start_ids(tokenizer)
-    for i, (prompt, room, behind) in enumerate(zip(prompts, rooms, trained, strict=True)):
-        excess = len(prompt) + behind - data_spec.max_length
-        excess = excess if positions is None else max(excess, len(prompt) + room - positions)
+    cut, begin = 0, start_ids(tokenizer)
+    positions = max_positions(model) or sys.maxsize
+    for i, (row, prompt, room) in enumerate(zip(rows, prompts, rooms, strict=True)):
+        behind = len(encode_completion(row.completion, tokenizer)) + len(encode_end(row, tokenizer, data_spec))
+        excess = len(prompt) + max(behind - min(data_spec.max_length, positions), room - positions)
         start = len(begin) if prompt[: len(begin)] == begin else 0
         if 0 < excess < len(prompt) - start:
             prompts[i] = prompt[:start] + prompt[start + excess :]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headwater.tuner import needs_task_ids
+from headwater.tuner.model import sees_batch
 
 LOGITS_BUDGET = 1 << 26
 """Most logits (positions x vocabulary) that one forward makes: 256 MiB in float32."""
@@ -114,7 +115,8 @@ def _only_at(model: nn.Module, positions: Tensor) -> Iterator[Callable[[Tensor],
         return (select(args[0]), *args[1:])
 
     head = base_of(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(hook) if head is not None else None
+    narrow = head is not None and not sees_batch(model, head)
+    handle = head.register_forward_pre_hook(hook) if narrow else None
     try:
         yield lambda logits: logits if selected else select(logits)
     finally:

@@ -111,8 +111,9 @@ def draw_heads(
         B *= factor
     if config.init_norm_clip and not config.inference_mode:  # else what was saved takes the start's place
         if shape.weight is None or not shape.weight.any():  # clipped to a zero weight, the adapter could never learn
+            fix = "leave it off; an adapter that has it is loaded here with is_trainable=False"
             raise HeadwaterError(
-                Problem("init_norm_clip needs the values of a base weight that is not zero", shape.name, "leave it off")
+                Problem("init_norm_clip needs the values of a base weight that is not zero", shape.name, fix)
             )
         offset = scaling * (A.T @ B.mean(0))
         clip = min(1.0, (shape.weight.abs().max() / offset.abs().max()).item()) ** 0.5

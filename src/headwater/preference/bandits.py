@@ -62,8 +62,12 @@ class Picker:
         self.round += 1
         return arm
 
-    def update(self, arm: int, context: Vector, reward: float) -> None:
-        """Learn that `arm` was worth `reward`, in [0, 1], in `context`."""
+    def probability(self, arm: int) -> float:
+        """That of `arm`, which was just chosen, for pickers that learn from it; 1 for others."""
+        return 1.0
+
+    def update(self, arm: int, context: Vector, reward: float, p: float) -> None:
+        """Learn that `arm`, chosen with probability `p`, was worth `reward`, in [0, 1], in `context`."""
 
     def drop(self, arm: int, reason: str) -> None:
         """Never pick `arm` again."""
@@ -105,7 +109,7 @@ class LinUCB(Picker):
         expected = (self.b * spread).sum(1)
         return expected + self.alpha * np.sqrt(np.maximum(spread @ context, 0.0))
 
-    def update(self, arm: int, context: Vector, reward: float) -> None:
+    def update(self, arm: int, context: Vector, reward: float, p: float) -> None:
         spread = self.inverse[arm] @ context
         self.inverse[arm] -= np.outer(spread, spread) / (1 + context @ spread)
         self.b[arm] += reward * context
@@ -140,7 +144,6 @@ class Exp3(Picker):
         super().__init__(arms, seed)
         self.gamma = gamma
         self.log_weights = np.zeros(len(self.arms))
-        self._picked_by: Vector | None = None
 
     def probabilities(self) -> Vector:
         """Each arm's, float64 `(arms,)`; dropped arms have 0 and do not count among the K."""
@@ -150,11 +153,12 @@ class Exp3(Picker):
         found[alive] = (1 - self.gamma) * weights / weights.sum() + self.gamma / len(alive)
         return found
 
-    def update(self, arm: int, context: Vector, reward: float) -> None:
+    def probability(self, arm: int) -> float:
+        return float(self.probabilities()[arm])
+
+    def update(self, arm: int, context: Vector, reward: float, p: float) -> None:
         if arm in self.alive:
-            # Several picks of one optimiser step are learned from one after another; all were made by the same p.
-            p = self.probabilities() if self._picked_by is None else self._picked_by
-            self.log_weights[arm] += self.gamma * reward / (np.count_nonzero(p) * p[arm])
+            self.log_weights[arm] += self.gamma * reward / (len(self.alive) * p)
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         return {"log_weights": self.log_weights}, super().state()[1]
@@ -164,8 +168,7 @@ class Exp3(Picker):
         self.log_weights = tensors["log_weights"].copy()
 
     def _choose(self, context: Vector, random: np.random.Generator) -> int:
-        self._picked_by = self.probabilities()
-        return int(random.choice(len(self.arms), p=self._picked_by))
+        return int(random.choice(len(self.arms), p=self.probabilities()))
 
 
 class RoundRobin(Picker):

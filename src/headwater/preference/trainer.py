@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from headwater.data.encode import DataSpec, encode_completion, encode_prompt
+from headwater.data.encode import DataSpec, encode_completion, encode_end, encode_prompt
 from headwater.data.mixture import MixtureSpec, shares
 from headwater.data.rows import Row
 from headwater.data.sampler import MixtureBatchSampler
@@ -80,6 +80,7 @@ class _Pending:
     context: np.ndarray
     inputs: dict[str, Tensor]
     task: Task
+    p: float  # of the pick, when it was made: other rounds of the step may be learned from first
     before: float = 0.0
 
 
@@ -152,7 +153,7 @@ class PreferenceTrainer(DPOTrainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.data = tokenizer, data
         self.collate = DataCollatorForPreference(pad_id(tokenizer), max_length=data.max_length)
         self.validation = Validation(tokenizer, data, spec.validation_rows)
 
@@ -251,8 +252,9 @@ class PreferenceTrainer(DPOTrainer):
             self.iteration = iteration
         rows = [task.train[place["row"]] for place in batch]
         context = self._context([(place["task"], place["row"]) for place in batch])
-        responses = self._sample([self.prompts[p["task"]][p["row"]] for p in batch], task, number)
+        responses = self._sample(rows, [self.prompts[p["task"]][p["row"]] for p in batch], task, number)
         arm, queried, scores = self._ask(task, rows, responses, context)
+        p = self.picker.probability(arm)
         pairs = make_pairs(
             scores,
             per_prompt=self.spec.pairs_per_prompt,
@@ -264,7 +266,7 @@ class PreferenceTrainer(DPOTrainer):
         self.rounds.append(round_)
         if not pairs:
             return None
-        return _Pending(round_, arm, context, self._inputs(batch, responses, pairs, task), task)
+        return _Pending(round_, arm, context, self._inputs(batch, responses, pairs, task), task, p)
 
     def _freeze_reference(self) -> None:
         """Copies the adapter as it is, buffers too, to the frozen one."""
@@ -292,7 +294,7 @@ class PreferenceTrainer(DPOTrainer):
             known |= dict(zip(new, found, strict=True))
         return np.stack([known[place] for place in places])
 
-    def _sample(self, prompts: Sequence[Sequence[int]], task: Task, number: int) -> Responses:
+    def _sample(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]], task: Task, number: int) -> Responses:
         n = self.spec.responses
         with evaluating(self.model):
             # Of the seed and the round alone: a resumed run samples what the run that was stopped would have.
@@ -308,11 +310,12 @@ class PreferenceTrainer(DPOTrainer):
                 batch_size=len(prompts),
             )
         responses = Responses()
-        for start in range(0, len(answers), n):
+        for start, row in zip(range(0, len(answers), n), rows, strict=True):
             ends: dict[str, bool] = {}
             for answer in answers[start : start + n]:
                 ends[answer.text] = ends.get(answer.text, False) or answer.finished
-            ids = {text: encode_completion(text, self.tokenizer, end=finished) for text, finished in ends.items()}
+            end = encode_end(row, self.tokenizer, self.data)
+            ids = {t: [*encode_completion(t, self.tokenizer), *(end if ended else [])] for t, ended in ends.items()}
             responses.texts.append([text for text, tokens in ids.items() if tokens])
             responses.ids.append([tokens for tokens in ids.values() if tokens])
         return responses
@@ -364,7 +367,7 @@ class PreferenceTrainer(DPOTrainer):
                 continue
             item.round.raw = self._worth(item)
             item.round.reward = self.scale(item.round.raw)
-            self.picker.update(item.arm, item.context, item.round.reward)
+            self.picker.update(item.arm, item.context, item.round.reward, item.p)
 
     def _validated(self, task: Task) -> float:
         """The task's validation now. What one step ended with, the next one of the same task begins with."""

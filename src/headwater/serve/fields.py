@@ -84,13 +84,13 @@ def check_fields(extra: Mapping[str, Any], served: Iterable[str], n: int) -> Non
     neutral = {**_NOT_HERE, "best_of": (n,)}
     unknown = [name for name in extra if name not in neutral and name not in _HARMLESS]
     missing = [name for name, value in extra.items() if name in neutral and value not in neutral[name]]
-    said = [f"this server does not know {_short(name)}{_nearest(name, served)}" for name in unknown[:_TOLD]]
+    said = [f"this server does not know {short(name)}{_nearest(name, served)}" for name in unknown[:_TOLD]]
     if len(unknown) > _TOLD:
         said.append(f"nor {len(unknown) - _TOLD:,} other names")
     if missing:
         said.append(f"this server does not have {', '.join(missing)}")
     if said:
-        raise refusal("; ".join(said), _short((unknown + missing)[0]))
+        raise refusal("; ".join(said), short((unknown + missing)[0]))
 
 
 def check_prompt(prompt: Any) -> Any:
@@ -113,10 +113,11 @@ def check_message(extra: Mapping[str, Any]) -> None:
         raise refusal(f"this server does not have {', '.join(found)} in messages", "messages")
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 64 else f"{name[:64]}..."
+def short(text: str, most: int = 64) -> str:
+    """What was sent, where it is said back."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _nearest(name: str, served: Iterable[str]) -> str:
-    close = difflib.get_close_matches(_short(name), list(served), 1)
+    close = difflib.get_close_matches(short(name), list(served), 1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -9,13 +9,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ..errors import HeadwaterError
+from .fields import short
 from .protocol import error_body
 
 
 class Refused(Exception):  # noqa: N818, it is an answer
-    """An answer that is an error."""
+    """An answer that is an error; of what was sent, which its texts may repeat, it says little."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: Any):
+        message = short(message, 1000)
+        if more.get("param"):
+            more["param"] = short(more["param"])
         super().__init__(message)
         self.status, self.retry_after = status, more.pop("retry_after", None)
         self.body = error_body(message, kind, **more)

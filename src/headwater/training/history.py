@@ -48,7 +48,13 @@ class History:
         before training of other test rows than `rows` tells."""
         step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step if checkpoint else -1
         kept = [line for line in self.lines() if line["step"] <= step]
-        kept = [line for line in kept if line["step"] or _same_rows(line.get("tasks", {}), rows or {})]
+        known = rows or {}
+
+        def stays(line: dict[str, Any]) -> bool:  # an evaluation of a part of the rows is no score before training
+            scored = line.get("tasks", {}).items()
+            return line["step"] > 0 or all(s["rows"] in (None, known.get(name)) for name, s in scored)
+
+        kept = [line for line in kept if stays(line)]
         write_text(self.path, "".join(map(_line, sorted(kept, key=lambda line: line["step"]))))
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -77,7 +83,7 @@ class History:
         rows; empty if there was none."""
         for line in self.lines():
             tasks = line["tasks"] if line["kind"] == "eval" and line["step"] == step else {}
-            if tasks and tasks.keys() == rows.keys() and _same_rows(tasks, rows):
+            if tasks and {name: s["rows"] for name, s in tasks.items()} == dict(rows):
                 return {
                     name: TaskScore(
                         name, s["metric"], s["value"], s["n"], s["majority"], [], {"interval": s["interval"]}
@@ -85,10 +91,6 @@ class History:
                     for name, s in tasks.items()
                 }
         return {}
-
-
-def _same_rows(tasks: Mapping[str, Mapping[str, Any]], rows: Mapping[str, str]) -> bool:
-    return all(s["rows"] == rows[name] for name, s in tasks.items())
 
 
 def named(logs: Mapping[str, float], prefix: str) -> dict[str, float]:

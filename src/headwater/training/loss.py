@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..data.encode import IGNORED
 from ..methods.call import LENGTHS
-from ..tuner import is_adapted
+from ..tuner.model import sees_batch
 
 
 def loss_positions(labels: Tensor, lengths: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -115,8 +114,8 @@ class CompletionHead:
     def __init__(self, model: nn.Module):
         find = getattr(model, "get_output_embeddings", None)
         head = find() if callable(find) else None
-        if isinstance(head, BaseTunerLayer) and is_adapted(model):
-            head = None  # its adapter may have to see which row a token is of
+        if sees_batch(model, head):
+            head = None
         self._index: Tensor | None = None
         self._selected = False
         self._hook = head.register_forward_pre_hook(self._select) if isinstance(head, nn.Module) else None

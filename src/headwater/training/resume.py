@@ -191,8 +191,7 @@ def _refuse(problems: list[Problem]) -> None:
 
 def _differences(trainer: HeadwaterTrainer, saved: dict[str, Any]) -> list[Problem]:
     now = describe(trainer)
-    # What an older headwater did not write down cannot be compared.
-    settings, mixture = saved.get("settings", {}), saved.get("mixture", {})
+    settings, mixture = saved["settings"], saved["mixture"]
     if trainer.args.ignore_data_skip:
         mixture, settings = {}, {k: v for k, v in settings.items() if k not in ("tasks", "seed")}
     return [

@@ -324,6 +324,11 @@ def is_adapted(model: nn.Module) -> bool:
     return any(_CONTEXT in module.__dict__ for module in model.modules())
 
 
+def sees_batch(model: nn.Module, layer: Any) -> bool:
+    """True if an adapter on `layer` may have to see its tokens where they are in the batch, and so all of them."""
+    return isinstance(layer, BaseTunerLayer) and is_adapted(model) and context_of(model).needs_state
+
+
 def needs_task_ids(model: nn.Module) -> bool:
     """True if the model's active adapter needs the task of every row."""
     layer = next((m for m in model.modules() if isinstance(m, MethodLayer)), None)
