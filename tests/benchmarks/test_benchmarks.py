@@ -26,6 +26,7 @@ from benchmarks import (
     training_throughput,
 )
 from benchmarks.layers import Shape
+from headwater.evaluation.intervals import t_interval
 
 FEW = ["--rounds", "2"]
 METHODS = ["--methods", "rlora", "mtl_lora", "cond_mixlora"]
@@ -168,6 +169,23 @@ def test_the_table_of_scales_is_that_of_the_runs():
         mine = [run for run in found if (names[run["method"]], run["device"].upper()) == (name, on)]
         losses = {run["seed"]: f"{run['loss']:.3f}" for run in mine}
         assert [cell.strip() for cell in cells.split("|")] == [losses.get(seed, "") for seed in range(4)]
+
+
+def test_what_is_said_over_six_seeds_is_that_of_the_runs():
+    text = (study_page.PAGES / "claim-gpu.md").read_text(encoding="utf-8")
+    (part,) = json.loads((measure.RESULTS / "study-claim-gpu.json").read_text(encoding="utf-8"))["comparisons"]
+    runs = {m["label"]: list(m["runs"]) for m in part["methods"] if m["label"] in ("rlora", "hydralora")}
+    for run in json.loads((measure.RESULTS / "claim_seeds.json").read_text(encoding="utf-8"))["runs"]:
+        runs[run["method"]].append(run)
+    for read in (lambda run: run["mean"], lambda run: run["tasks"]["gsm8k"]):
+        mine, other = ({run["seed"]: read(run) for run in runs[label]} for label in ("rlora", "hydralora"))
+        assert sorted(mine) == sorted(other) == list(range(6))
+        differences = [mine[seed] - other[seed] for seed in mine]
+        low, high = t_interval(differences)
+        said = f"{sum(differences) / 6:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+        assert f"{said} by " in text
+        assert f"{mine[5]:.3f}" in text
+        assert f"{other[5]:.3f}" in text
 
 
 def test_the_readme_s_table_of_costs_is_what_was_measured():

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from headwater.data.mixture import MixtureSpec
-from headwater.data.rows import Row
 from headwater.errors import HeadwaterError
 from headwater.evaluation.likelihood import choice_log_probs
 from headwater.training import HeadwaterArguments, HeadwaterTrainer
@@ -72,24 +71,14 @@ def test_a_method_that_goes_by_task_may_be_on_the_output_layer(tiny_llama, tmp_p
 
 def test_a_method_that_goes_by_the_prompt_is_scored_on_the_output_layer(tiny_llama, tiny_tokenizer):
     model = adapted(tiny_llama(), "cond_mixlora", target_modules=["lm_head"], lora_dropout=0.0).eval()
-    row = Row("a longer prompt", " yes", (" yes", " no"))
-    prompt, (sums,) = (
-        tiny_tokenizer(row.prompt)["input_ids"],
-        choice_log_probs(
-            model,
-            [tiny_tokenizer(row.prompt)["input_ids"]],
-            [[tiny_tokenizer(c)["input_ids"] for c in row.choices]],
-            fill=258,
-        ),
-    )
-    for choice, found in zip(row.choices, sums, strict=True):
-        ids = tiny_tokenizer(choice)["input_ids"]
+    prompt, *choices = (tiny_tokenizer(text)["input_ids"] for text in ("a longer prompt", " yes", " no"))
+    (sums,) = choice_log_probs(model, [prompt], [choices], fill=258)
+    for ids, found in zip(choices, sums, strict=True):
         labels = torch.tensor([[-100] * len(prompt) + ids])
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + ids]), headwater_labels=labels).logits[
-                0, len(prompt) - 1 : -1
-            ]
-        expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
+            logits = model(input_ids=torch.tensor([prompt + ids]), headwater_labels=labels).logits
+        log_probs = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = log_probs[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
         assert found == pytest.approx(expected, abs=1e-4)
 
 
