@@ -141,8 +141,8 @@ def test_pairs_stay_within_their_prompt_and_only_responses_are_learned(make):
     trainer = make()
     seen, drawn, original = watch(trainer), [], trainer._sample
 
-    def sample(prompts, *args):
-        responses = original(prompts, *args)
+    def sample(rows, prompts, *args):
+        responses = original(rows, prompts, *args)
         drawn.append({tuple(p): set(map(tuple, ids)) for p, ids in zip(prompts, responses.ids, strict=True)})
         return responses
 
@@ -352,7 +352,7 @@ def test_what_a_pick_was_worth(make, reward):
     picker = LinUCB(NAMES, 65)
     seen, told, choose = [], [], picker.choose
     picker.choose = lambda context: seen.append(context) or choose(context)
-    picker.update = lambda arm, context, worth: told.append((arm, context, worth))
+    picker.update = lambda arm, context, worth, p: told.append((arm, context, worth))
     letters = Spy("abcdefghijklmnopqrstuvwxyz")
     trainer = make(picker=picker, spies=[letters] * 3, preference={"bandit_reward": reward}, max_steps=3)
     values, original = [], trainer.training_step

@@ -35,6 +35,7 @@ from headwater.preference.pairs import Pair, make_pairs, mean_of_standardised
 from headwater.preference.sources import Scores, Source
 from headwater.preference.spec import PreferenceSpec
 from headwater.preference.validation import Validation
+from headwater.training.adapter import load_default
 from headwater.training.method_callback import MethodCallback
 from headwater.training.write_errors import whole_or_gone
 from headwater.tuner import follow_loss, is_adapted
@@ -208,8 +209,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # transformers 5.23 does so, too; 5.20 and before read the other adapters' subfolders alone.
-        self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        load_default(self.model, Path(resume_from_checkpoint))
         self.load_bandit(Path(resume_from_checkpoint))
 
     # The bandit's state

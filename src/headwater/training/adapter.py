@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import HeadwaterError, Problem
 from ..methods import make_config
+
+
+def load_default(model: nn.Module, checkpoint: Path) -> None:
+    """Loads the adapter `default` of a checkpoint where there are others beside it: transformers before 5.23 reads the
+    others' subfolders alone then, and leaves it as it is without a word."""
+    others = len(getattr(model, "peft_config", ())) > 1
+    if others and "default" in model.peft_config and (checkpoint / CONFIG_NAME).is_file():  # type: ignore[operator]
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)  # type: ignore[operator]
 
 
 def add_adapter(model: nn.Module, method: dict[str, Any], **options: Any) -> nn.Module:

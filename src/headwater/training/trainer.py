@@ -27,6 +27,7 @@ from ..methods.call import KEYWORD, LENGTHS
 from ..tuner.context import LABELS, Context, has_encoder
 from ..tuner.model import context_of, is_adapted
 from .accounts import Accounts
+from .adapter import load_default
 from .arguments import HeadwaterArguments, steps_per_epoch, total_steps
 from .folder import last_checkpoint
 from .head_monitor import HeadMonitor
@@ -219,6 +220,10 @@ class HeadwaterTrainer(Trainer):
         self.state = state
         self.accounts.restore(state)
         return True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_default(self.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -38,9 +38,6 @@ class MethodModel(BaseTuner):
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     method: Method
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)  # PEFT 0.20 calls model.forward, which skips the hooks that open the context
-
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:  # PEFT drops it next, and all rows would use the active adapter
             raise HeadwaterError(
