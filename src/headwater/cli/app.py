@@ -63,7 +63,7 @@ def compare(
     ] = None,
     match: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Solve for this so that parameters are equal: rank, heads or none."),
+        typer.Option(help="Solve for this so that parameters are equal: rank (default), heads or none."),
     ] = None,
     parameters: Annotated[
         Optional[int],  # noqa: UP045
@@ -221,7 +221,9 @@ def conflict(
 
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The output_dir of a run or of a comparison.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="The output_dir of a run, a comparison, `prefer` or `meta train`.")
+    ],
 ) -> None:
     """Write the report of a run or a comparison anew, from what its folder holds now."""
     from headwater.cli.report import run

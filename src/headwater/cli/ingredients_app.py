@@ -26,7 +26,9 @@ def subspace(
     r: Annotated[int, typer.Option("--r", help="Number of basis vectors.")] = 64,
     target: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--target", metavar="NAME", help="Layers, by the end of their names; q_proj, k_proj and v_proj."),
+        typer.Option(
+            "--target", metavar="NAME", help="Layers, by their names' end; by default q_proj, k_proj and v_proj."
+        ),
     ] = None,
     scope: Annotated[str, typer.Option(help="Who shares: layer_qkv, layer_projection or global.")] = "layer_qkv",
     base: Annotated[
