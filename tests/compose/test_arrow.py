@@ -294,6 +294,7 @@ def test_saved_and_loaded_exactly(pool, tmp_path):
 
 
 def test_settings_that_are_refused(pool):
+    assert ArrowSpec() == ArrowSpec(3, 1.0, "none", "output")  # PEFT's
     with pytest.raises(HeadwaterError) as caught:
         ArrowSpec(0, 0.0, "l2", "outputs", "weights")
     assert [problem.where for problem in caught.value.problems] == [

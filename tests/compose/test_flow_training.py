@@ -24,6 +24,11 @@ def test_a_fifth_of_the_steps_warm_up_and_the_rest_is_half_a_cosine():
     assert _rate(0, 1) == 1.0
 
 
+def test_it_is_trained_as_the_paper_does_unless_told_otherwise():
+    spec = FlowSpec()
+    assert (spec.examples, spec.epochs, spec.learning_rate, spec.batch_size) == (200, 5, 1e-3, 4)
+
+
 def made_rows():
     """Rows of other prompts and of completions of 1 to 5 tokens."""
     generator, rows = torch.Generator().manual_seed(3), []

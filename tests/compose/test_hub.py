@@ -174,6 +174,7 @@ def test_a_planted_task_is_found(pool, pooled):
     assert found.objective == min(e["objective"] for e in found.evaluations)
     best = next(e for e in found.evaluations if e["objective"] == found.objective)
     assert list(found.weights.values()) == best["weights"]
+    assert HubSpec().penalty == "paper"
     assert found.optimiser.startswith("NGOpt -> ")
     assert len(found.optimiser) > len("NGOpt -> ")
     generator = torch.Generator().manual_seed(0)

@@ -78,6 +78,7 @@ def test_excluded_adapters_are_never_found_and_k_has_an_end():
     assert [[name for name, _ in row] for row in rows] == [["a", "c"], ["b", "a"], []]
     assert len(found.retrieve(["q"], 99)[0]) == 3
     assert found.retrieve([], 3) == []
+    assert len(Retriever(Fixed(VECTORS), {**SAMPLES, "d": ["r"]}).retrieve(["q"])[0]) == 3  # the paper's k
     with pytest.raises(HeadwaterError, match="k is 0"):
         found.retrieve(["q"], 0)
     with pytest.raises(HeadwaterError, match="1 sets of names for 2 texts"):
@@ -108,6 +109,7 @@ def test_the_instruction_goes_before_texts_and_samples():
     encoder = Fixed(VECTORS, INSTRUCTION)
     Retriever(encoder, SAMPLES).retrieve(["q"])
     assert encoder.asked == [INSTRUCTION, INSTRUCTION]
+    assert INSTRUCTION == "Represent the sentence for similar task retrieval: "
 
 
 def test_adapters_without_samples_are_left_out():
@@ -185,6 +187,7 @@ def test_the_rate_is_warmed_up_over_a_tenth_of_the_steps(tiny, monkeypatch):
     spec = ContrastiveSpec(epochs=5)
     fine_tune(tiny, samples(), spec)
     assert made[0]["warmup_steps"] == len(batches(samples(), spec)) // 10 > 0
+    assert (made[0]["learning_rate"], spec.temperature) == (2e-5, 0.01)  # Instructor's, too
 
 
 def test_no_batch_holds_an_adapter_twice():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from headwater.generate.cvae import CHANNELS, CVAE, cvae_loss
 
@@ -22,6 +23,41 @@ def test_sizes_are_the_papers():
     assert model.padded == math.ceil(1_929_928 / 4096) * 4096
     assert sum(p.numel() for p in model.parameters()) == 7_508_369
     assert len(CHANNELS) == 12
+
+
+def test_it_is_the_papers_stack_of_layers():
+    """Convolutions of stride 2, normalised, LeakyReLU; back through transposed ones, normalised, ELU; and one more."""
+    model, draw = small().eval(), torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                tensor.normal_(generator=draw)
+            module.running_var.uniform_(0.5, 2, generator=draw)
+    x, c = torch.randn(2, 50, dtype=torch.double), torch.randn(2, 3, dtype=torch.double)
+
+    def normed(h, norm):
+        mean, variance, weight, bias = (
+            t[:, None] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        return (h - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+    h = torch.cat([x, torch.zeros(2, 6, dtype=torch.double)], 1)[:, None]  # 56 is the next multiple of 2^3
+    for convolution, norm, _ in model.encoder:
+        h = normed(F.conv1d(h, convolution.weight, convolution.bias, stride=2, padding=3), norm)
+        h = torch.where(h > 0, h, 0.01 * h)
+    given = torch.cat([model.bottleneck(h.flatten(1)), c], 1)
+    z, log_variance = model.encode(x, c)
+    torch.testing.assert_close(z, model.mean(given))
+    torch.testing.assert_close(log_variance, model.log_variance(given))
+
+    *blocks, last = model.decoder
+    h = model.expand(torch.cat([z, c], 1)).view(2, 4, 7)
+    for convolution, norm, _ in blocks:
+        weight, bias = convolution.weight, convolution.bias
+        h = normed(F.conv_transpose1d(h, weight, bias, stride=2, padding=3, output_padding=1), norm)
+        h = torch.where(h > 0, h, h.exp() - 1)
+    h = F.conv1d(h, last.weight, last.bias, padding=3)
+    torch.testing.assert_close(model.decode(z, c), h[:, 0, :50])
 
 
 def test_the_loss_compares_every_signal_with_its_own_reconstruction():

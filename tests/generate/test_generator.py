@@ -258,6 +258,27 @@ def test_training_goes_on_exactly_where_it_was_stopped(tmp_path):
         fit(start(), weights, spec.model_copy(update={"beta": 0.5}), seed=2, state=tmp_path / "state")
 
 
+def test_a_batch_has_as_many_adapters_of_each_task_each_with_its_own_condition(monkeypatch):
+    weights, module, seen = toy_weights(), importlib.import_module("headwater.generate.fit"), []
+
+    def loss(cvae, x, c, **options):
+        seen.append((x, c))
+        return cvae_loss(cvae, x, c, **options)
+
+    monkeypatch.setattr(module, "cvae_loss", loss)
+    spec = MetaSpec(channels=(8, 8), latent=4, steps=4, rows_per_task=2)
+    generator = new_generator(toy_layout(), weights, toy_vectors(), spec, seed=2)
+    fit(generator, weights, spec, seed=2)
+    assert len(seen) == 4
+    for x, c in seen:
+        tasks = []
+        for row, condition in zip(x, c, strict=True):
+            (task,) = (t for t in weights if any(torch.equal(row, one) for one in generator.normalise(weights[t], t)))
+            assert torch.equal(condition, generator.condition(generator.tasks[task]))
+            tasks.append(task)
+        assert sorted(tasks) == sorted(2 * list(weights))
+
+
 @pytest.mark.parametrize(
     ("warmup", "shares"), [(0, [1.0] * 8), (1, [1.0] * 8), (4, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])]
 )

@@ -30,6 +30,7 @@ from headwater.data.rows import Row
 from headwater.data.tasks import Task
 from headwater.errors import HeadwaterError
 from headwater.evaluation import EvaluationSpec
+from headwater.evaluation.scoring import sample
 from headwater.generate import AdapterGenerator, best_of, read_adapter, score_adapter, study, task_vector, write_adapter
 from headwater.generate.report import _size
 from headwater.generate.spec import MetaConfig
@@ -423,6 +424,19 @@ def test_what_a_stopped_collection_left_is_not_taken_for_the_new_ones(meta_folde
     sets = ["--set", f"output_dir={tmp_path / 'run'}"]
     assert meta(capsys, "collect", meta_folder / "meta.yaml", *sets)[0] == 0
     assert sorted(p.name for p in stale.parent.glob("step-*")) == [f"step-00000{n}" for n in (2, 3, 4)]
+
+
+def test_a_task_vector_is_of_the_layer_and_of_as_many_prompts_as_asked_for():
+    model, tokenizer = make_tiny_llama(), make_tiny_tokenizer()
+    rows = [Row(prompt=f"row {i} {'x' * (i % 7)}", completion=" x") for i in range(40)]
+    for settings, count in (({}, 30), ({"samples": 4, "layer": 1}, 4), ({"samples": 99, "layer": 0}, 40)):
+        states = []
+        for row in sample(rows, count):
+            with torch.no_grad():
+                out = model(tokenizer(row.prompt, return_tensors="pt").input_ids, output_hidden_states=True)
+            states.append(out.hidden_states[settings.get("layer", -1)][0, -1])
+        found = task_vector(model, tokenizer, rows, DataSpec(), normalize=False, **settings)
+        torch.testing.assert_close(found, torch.stack(states).mean(0), rtol=0, atol=1e-5)
 
 
 def test_the_task_vector_does_not_depend_on_batches_or_leave_hooks():

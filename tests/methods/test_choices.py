@@ -1,4 +1,4 @@
-"""A choice among experts or ranks is that of a float32 router, on a base of any dtype."""
+"""A choice among experts or ranks: by a float32 router on a base of any dtype, of x dropped or not by method."""
 
 from __future__ import annotations
 
@@ -63,6 +63,22 @@ def test_a_choice_behind_dropout_is_of_what_is_left():
     expected = chosen_by(8 * weights["router"].T, 8)
     assert torch.equal((gates[0] != 0)[kept], expected[kept])
     assert len({tuple(row) for row in (gates[0] != 0)[~kept].tolist()}) == 1, "a choice without anything to choose by"
+
+
+@pytest.mark.parametrize("method", ["moe_lora", "malora", "cond_mixlora"])
+def test_routers_see_x_without_the_dropout_that_experts_have(method):
+    fields = METHODS.get(method, {"r": 4, "num_factors": 16})
+    config = headwater.make_config(method, target_modules=["layer"], lora_dropout=0.5, init_seed=0, **fields)
+    model, x = get_peft_model(OneLinear(64, 16), config), noise(6, 20, 64, dtype=torch.float32)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_()
+    gates, outputs = [], []
+    for training in (True, False):
+        with headwater.observe(model, lambda name, gate: gates.append(gate)):
+            outputs.append(model.train(training)(x))
+    torch.testing.assert_close(gates[0], gates[1], rtol=1e-4, atol=1e-5)
+    assert (outputs[0] - outputs[1]).abs().max() > 1, "nothing was dropped, so this shows nothing"
 
 
 @pytest.mark.parametrize("case", ["autocast, scored", "autocast, trained", "bfloat16 adapter"])

@@ -38,6 +38,7 @@ def branch_of(model):
         {},
         {"r": 3, "link_ranks": [3, 2, 1]},
         {"r": 3, "link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha"},
+        {"r": 3, "link_ranks": [3, 2, 1], "alpha_mode": "fixed_alpha", "use_rslora": True},
         {"train_factor": "A"},
         {"train_factor": "B"},
     ],
@@ -52,7 +53,8 @@ def test_fused_is_the_equation_and_properties_1_and_4(fields):
         with torch.no_grad():  # as training would move the link: only its own ranks
             for p in parameters(model).values():
                 p[: ranks[link]] += torch.randn(p[: ranks[link]].shape, generator=generator, dtype=p.dtype)
-        s = 6 / ranks[link if branch.config.alpha_mode == "fixed_alpha" else 0]
+        rank = ranks[link if branch.config.alpha_mode == "fixed_alpha" else 0]
+        s = 6 / (rank**0.5 if branch.config.use_rslora else rank)
         links.append((s, leaf(branch.A[: ranks[link]]), leaf(branch.B[: ranks[link]])))
         expected = torch.stack(
             [base_of(model)(t) + sum(s_i * (B_i.T @ (A_i @ t)) for s_i, A_i, B_i in links) for t in x]
@@ -80,6 +82,16 @@ def test_gradients_reach_the_current_link_only():
     torch.testing.assert_close(branch.A.grad, A.grad, **CLOSE)
     torch.testing.assert_close(branch.B.grad, B.grad, **CLOSE)
     assert set(parameters(model)) == {"A", "B"}
+
+
+def test_dropout_is_on_the_input_of_the_current_link_alone():
+    model, x = move(model_of(lora_dropout=0.5), 1), noise(30, d_in)
+    branch_of(model).tie()  # the new link writes nothing yet
+    expected = model(x)
+    assert (expected - base_of(model)(x)).abs().max() > 0.1
+    torch.testing.assert_close(model.train()(x), expected, **CLOSE)
+    move(model, 2)
+    assert (model(x) - model.eval()(x)).abs().max() > 0.1
 
 
 def test_property_5_a_new_link_starts_fresh():

@@ -57,6 +57,12 @@ def test_fused_is_the_equation_and_properties_1_5_6(basis, variant):
     torch.testing.assert_close(x_fused.grad, x_plain.grad, **CLOSE)
 
 
+def test_a_random_a_starts_as_lora_s(basis):
+    A = parameters(adapt("cora", 2048, d_out, basis=basis[1], r=r, init_a="kaiming", dtype=torch.float32))["A"]
+    assert A.abs().max() <= 2048**-0.5
+    assert A.std().item() == pytest.approx((3 * 2048) ** -0.5, rel=0.03)
+
+
 def test_properties_4_and_9_a_frozen_basis_rules_the_update(basis):
     stored, path = basis
     model, x = model_of(path), noise(16, d_in)

@@ -45,7 +45,7 @@ def dense():
 
 @pytest.fixture
 def mask_file(dense, tmp_path):
-    write_tensors(calibrate(branches(dense), 0.9), tmp_path / "mask.safetensors", {})
+    write_tensors(calibrate(branches(dense)), tmp_path / "mask.safetensors", {})
     return str(tmp_path / "mask.safetensors")
 
 
@@ -71,6 +71,12 @@ def test_property_1_the_down_projection_is_never_trained_and_differs_between_tas
         assert not torch.equal(branch.A, other[name].A)
     dense.set_adapter("default")  # PEFT turns the gradients of parameters on here
     assert not any(b.A.requires_grad for b in branches(dense).values())
+
+
+def test_property_1_the_down_projection_is_uniform_and_the_up_projection_zero():
+    branch = branches(adapt("lori", 2048, 8, r=8, dtype=torch.float32))["layer"]
+    assert branch.A.std().item() == pytest.approx((3 * 2048) ** -0.5, rel=0.03)
+    assert not branch.B.any()
 
 
 def test_property_2_one_threshold_for_all_layers(dense, mask_file):

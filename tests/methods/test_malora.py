@@ -137,6 +137,8 @@ def test_property_8_size_of_the_starting_down_projections(init, factor):
     if init != "kaiming":
         torch.testing.assert_close(p["S"] @ p["S"].T, torch.eye(16), rtol=0, atol=1e-5)
     assert torch.count_nonzero(p["B"]) == 0
+    assert p["router"].abs().max() <= 1024**-0.5
+    assert p["router"].std().item() == pytest.approx((3 * 1024) ** -0.5, rel=0.03)
 
 
 def test_property_8_svd_keeps_a_kaiming_start_where_it_fits():

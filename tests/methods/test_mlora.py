@@ -166,6 +166,16 @@ def test_property_8_is_rlora_with_an_even_gate(layer, seed):
     torch.testing.assert_close(*outputs, **CLOSE)
 
 
+def test_property_8_dropout_on_the_input_does_not_reach_the_compensation():
+    model = move(adapt("mlora", 6, 9, r=2, num_heads=3, head_dropout=0.0, lora_dropout=0.5), seed=1)
+    with torch.no_grad():
+        parameters(model)["B"].zero_()  # the compensation is all that is left
+    x = noise(30, 6)
+    expected = model(x)
+    assert (expected - base_of(model)(x)).abs().max() > 1e-2
+    torch.testing.assert_close(model.train()(x), expected, **CLOSE)
+
+
 def test_property_8_heads_have_no_order():
     model = move(adapt("mlora", 6, 9, r=2, num_heads=4), seed=1)
     x = noise(5, 6)

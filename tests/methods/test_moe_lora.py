@@ -337,6 +337,9 @@ def test_experts_start_apart_and_routers_as_published():
     assert held(model).A.std().item() == pytest.approx(0.01, rel=0.05)
     model = adapt("moe_lora", 8, 8, router="task", num_tasks=100, dtype=torch.float32)
     assert parameters(model)["task_embedding"].std().item() == pytest.approx(1, rel=0.05)
+    gate = parameters(model)["task_gate"]
+    assert gate.abs().max() <= 64**-0.5
+    assert gate.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
 
 
 def test_fixed_gates_merge_and_other_shapes_do_not():

@@ -55,6 +55,26 @@ def test_property_1_starts_at_the_base_for_every_task(head_init):
     torch.testing.assert_close(model(x, headwater_task_ids=[0, 1, 2]), base_of(model)(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("lambda_format", ["full", "diag"])
+def test_starts_as_released_and_only_the_up_projections_have_a_first_gradient(lambda_format):
+    """With three heads a task's largest mixing weight is 0.84 on average at the default temperature, and 0.43 at 1."""
+    fields = {"num_tasks": 800, "num_heads": 3, "r": 8, "lambda_format": lambda_format, "dtype": torch.float32}
+    model = adapt("mtl_lora", 2048, 8, **fields)
+    p = parameters(model)
+    assert torch.equal(p["L"], (torch.eye(8) if lambda_format == "full" else torch.ones(8)).expand_as(p["L"]))
+    assert not p["B"].any()
+    for name, fan_in in (("A", 2048), ("w", 3)):
+        assert p[name].abs().max() <= fan_in**-0.5
+        assert p[name].std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.04)
+    largest = []
+    with headwater.observe(model, lambda name, gate: largest.append(gate.max(-1).values.mean().item())):
+        y = model.train()(noise(800, 1, 2048, dtype=torch.float32), headwater_task_ids=range(800))
+    assert largest == pytest.approx([0.84], abs=0.02)
+    assert torch.softmax(p["w"], -1).max(-1).values.mean().item() == pytest.approx(0.43, abs=0.01)
+    y.square().sum().backward()
+    assert [name for name, tensor in p.items() if tensor.grad.any()] == ["B"]
+
+
 def test_property_2_one_task_and_one_head_is_lora_with_its_matrix_folded_in():
     model = move(model_of(num_tasks=1, num_heads=1), 2)
     A, B, L = (parameters(model)[name].detach() for name in ("A", "B", "L"))

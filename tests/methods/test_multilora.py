@@ -52,10 +52,11 @@ def test_property_2_at_first_only_the_scales_have_a_gradient():
         optimizer.step()
 
 
-def test_property_3_branches_start_apart_and_within_bounds():
-    p = parameters(model_of())
-    for name, bound in (("A", d_in**-0.5), ("B", r**-0.5)):
-        assert 0 < p[name].abs().max() <= bound
+def test_property_3_branches_start_apart_and_uniform_within_bounds():
+    p = parameters(adapt("multilora", 2048, 600, num_heads=N, r=16, dtype=torch.float32))
+    for name, fan_in in (("A", 2048), ("B", 16)):
+        assert p[name].abs().max() <= fan_in**-0.5
+        assert p[name].std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.03)
         assert not torch.equal(p[name][0], p[name][1])
     assert not p["c"].any()
 
@@ -93,5 +94,7 @@ def test_property_6_one_branch_with_scale_one_is_lora():
     torch.testing.assert_close(model(x), base_of(model)(x) + 3 / r * (x @ A.T @ B), **CLOSE)
 
 
-def test_property_8_count():
-    assert sum(p.numel() for p in parameters(model_of()).values()) == N * r * (d_in + d_out) + N * d_out
+@pytest.mark.parametrize(("scale_shape", "scales"), [("vector", N * d_out), ("scalar", N)])
+def test_property_8_count(scale_shape, scales):
+    counted = sum(p.numel() for p in parameters(model_of(scale_shape=scale_shape)).values())
+    assert counted == N * r * (d_in + d_out) + scales

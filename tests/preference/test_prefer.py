@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from full_disk import files_end_after
 from safetensors.torch import load_file
@@ -553,6 +554,14 @@ def test_every_key_is_documented_and_the_examples_are_accepted(tmp_path):
     page = (ROOT / "docs" / "prefer.md").read_text()
     for key in (*PreferenceSpec.model_fields, *SourceSpec.model_fields):
         assert f"`{key}`" in page or f" {key}:" in page or f"{{{key}:" in page, key
+    given, table = {}, page.partition("### Keys of")[2].partition("\n#")[0]
+    for keys, defaults in re.findall(r"(?m)^\| (`[^|]*) \| ([^|]*) \|", table):
+        given |= dict(zip(re.findall(r"`(\w+)`", keys), defaults.replace("`", "").split(", "), strict=False))
+    for key, default in given.items():
+        if key not in ("sources", "seeds", "good"):
+            known = PreferenceSpec.model_fields[key].default
+            assert yaml.safe_load(default.replace("none", "null")) == known, key
+    assert given.keys() == PreferenceSpec.model_fields.keys()
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "run.yaml").write_text(text)
     assert len(load_config(tmp_path / "run.yaml", model=PreferConfig).preference.sources) == 4

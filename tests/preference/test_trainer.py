@@ -10,9 +10,11 @@ from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from trl import DPOTrainer
 
 from headwater.errors import HeadwaterError
+from headwater.evaluation.forward import evaluating
 from headwater.preference.bandits import Exp3, LinUCB, Picker, RoundRobin, Single
 from headwater.preference.trainer import REFERENCE
 from headwater.tuner import context_of
+from headwater.tuner.context import LABELS
 
 from .tiny import Spy, make_policy, make_task, make_trainer
 
@@ -135,6 +137,15 @@ def test_responses_of_a_prompt_are_sampled_and_all_different(make):
     assert len(seen) > 1
     for pairs, _ in seen:
         assert all(chosen[1] != rejected[1] for chosen, rejected in pairs)
+
+
+@pytest.mark.parametrize(("temperature", "most"), [(1e-5, 1), (1.0, 12)])
+def test_responses_are_sampled_at_the_temperature(make, temperature, most):
+    """Near 0 all responses are the likeliest one."""
+    trainer = make(preference={"responses": 12, "temperature": temperature, "max_new_tokens": 6})
+    task = trainer.tasks[0]
+    responses = trainer._sample(task.train[:3], trainer.prompts[0][:3], task, 0)
+    assert [len(texts) for texts in responses.texts] == [most] * 3
 
 
 def test_pairs_stay_within_their_prompt_and_only_responses_are_learned(make):
@@ -356,6 +367,8 @@ def test_what_a_pick_was_worth(make, reward):
     letters = Spy("abcdefghijklmnopqrstuvwxyz")
     trainer = make(picker=picker, spies=[letters] * 3, preference={"bandit_reward": reward}, max_steps=3)
     values, original = [], trainer.training_step
+    played, play = [], trainer._play
+    trainer._play = lambda batch: played.append(play(batch)) or played[-1]
     tasks = {task.name: task for task in trainer.tasks}
 
     def validation(task):
@@ -380,6 +393,8 @@ def test_what_a_pick_was_worth(make, reward):
     settle = trainer.settle
 
     def settled():
+        with evaluating(trainer.model), torch.no_grad():
+            lowered = DPOTrainer.compute_loss(trainer, trainer.model, trainer._prepare_inputs(played[-1].inputs))
         settle()
         before, loss = values[-1]
         round_ = trainer.rounds[-1]
@@ -389,6 +404,7 @@ def test_what_a_pick_was_worth(make, reward):
             assert round_.raw == pytest.approx(validation(round_.task) - before[round_.task], abs=1e-5)
         else:
             assert 0 < round_.raw < loss
+            assert round_.raw == pytest.approx(loss - float(lowered), abs=1e-6)
 
     trainer.settle = settled
     trainer.train()
@@ -410,6 +426,25 @@ def test_methods_that_go_by_task_get_their_task(make):
     trainer.train()
     for ids, round_ in zip(seen, trainer.rounds, strict=True):
         assert ids == ["ab".index(round_.task)] * (2 * round_.pairs)
+
+
+def test_methods_that_go_by_the_prompt_are_told_what_it_is(make):
+    spies = [Spy("abcdefghijklmnopqrstuvwxyz")]
+    trainer = make("cond_mixlora", {"num_factors": 8}, max_steps=2, spies=spies, learning_rate=0.1)
+    seen, original = [], trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        rows = [inputs[key] for key in ("input_ids", "attention_mask", "completion_mask", LABELS)]
+        for ids, mask, learned, labels in zip(*rows, strict=True):
+            prompt, real = mask.bool() & ~learned.bool(), ids[mask.bool()].tolist()
+            size = int(prompt.sum())
+            assert labels.tolist() == [-100] * size + real[size:] + [-100] * int((~mask.bool()).sum())
+            seen.append(size)
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert seen
 
 
 @pytest.mark.parametrize("method", ["moe_lora", "malora"])

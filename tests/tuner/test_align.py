@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -19,7 +22,6 @@ import headwater
 from headwater import HeadwaterError
 from headwater.methods.call import Call, State
 from headwater.ops.alignment import (
-    BANDWIDTHS,
     kl_alignment,
     kl_alignment_per_position,
     membership,
@@ -31,6 +33,7 @@ from headwater.ops.alignment import (
 from headwater.tuner import AlignLoss, AlignSpec, MethodLayer, context_of
 
 KINDS = [{"kind": "kl"}, {"kind": "mmd"}, {"kind": "kl", "token_mode": "per_position"}]
+WIDTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)  # the released ones
 IDS = torch.tensor([0, 0, 1, 1])
 CONFIGS = {
     "lora": lambda: LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM"),
@@ -80,7 +83,7 @@ def test_mmd_is_the_mean_of_kernels():
     z, task = noise(14, 3), torch.tensor([0] * 5 + [1] * 9)
 
     def kernel(a, b):
-        return sum(torch.exp(-((a - b) ** 2).sum() / (2 * sigma)) for sigma in BANDWIDTHS)
+        return sum(torch.exp(-((a - b) ** 2).sum() / (2 * sigma)) for sigma in WIDTHS)
 
     def mean(first, second):
         return sum(kernel(a, b) for a in first for b in second) / (len(first) * len(second))
@@ -174,6 +177,7 @@ def test_pairs_and_thinning():
     kept = thin(torch.ones(2, 1000), 256).sum(1)
     assert kept.tolist() == [256, 256]
     assert thin(torch.ones(1, 10), 256).sum() == 10
+    assert sample(torch.ones(2, 1000))[0].sum(1).tolist() == [256, 256]
 
 
 def gradients(name, checkpointing=None, steps=0, **fields):
@@ -215,7 +219,7 @@ def gaussian_distance(z, other):
 def kernel_distance(z, other):
     def mean_kernel(a, b):
         squares = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum(-1)
-        return sum(torch.exp(-squares / (2 * sigma)) for sigma in BANDWIDTHS).mean()
+        return sum(torch.exp(-squares / (2 * sigma)) for sigma in WIDTHS).mean()
 
     return mean_kernel(z, z) + mean_kernel(other, other) - 2 * mean_kernel(z, other)
 
@@ -380,6 +384,12 @@ def test_a_frozen_model_in_eval_computes_nothing(tiny_llama):
     x = torch.tensor([[1, 2, 3]])
     model.eval()(x)  # no ids, and no error
     assert context_of(model).last_losses == {}
+
+
+def test_the_page_has_every_field_and_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "align.md").read_text(encoding="utf-8")
+    found = {field: yaml.safe_load(default) for field, default in re.findall(r"(?m)^\| `(\w+)` \| `(.*?)` \|", page)}
+    assert found == AlignSpec().model_dump()
 
 
 def test_wrong_settings_are_refused(tiny_llama):

@@ -39,7 +39,7 @@ from headwater.training.adapter import load_default
 from headwater.training.method_callback import MethodCallback
 from headwater.training.write_errors import whole_or_gone
 from headwater.tuner import follow_loss, is_adapted
-from headwater.tuner.context import KEYWORD
+from headwater.tuner.context import KEYWORD, LABELS
 from headwater.tuner.model import REFERENCE
 
 if TYPE_CHECKING:
@@ -357,6 +357,8 @@ class PreferenceTrainer(DPOTrainer):
         )
         if is_adapted(self.model):  # a loss of training may go by the task where no forward needs it
             inputs[KEYWORD] = torch.full((2 * len(pairs),), task.index)
+            # what the prompt is: of TRL's trainers only newer ones give the model labels
+            inputs[LABELS] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return inputs
 
     def settle(self) -> None:
