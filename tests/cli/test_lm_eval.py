@@ -77,6 +77,16 @@ def test_scores_equal_the_in_house_ones_to_the_last_digit(folder):
         assert in_house(model, folder) != score.value
 
 
+def test_an_adapter_that_goes_by_the_prompt_sees_no_answer_and_no_padding(folder):
+    model = adapted("cond_mixlora", num_factors=64)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            parameter.data.mul_(5)
+    run = {"include_path": str(folder / "tasks"), "batch_size": 5}
+    (score,) = lm_eval_scores(model, make_tiny_tokenizer(), ["reviews"], **run)
+    assert score.value == in_house(model, folder)
+
+
 def test_an_adapter_that_goes_by_task_is_run_as_the_named_one(folder):
     model = adapted("mtl_lora", num_tasks=3)
     run = {"include_path": str(folder / "tasks")}

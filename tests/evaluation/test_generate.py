@@ -172,6 +172,19 @@ def test_several_samples_of_one_task_are_all_that_tasks(tiny_llama, tiny_tokeniz
     assert first != second
 
 
+def test_several_samples_of_a_method_that_goes_by_the_prompt_see_all_of_it(tiny_llama, tiny_tokenizer):
+    settings = {"r": 2, "num_factors": 16, "target_modules": "all-linear", "init_seed": 0, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(peaked(tiny_llama()), headwater.make_config("cond_mixlora", **settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter)
+    prompts, options = [[5, 6, 7, 8], [9, 10], [11, 250]], {"max_new_tokens": 6, "temperature": 1e-9}
+    with evaluating(model):
+        alone = [answer for p in prompts for answer in generate_from_ids(model, tiny_tokenizer, [p], **options)]
+        found = generate_from_ids(model, tiny_tokenizer, prompts, samples=2, **options)
+    assert found == [answer for answer in alone for _ in range(2)]
+
+
 def test_sampling_draws_from_the_whole_vocabulary(tiny_llama, tiny_tokenizer):
     """Of the 50 likeliest tokens alone, as transformers would by default, there could be no 60 different ones."""
     model, options = tiny_llama(), {"max_new_tokens": 1, "temperature": 100.0}

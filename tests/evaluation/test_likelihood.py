@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -15,10 +16,13 @@ from transformers import (
     GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+import headwater
 import headwater.evaluation.forward as forward
 from headwater.evaluation.forward import chunks, evaluating
 from headwater.evaluation.likelihood import choice_log_probs, completion_losses
@@ -27,6 +31,8 @@ VOCABULARY = 97
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ROPE = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+EXPERTS = {"head_dim": 8, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
 def _gemma(attention: str) -> Gemma3ForCausalLM:
@@ -51,8 +57,9 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
     "mamba": lambda: MambaForCausalLM(MambaConfig(**SIZES, **SPECIAL, state_size=4)),
+    "minimax": lambda: MiniMaxForCausalLM(MiniMaxConfig(**SIZES, **SPECIAL, **ROPE, **EXPERTS)),
 }
-WITHOUT_CACHE = {"bloom", "mamba"}  # no position_ids, and no keys and values at all
+WITHOUT_CACHE = {"bloom", "mamba", "minimax"}  # no position_ids, no keys and values at all, or others beside them
 
 
 def make(name: str):
@@ -192,6 +199,31 @@ def test_losses_equal_the_plain_way(name):
         split = 1 if i == 0 else len(prompts[i])
         assert count == len(rows[i]) - split
         assert -total == pytest.approx(plain_log_prob(model, rows[i][:split], rows[i][split:]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bloom"])
+def test_a_method_that_goes_by_the_prompt_does_not_see_the_answer(name):
+    settings = {"r": 2, "num_factors": 8, "target_modules": "all-linear", "init_seed": 0, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(make(name), headwater.make_config("cond_mixlora", **settings)).eval()
+    for path, parameter in model.named_parameters():
+        if path.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts, choices = random_rows(6)
+    answers = [max(options, key=len) for options in choices]
+    expected = []
+    for prompt, answer in zip(prompts, answers, strict=True):  # as in training, where labels come with the forward
+        ids, labels = torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            expected.append(model(input_ids=ids, labels=labels).loss.item() * len(answer))
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    labels = [[-100] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    with evaluating(model):
+        losses = [total for total, _ in completion_losses(model, rows, labels, fill=0, batch_size=4)]
+        likelihoods = choice_log_probs(model, prompts, [[answer] for answer in answers], fill=0, batch_size=4)
+        answers_seen = [total for total, _ in completion_losses(model, rows, rows, fill=0, batch_size=4)]
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert [-sums[0] for sums in likelihoods] == pytest.approx(expected, abs=1e-4)
+    assert answers_seen != pytest.approx(expected, abs=1.0)
 
 
 def test_progress_counts_every_prompt():

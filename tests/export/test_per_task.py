@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from tiny_models import make_tiny_llama, make_tiny_tokenizer
 from tuner.helpers import adapt, stir
 from tuner.rows import BY_ID
@@ -17,6 +18,7 @@ from headwater.data.tasks import Task
 from headwater.evaluation import EvaluationSpec, TaskScore, score_task
 from headwater.export import by_mean_gates, check_differs_by_task
 from headwater.export.per_task import Exported
+from headwater.export.plain import WEIGHTS_FILE
 
 ROUTED = ["rlora", "hydralora", "moe_lora", "malora", "smora", "cond_mixlora"]
 SPECS = EvaluationSpec(), DataSpec()
@@ -90,6 +92,19 @@ def test_the_update_is_that_of_the_mean_gate_over_training_tokens(row_id, tmp_pa
         plain = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / task.name)
         x = torch.randint(0, 250, (2, 9))
         torch.testing.assert_close(plain(x).logits, merged(x).logits, atol=5e-5, rtol=1e-4)
+
+
+def test_layers_that_no_text_runs_through_are_left_out(tmp_path):
+    base = make_tiny_llama()
+    base.vision_tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 16)})
+    model = adapt(BY_ID["rlora"], base, target_modules="all-linear")
+    stir(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = by_mean_gates(model, tmp_path / "adapter", make_tiny_tokenizer(), make_tasks(), *SPECS, tmp_path)
+    assert [task.plain.n for task in found] == [6, 6]
+    targets = PeftConfig.from_pretrained(tmp_path / "first").target_modules
+    assert "model.layers.1.mlp.up_proj" in targets
+    assert not any("vision_tower" in name for name in [*targets, *load_file(tmp_path / "first" / WEIGHTS_FILE)])
 
 
 def test_scores_are_those_of_the_adapter_and_of_what_was_written(tmp_path):

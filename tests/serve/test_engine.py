@@ -8,7 +8,16 @@ from collections import Counter
 import pytest
 import torch
 from tiny_models import make_tiny_tokenizer
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    MambaConfig,
+    MiniMaxConfig,
+    Qwen3_5TextConfig,
+)
 from tuner.helpers import adapt
 from tuner.rows import BY_ID, ROWS
 
@@ -352,9 +361,47 @@ def test_sliding_windows_are_kept():
     assert list(map(tokens_of, answers)) == [alone(model, p, 10) for p in prompts]
 
 
-def test_models_with_another_memory_are_refused():
-    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
-    with running(Plain(model)) as engine:
-        (answer,) = engine.generate([[6, 7]], [PLAIN], [Sampling(2)])
-    assert answer[-1].finish == "error"
-    assert "another memory than keys and values" in answer[-1].error
+HYBRID = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
+MIXER = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+SCAN = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+def small(config, **fields):
+    """A model whose likeliest token is ahead of the second, with an eos of 257."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 257}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(**{**sizes, **fields})).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight.mul_(10)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (Qwen3_5TextConfig, {**HYBRID, **MIXER, "layer_types": ["linear_attention", "full_attention"]}),
+        (Lfm2Config, {**HYBRID, "layer_types": ["conv", "full_attention"]}),
+        (FalconH1Config, {**HYBRID, **SCAN, "mamba_chunk_size": 8}),
+    ],
+)
+def test_states_of_linear_attention_are_kept_per_row(config, fields):
+    model, prompts = small(config, **fields), make_prompts(8)
+    lengths = [10, 3, 7, 10, 1, 10, 5, 10]
+    with running(Plain(model), max_batch=3) as engine:
+        answers = engine.generate(prompts, [PLAIN] * 8, greedy(lengths))
+    assert list(map(tokens_of, answers)) == [alone(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (MambaConfig, {"num_hidden_layers": 1, "state_size": 4}),
+        (MiniMaxConfig, {**HYBRID, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]}),
+    ],
+)
+def test_models_with_another_memory_are_refused_at_the_start(config, fields):
+    with pytest.raises(headwater.HeadwaterError, match=f"{config.__name__[:-6]}ForCausalLM remembers .* another way"):
+        Engine(Plain(small(config, **fields)), make_tiny_tokenizer())

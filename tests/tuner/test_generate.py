@@ -50,6 +50,25 @@ def test_cache_changes_nothing_and_rows_do_not_mix(row, model, how):
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_a_layer_that_runs_at_several_depths_remembers_its_prompt_at_each(tiny_llama):
+    row, base, x = BY_ID["cond_mixlora"], tiny_llama(), tokens(rows=3)
+    base.model.layers[1].mlp = base.model.layers[0].mlp
+    model = adapt(row, base, lora_alpha=64, **row.no_dropout)
+    cached, whole = (
+        generate(row, model, x, use_cache=use, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        for use in (True, False)
+    )
+    for found, expected in zip(cached.logits, whole.logits, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_vocabulary_head_that_goes_by_the_prompt_sees_all_of_it(tiny_llama):
+    row, x = BY_ID["cond_mixlora"], tokens(rows=3)
+    model = adapt(row, tiny_llama(), lora_alpha=64, target_modules=["lm_head"], **row.no_dropout)
+    found = generate(row, model, x, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[0]
+    torch.testing.assert_close(found, model(input_ids=x).logits[:, -1])
+
+
 def test_static_cache(row, model):
     x = tokens(rows=3)
     expected = generate(row, model, x, do_sample=False)

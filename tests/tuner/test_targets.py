@@ -7,7 +7,16 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import MambaConfig, MambaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 import headwater
 from headwater.tuner import MethodLayer
@@ -41,8 +50,40 @@ def tiny_mamba() -> MambaForCausalLM:
         return MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
 
 
+SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 1}
+
+
 def adapted(model: torch.nn.Module) -> set[str]:
     return {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, MethodLayer)}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "router"),
+    [
+        (Llama4TextConfig, {"head_dim": 8, "interleave_moe_layer_step": 1}, "feed_forward.router is .* a Llama4Router"),
+        (PhimoeConfig, {}, "mlp.router is .* a PhimoeTopKRouter"),
+    ],
+)
+def test_all_linear_leaves_out_routers_that_give_back_more_than_a_product(config, fields, router):
+    base = AutoModelForCausalLM.from_config(config(**SMALL, **fields)).eval()
+    before = base(tokens()).logits
+    with pytest.warns(UserWarning, match=f"leaves out .*: model.layers.0.{router}"):
+        model = adapt(ROW, base, stirred=False, target_modules="all-linear")
+    assert "router" not in adapted(model) >= {"q_proj", "o_proj"}
+    torch.testing.assert_close(model(tokens()).logits, before)
+    with pytest.raises(headwater.HeadwaterError, match=f"layers.0.{router}"):
+        adapt(ROW, AutoModelForCausalLM.from_config(config(**SMALL, **fields)), target_modules=["q_proj", "router"])
+
+
+def test_all_linear_leaves_out_what_is_gone_around_in_training():
+    fields = {"altup_num_inputs": 4, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0}
+    sizes = {"vocab_size_per_layer_input": 300, "head_dim": 8, "activation_sparsity_pattern": [0.0, 0.0]}
+    sizes |= {"layer_types": ["full_attention"] * 2, "intermediate_size": [48, 48]}
+    base = AutoModelForCausalLM.from_config(Gemma3nTextConfig(**{**SMALL, **fields, **sizes}))
+    with pytest.warns(UserWarning, match=r"altup.correction_coefs cannot be adapted: the model reads its weight"):
+        model = adapt(ROW, base, target_modules="all-linear")
+    assert "correction_coefs" not in adapted(model) >= {"q_proj", "prediction_coefs"}
 
 
 @every_row

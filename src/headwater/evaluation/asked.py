@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +28,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def choice_ids(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-) -> tuple[list[list[int]], list[list[list[int]]], dict[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """The rows of a task that a model is to be scored on, and how."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    rows: Sequence[Row]
+    spec: EvaluationSpec
+    data_spec: DataSpec
+
+
+def choice_ids(asked: Asked) -> tuple[list[list[int]], list[list[list[int]]], dict[str, Any]]:
     """Each row's prompt and choices as token ids, and what a score's detail has to say about them."""
-    tokens = {
-        text: encode_completion(text, tokenizer) for text in dict.fromkeys(c for row in rows for c in row.choices)
-    }
+    task, rows, tokenizer = asked.task, asked.rows, asked.tokenizer
+    texts = dict.fromkeys(choice for row in rows for choice in row.choices)
+    tokens = {text: encode_completion(text, tokenizer) for text in texts}
     problems = [
         Problem(
             "the task is scored by its choices, and this row has none",
@@ -54,12 +60,12 @@ def choice_ids(
     nested = {found: _one_begins_another([tokens[c] for c in found]) for found in {row.choices for row in rows}}
     ended = [i for i, row in enumerate(rows) if nested[row.choices]]
     for i in ended:
-        end = encode_end(rows[i], tokenizer, data_spec)
+        end = encode_end(rows[i], tokenizer, asked.data_spec)
         choices[i] = [[*ids, *end] for ids in choices[i]]
     rooms = [max(map(len, found), default=0) for found in choices]
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms)
+    prompts, cut = _prompts(asked, rooms)
     places = [row.where for row in rows]
-    refuse(task, problems + length_problems(model, prompts, places, rooms, "Shorten the prompt."))
+    refuse(task, problems + length_problems(asked.model, prompts, places, rooms, "Shorten the prompt."))
     return prompts, choices, {**({"end_scored": len(ended)} if ended else {}), **cut}
 
 
@@ -68,47 +74,35 @@ def _one_begins_another(choices: Sequence[Sequence[int]]) -> bool:
     return any(a != b and b[: len(a)] == a for a, b in pairwise(ordered))
 
 
-def generation_ids(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-) -> tuple[list[list[int]], dict[str, int]]:
+def generation_ids(asked: Asked) -> tuple[list[list[int]], dict[str, int]]:
     """Prompts as token ids, and what a score's detail has to say about them."""
-    problems = []
+    task, rows, problems = asked.task, asked.rows, []
     if task.metric == "final_number":
         problems += [
             Problem("the answer holds no number after ####", row.where, "Add one, or name another metric.")
             for row in rows
             if number_after_mark(row.completion) is None
         ]
-    rooms = [spec.max_new_tokens] * len(rows)
-    prompts, cut = _prompts(model, tokenizer, rows, data_spec, rooms)
+    rooms = [asked.spec.max_new_tokens] * len(rows)
+    prompts, cut = _prompts(asked, rooms)
     places, fix = [row.where for row in rows], "Shorten the prompt, or lower evaluation.max_new_tokens."
-    refuse(task, problems + length_problems(model, prompts, places, rooms, fix))
+    refuse(task, problems + length_problems(asked.model, prompts, places, rooms, fix))
     return prompts, cut
 
 
-def _prompts(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    data_spec: DataSpec,
-    rooms: Sequence[int],
-) -> tuple[list[list[int]], dict[str, int]]:
+def _prompts(asked: Asked, rooms: Sequence[int]) -> tuple[list[list[int]], dict[str, int]]:
     """Prompts as token ids, and what a score's detail has to say about them.
 
     Where training cuts long prompts from the left, so does scoring, to what the row's completion leaves of the length,
     and further where the model's context does not leave `rooms` tokens for the answers. Else they stay whole, since a
     prompt that does not fit into a training batch may well fit into the model.
     """
+    rows, tokenizer, data_spec = asked.rows, asked.tokenizer, asked.data_spec
     prompts = [encode_prompt(row, tokenizer, data_spec) for row in rows]
     if data_spec.on_too_long != "truncate_prompt":
         return prompts, {}
     cut, begin = 0, start_ids(tokenizer)
-    positions = max_positions(model) or sys.maxsize
+    positions = max_positions(asked.model) or sys.maxsize
     for i, (row, prompt, room) in enumerate(zip(rows, prompts, rooms, strict=True)):
         behind = len(encode_completion(row.completion, tokenizer)) + len(encode_end(row, tokenizer, data_spec))
         excess = len(prompt) + max(behind - min(data_spec.max_length, positions), room - positions)

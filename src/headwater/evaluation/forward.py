@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headwater.tuner import needs_task_ids
+from headwater.tuner import is_adapted, needs_task_ids
+from headwater.tuner.context import LABELS
 from headwater.tuner.model import sees_batch
 
 LOGITS_BUDGET = 1 << 26
@@ -49,6 +50,12 @@ def task_keywords(model: nn.Module, task_index: int | None, batch: int) -> dict[
     if task_index is None or not needs_task_ids(model):
         return {}
     return {"headwater_task_ids": torch.full((batch,), task_index, device=input_device(model))}
+
+
+def label_keywords(model: nn.Module, labels: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Tells an adapted model which tokens are answers, -100 where none is: a method that goes by the prompt must not
+    see what it is scored on. The model itself gets no labels, so it computes no loss."""
+    return {LABELS: pad(labels, -100).input_ids.to(input_device(model))} if is_adapted(model) else {}
 
 
 def input_device(model: nn.Module) -> torch.device:

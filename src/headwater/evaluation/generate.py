@@ -30,6 +30,7 @@ from headwater.evaluation.forward import (
 from headwater.evaluation.likelihood import can_be_copied, copied
 from headwater.seeds import RANGE, is_seed
 from headwater.tuner import needs_task_ids
+from headwater.tuner.generation import goes_by_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,6 +122,8 @@ def generate_from_ids(
         pad_token_id=pad_id(tokenizer),
         return_dict_in_generate=False,
     )
+    at_once = samples > 1 and accepts(model, "past_key_values", "use_cache", "position_ids")
+    at_once = at_once and goes_by_prompt(model) is None  # what is read once lacks the prompt's last token
     results = [Generated("", False)] * (len(prompts) * samples)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
@@ -128,7 +131,7 @@ def generate_from_ids(
         padded = pad([prompts[i] for i in chosen], pad_id(tokenizer), left=True).to(input_device(model))
         width = padded.input_ids.shape[1]
         cache = None
-        if samples > 1 and width > 1 and accepts(model, "past_key_values", "use_cache", "position_ids"):
+        if at_once and width > 1:
             cache = _run_prompts(model, padded, samples, task_index)
         batch = [i for i in chosen for _ in range(samples)]
         stop = _Settled(tokenizer, settled or (lambda _i, _text: False), batch, width)

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from headwater.evaluation.forward import accepts, chunks, input_device, logits_at, pad, task_keywords, vocabulary_size
+from headwater.evaluation.forward import (
+    accepts,
+    chunks,
+    input_device,
+    label_keywords,
+    logits_at,
+    pad,
+    task_keywords,
+    vocabulary_size,
+)
+from headwater.tuner.context import keep_memory
 
 Tokens = Sequence[int]
 
@@ -124,6 +134,7 @@ def _score_whole(
             attention_mask=padded.attention_mask,
             **({"use_cache": False} if accepts(model, "use_cache") else {}),
             **task_keywords(model, task_index, len(group)),
+            **label_keywords(model, [[-100] * len(prompts[run.prompt]) + list(run.tail) for run in group]),
         )
         scores.add(logits, list(_reads(group, scores.choices, first_token=0)))
 
@@ -194,8 +205,11 @@ def _reads(
 
 
 def can_be_copied(cache: DynamicCache) -> bool:
-    """Whether every layer of the cache replaces its tensors when it grows, so that shallow copies stay apart."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    """Whether every layer of the cache replaces its tensors when it grows, so that shallow copies stay apart; and there
+    is nothing beside the layers, as in a cache that a model brings itself."""
+    return type(cache) is DynamicCache and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
 
 
 def copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
@@ -206,6 +220,7 @@ def copied(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     for layer in other.layers:
         if layer.get_seq_length() > 0:
             layer.batch_select_indices(rows.to(layer.keys.device))  # a model may be spread over devices
+    keep_memory(other, rows)
     return other
 
 
@@ -241,6 +256,7 @@ def completion_losses(
             attention_mask=padded.attention_mask,
             **({"use_cache": False} if accepts(model, "use_cache") else {}),
             **task_keywords(model, task_index, len(batch)),
+            **label_keywords(model, [labels[i] for i in batch]),
         )
         targets = pad([[labels[i][p] for p in scored[i]] for i in batch], -100).input_ids.to(logits.device)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from headwater.errors import HeadwaterError, Problem
 from headwater.evaluation.forward import evaluating
 from headwater.tuner import needs_task_ids, task_ids
+from headwater.tuner.context import LABELS
+from headwater.tuner.generation import goes_by_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +97,8 @@ def lm_eval_scores(
         raise HeadwaterError(*(Problem(f"lm-eval knows no task `{name}`", "--lm-eval", fix) for name in unknown))
     ids = task_ids(model, task_index) if by_task else contextlib.nullcontext()
     with evaluating(model), ids:
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        kind = HFLM if goes_by_prompt(model) is None else _by_prompt(HFLM)
+        lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             found: Any = simple_evaluate(
                 model=lm,
@@ -111,6 +115,26 @@ def lm_eval_scores(
             reason = " ".join(str((isinstance(error, DatasetsError) and error.__cause__) or error).split())[:400]
             raise HeadwaterError(Problem(f"lm-eval stopped: {reason}", f"--lm-eval {','.join(tasks)}")) from error
     return list(_scores(found))
+
+
+def _by_prompt(model_class: Any) -> Any:
+    """lm-eval's model for a method that goes by the prompt: lm-eval tells a model neither where its answers begin nor
+    which tokens are padding, so each text is run by itself, and the model is told."""
+
+    class ByPrompt(model_class):
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
+            found = []
+            for request in tqdm(requests, disable=disable_tqdm):
+                self._answer = len(request[2])
+                found += super()._loglikelihood_tokens([request], disable_tqdm=True, override_bs=1)
+            return found
+
+        def _model_call(self, inps: Tensor, **_: Any) -> Tensor:
+            labels = inps.clone()  # without the answer's last token, which is not run
+            labels[:, : inps.shape[1] + 1 - self._answer] = -100
+            return self.model(inps, **{LABELS: labels}).logits
+
+    return ByPrompt
 
 
 def _unknown(tasks: Sequence[str], manager: Any) -> list[str]:

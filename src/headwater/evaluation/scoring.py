@@ -16,7 +16,7 @@ from headwater.data.encode import IGNORED, DataSpec, Encoded, EncodingReport, en
 from headwater.data.rows import one_screen
 from headwater.data.tasks import majority
 from headwater.errors import DivergedError, HeadwaterError, Problem
-from headwater.evaluation.asked import choice_ids, generation_ids
+from headwater.evaluation.asked import Asked, choice_ids, generation_ids
 from headwater.evaluation.forward import evaluating, max_positions, pad_id
 from headwater.evaluation.generate import generate_from_ids
 from headwater.evaluation.intervals import interval
@@ -74,7 +74,7 @@ def score_task(
     if not rows:
         raise HeadwaterError(Problem("no rows to score", task.name, "Give the task a test file with at least one row."))
     with evaluating(model):
-        return scorer(model, tokenizer, task, rows, spec, data_spec, on_batch)
+        return scorer(Asked(model, tokenizer, task, rows, spec, data_spec), on_batch)
 
 
 def score_tasks(
@@ -126,7 +126,7 @@ def check_rows(
         rows = sample(getattr(task, split), max_rows)
         try:
             if rows and task.metric in _IDS:
-                _IDS[task.metric](model, tokenizer, task, rows, spec, data_spec)
+                _IDS[task.metric](Asked(model, tokenizer, task, rows, spec, data_spec))
         except HeadwaterError as error:
             problems[task.name] = error.problems
     if wrong := one_screen(problems):
@@ -140,26 +140,19 @@ def sample(rows: Sequence[Row], max_rows: int | None) -> list[Row]:
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), max_rows))]
 
 
-def _score_choices(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-    on_batch: Callable[[int], None],
-) -> TaskScore:
-    prompts, choices, detail_of_ids = choice_ids(model, tokenizer, task, rows, spec, data_spec)
+def _score_choices(asked: Asked, on_batch: Callable[[int], None]) -> TaskScore:
+    rows, spec = asked.rows, asked.spec
+    prompts, choices, detail_of_ids = choice_ids(asked)
     log_probs = choice_log_probs(
-        model,
+        asked.model,
         prompts,
         choices,
-        fill=pad_id(tokenizer),
-        task_index=task.index,
+        fill=pad_id(asked.tokenizer),
+        task_index=asked.task.index,
         batch_size=spec.batch_size,
         on_batch=on_batch,
     )
-    _refuse_nan(task, rows, map(sum, log_probs))
+    _refuse_nan(asked.task, rows, map(sum, log_probs))
     picked = [
         row.choices[_best(sums, row.choices, ids, spec.choice_normalization)]
         for row, sums, ids in zip(rows, log_probs, choices, strict=True)
@@ -173,7 +166,7 @@ def _score_choices(
         counts = Counter(picked)
         detail["predicted_shares"] = {choice: counts[choice] / len(rows) for choice in rows[0].choices}
     correct = [float(choice == row.completion) for choice, row in zip(picked, rows, strict=True)]
-    return _score(task, rows, correct, detail)
+    return _score(asked.task, rows, correct, detail)
 
 
 def _best(
@@ -185,24 +178,16 @@ def _best(
     return values.index(max(values))
 
 
-def _score_generated(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-    on_batch: Callable[[int], None],
-) -> TaskScore:
-    metric = GENERATION_METRICS[task.metric]
-    prompts, cut = generation_ids(model, tokenizer, task, rows, spec, data_spec)
+def _score_generated(asked: Asked, on_batch: Callable[[int], None]) -> TaskScore:
+    rows, metric = asked.rows, GENERATION_METRICS[asked.task.metric]
+    prompts, cut = generation_ids(asked)
     answers = generate_from_ids(
-        model,
-        tokenizer,
+        asked.model,
+        asked.tokenizer,
         prompts,
-        task_index=task.index,
-        max_new_tokens=spec.max_new_tokens,
-        batch_size=spec.batch_size,
+        task_index=asked.task.index,
+        max_new_tokens=asked.spec.max_new_tokens,
+        batch_size=asked.spec.batch_size,
         settled=lambda i, text: metric.settled(text, rows[i].completion),
         on_batch=on_batch,
     )
@@ -215,26 +200,19 @@ def _score_generated(
         ],
         **cut,
     }
-    return _score(task, rows, correct, detail)
+    return _score(asked.task, rows, correct, detail)
 
 
-def _score_loss(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-    on_batch: Callable[[int], None],
-) -> TaskScore:
-    encoded, report = _loss_ids(model, tokenizer, task, rows, spec, data_spec)
+def _score_loss(asked: Asked, on_batch: Callable[[int], None]) -> TaskScore:
+    task, rows = asked.task, asked.rows
+    encoded, report = _loss_ids(asked)
     losses = completion_losses(
-        model,
+        asked.model,
         [row.input_ids for row in encoded],
         [row.labels for row in encoded],
-        fill=pad_id(tokenizer),
+        fill=pad_id(asked.tokenizer),
         task_index=task.index,
-        batch_size=spec.batch_size,
+        batch_size=asked.spec.batch_size,
         on_batch=on_batch,
     )
     _refuse_nan(task, rows if len(encoded) == len(rows) else (), (total for total, _ in losses))
@@ -245,19 +223,13 @@ def _score_loss(
     return _score(task, rows, list(means), detail, list(weights))
 
 
-def _loss_ids(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-    spec: EvaluationSpec,
-    data_spec: DataSpec,
-) -> tuple[list[Encoded], EncodingReport]:
-    encoded, report = encode_rows(rows, tokenizer, data_spec, task.index, max_positions(model))
+def _loss_ids(asked: Asked) -> tuple[list[Encoded], EncodingReport]:
+    task, limit = asked.task, max_positions(asked.model)
+    encoded, report = encode_rows(asked.rows, asked.tokenizer, asked.data_spec, task.index, limit)
     if all(label == IGNORED for row in encoded for label in row.labels[1:]):  # nothing predicts a row's first token
         what, fix = "no row has a token to score", ""
         if dropped := sum(report.dropped.values()):
-            what += f": {dropped:,} of {len(rows):,} are too long, and data.on_too_long: drop leaves them out"
+            what += f": {dropped:,} of {len(asked.rows):,} are too long, and data.on_too_long: drop leaves them out"
             fix = "raise data.max_length if the model takes more, or set data.on_too_long to truncate_prompt"
         raise HeadwaterError(Problem(what, task.name, fix))
     return encoded, report

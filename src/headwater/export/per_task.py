@@ -130,7 +130,8 @@ def by_mean_gates(
         sequences = [encode_whole(row, tokenizer, data_spec, max_positions(model)) for row in chosen]
         prompts = [len(encode_prompt(row, tokenizer, data_spec)) for row in chosen]
         gates = mean_gates(model, Texts(sequences, prompts), fill=pad_id(tokenizer))
-        ranks[task.name] = write_plain_lora(model, adapter, folder / task.name, gates=gates)
+        # Layers that no text runs through, as those for images, have no gates and no say in the task.
+        ranks[task.name] = write_plain_lora(model, adapter, folder / task.name, gates=gates, only=gates)
         counts[task.name] = len(chosen)
     progress("averaging gates", len(tasks), len(tasks))
 

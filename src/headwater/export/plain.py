@@ -8,7 +8,7 @@ The scaling is in B and every layer has the same rank: servers that ignore keys 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def as_plain_lora(
     gates: Mapping[str, Tensor] | str | None = None,
     task: int | None = None,
     adapter_name: str | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer name -> A `(R, d_in)` and B `(d_out, R)`, float32; B A is the layer's whole update, R the same for all.
 
@@ -42,6 +43,7 @@ def as_plain_lora(
         gates: layer name -> `(N,)`, gates to hold fixed where they depend on the input; or "uniform".
         task: the task, where the method has an update for each.
         adapter_name: by default the one that is active.
+        only: names of the layers to write; by default all.
 
     Raises:
         NotMergeable: if the method needs gates or a task and none is given.
@@ -50,7 +52,7 @@ def as_plain_lora(
     if isinstance(gates, str) and gates != "uniform":
         what = f"gates are a dictionary from layer name to gate, or 'uniform', not {gates!r}"
         raise HeadwaterError(Problem(what, "gates"))
-    name, layers = method_layers(model, adapter_name)
+    name, layers = method_layers(model, adapter_name, only)
     by_task = getattr(getattr(model, "peft_config", {}).get(name), "needs_task_ids", False)
     found = {}
     for layer in layers:
@@ -82,11 +84,12 @@ def write_plain_lora(
     gates: Mapping[str, Tensor] | str | None = None,
     task: int | None = None,
     adapter_name: str | None = None,
+    only: Collection[str] | None = None,
 ) -> int:
     """Writes the adapter as plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        model, gates, task, adapter_name: as in `as_plain_lora`.
+        model, gates, task, adapter_name, only: as in `as_plain_lora`.
         adapter: the folder that the adapter was loaded from; what it holds besides the method's tensors, such as a
             trained vocabulary head (`modules_to_save`), is taken along.
         folder: where to, made if need be; a caller that wants it whole or not at all uses `new_folder`.
@@ -95,7 +98,7 @@ def write_plain_lora(
         The rank.
     """
     adapter, folder = Path(adapter), Path(folder)
-    layers = as_plain_lora(model, gates=gates, task=task, adapter_name=adapter_name)
+    layers = as_plain_lora(model, gates=gates, task=task, adapter_name=adapter_name, only=only)
     tensors = {
         f"base_model.model.{name}.lora_{letter}.weight": tensor
         for name, factors in layers.items()
@@ -104,14 +107,16 @@ def write_plain_lora(
     beside = {k: t for k, t in load_file(adapter / WEIGHTS_FILE).items() if "_branch." not in k}
     rank = len(next(iter(layers.values()))[0])
     folder.mkdir(parents=True, exist_ok=True)
-    plain_config(model, rank, adapter_name).save_pretrained(str(folder))
+    plain_config(model, rank, adapter_name, only).save_pretrained(str(folder))
     save_file({**tensors, **beside}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     return rank
 
 
-def plain_config(model: Any, rank: int, adapter_name: str | None = None) -> LoraConfig:
+def plain_config(
+    model: Any, rank: int, adapter_name: str | None = None, only: Collection[str] | None = None
+) -> LoraConfig:
     """PEFT's config of the written adapter: the scaling `lora_alpha / r` is 1."""
-    name, layers = method_layers(model, adapter_name)
+    name, layers = method_layers(model, adapter_name, only)
     config: MethodConfig = model.peft_config[name]
     return LoraConfig(
         r=rank,
@@ -126,8 +131,10 @@ def plain_config(model: Any, rank: int, adapter_name: str | None = None) -> Lora
     )
 
 
-def method_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, list[MethodLayer]]:
-    """The adapter of that name, by default the active one, and the layers that it is on.
+def method_layers(
+    model: nn.Module, adapter_name: str | None = None, only: Collection[str] | None = None
+) -> tuple[str, list[MethodLayer]]:
+    """The adapter of that name, by default the active one, and the layers that it is on, or those of them in `only`.
 
     Raises:
         HeadwaterError: if there is no such adapter, or it is not one of headwater's.
@@ -136,7 +143,7 @@ def method_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[st
     layers = [m for m in model.modules() if isinstance(m, MethodLayer) and name in m.branches]
     if not layers:
         raise HeadwaterError(Problem("this model has no headwater adapter", fix="load one with PeftModel first"))
-    return name, layers
+    return name, [layer for layer in layers if only is None or layer.name in only]
 
 
 def _targets(model: Any, names: list[str]) -> list[str]:

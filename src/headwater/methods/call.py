@@ -76,6 +76,7 @@ class State:
         followed: the hook that finds `gradient` in backward.
         losses: name -> [sum over layers, detached; number of layers].
         runs: layer -> how often it ran, where there are losses: some models run one layer at several depths.
+        turns: the same of branches that remember something for each time.
         task_range: lowest and highest task id, once somebody asked.
         numbered: the rows' tasks numbered from 0, and how many there are, once somebody asked.
         closed: the forward is over; whatever still runs under this state is a recomputation in backward.
@@ -97,6 +98,7 @@ class State:
     followed: Any = None
     losses: dict[str, list[Any]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
+    turns: dict[Any, int] = field(default_factory=dict)
     task_range: tuple[int, int] | None = None
     numbered: tuple[Tensor, int] | None = None
     closed: bool = False

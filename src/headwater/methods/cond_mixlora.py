@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,10 @@ class CondMixLoraBranch(Branch):
         call.check_rows()
         state = call.state
         memory = {} if state is None or (call.training and torch.is_grad_enabled()) else state.memory
-        key = (call.name, id(self.config))  # in backward, `self` is a copy
+        key: tuple[Any, ...] = (call.name, id(self.config))  # in backward, `self` is a copy
+        if state is not None:  # some models run one layer at several depths
+            state.turns[key] = turn = state.turns.get(key, 0) + 1
+            key = (*key, turn)
         rows = call.by_row(z)  # (rows, length, E)
         if state is not None and not state.begins and key in memory:
             chosen = tuple(t.repeat_interleave(rows.shape[0] // t.shape[0], dim=0) for t in memory[key])

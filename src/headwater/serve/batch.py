@@ -3,6 +3,7 @@
 The key-value cache is padded on the left, so that all rows' newest token lies in the last slot. A row that joins is
 read by itself first and then padded to the others' length, or the others to its own; positions are counted per row, so
 slots mean nothing to the model, and padding is masked. Rows that leave take the slots with them that only they used.
+Layers of linear attention have no slots: they keep one state for each row.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from ..errors import HeadwaterError, Problem
 from ..evaluation.forward import base_of, input_device, logits_at, pad
 from ..tuner import is_adapted, observe
-from .routes import Route, Routes
+from ..tuner.context import keep_memory, memory_of
+from .routes import BASE, Route, Routes
+
+_KNOWN = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
 class Output:
@@ -63,6 +73,9 @@ class Batch:
     Args:
         routes: which model runs, and how its rows differ.
         fill: a token id for padding.
+
+    Raises:
+        HeadwaterError: the model remembers what it has read in a way that lets no rows join or leave; that is tried.
     """
 
     def __init__(self, routes: Routes, fill: int):
@@ -70,6 +83,7 @@ class Batch:
         self.model: nn.Module = routes.model
         self._observable = is_adapted(self.model)
         self.clear()
+        self._try()
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -84,12 +98,25 @@ class Batch:
     def read(self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], *, gates: bool = False) -> Read:
         """Reads prompts of new rows, by themselves; nothing changes for those that are there."""
         padded = pad(prompts, self.fill, left=True).to(input_device(self.model))
-        cache = DynamicCache()
+        cache = DynamicCache(config=base_of(self.model).config)
+        # a window's layer would drop slots of its own; with all slots the mask alone says what is near
+        windows = [type(layer) is DynamicSlidingWindowLayer for layer in cache.layers]
+        cache.layers = [DynamicLayer() if w else layer for w, layer in zip(windows, cache.layers, strict=True)]
         output = self._forward(cache, padded.input_ids, padded.attention_mask, padded.position_ids, routes, gates)
-        if not cache.layers or not all(type(layer) is DynamicLayer for layer in cache.layers):
-            kind = type(base_of(self.model)).__name__
-            raise HeadwaterError(Problem(f"{kind} has another memory than keys and values, and cannot be served"))
         return Read(output, list(routes), cache, padded.attention_mask, padded.position_ids[:, -1] + 1)
+
+    def _try(self) -> None:
+        why = None
+        try:
+            layers = self.read([[self.fill]], [Route(BASE, task=0)]).cache.layers
+        except HeadwaterError:
+            raise
+        except ValueError as error:  # as of a model that takes a cache of its own alone
+            why, layers = error, []
+        if not layers or not all(map(_is_kept, layers)):
+            what = f"{type(base_of(self.model)).__name__} remembers what it has read in another way than the server can"
+            fix = "`headwater generate` runs it, as transformers does"
+            raise HeadwaterError(Problem(f"{what} keep apart for each request", fix=fix)) from why
 
     def add(self, new: Read) -> None:
         """Lets the rows join, behind those that are there."""
@@ -123,23 +150,26 @@ class Batch:
         first = int(self._mask.any(0).int().argmax())  # slots before it are padding in all rows that stay
         self._mask = self._mask[:, first:]
         for layer in self._cache.layers:
-            here = index.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[here, :, first:], layer.values[here, :, first:]
-        memory = _memory(self._cache)
-        for key, values in memory.items():
-            memory[key] = tuple(value[index.to(value.device)] for value in values)
+            if _has_slots(layer):
+                here = index.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[here, :, first:], layer.values[here, :, first:]
+            for states in _states(layer):
+                states |= {key: state[index.to(state.device)] for key, state in states.items()}
+        keep_memory(self._cache, index)
 
     def _merge(self, cache: Any, mask: Tensor) -> None:
         assert self._mask is not None
         width = max(self._mask.shape[1], mask.shape[1])
         self._mask = torch.cat([F.pad(m, (width - m.shape[1], 0)) for m in (self._mask, mask)])
         for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
-            for name in ("keys", "values"):
+            for name in ("keys", "values") if _has_slots(ours) else ():
                 both = getattr(ours, name), getattr(theirs, name)
                 setattr(ours, name, torch.cat([F.pad(t, (0, 0, width - t.shape[-2], 0)) for t in both]))
-        memory, other = _memory(self._cache), _memory(cache)
+            for states, other in zip(_states(ours), _states(theirs), strict=True):
+                states |= {key: torch.cat([state, other[key]]) for key, state in states.items()}
+        memory, joining = memory_of(self._cache), memory_of(cache)
         for key, values in memory.items():
-            memory[key] = tuple(torch.cat(both) for both in zip(values, other[key], strict=True))
+            memory[key] = tuple(torch.cat(both) for both in zip(values, joining[key], strict=True))
 
     def _forward(
         self, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor, routes: Sequence[Route], gates: bool
@@ -161,8 +191,17 @@ class Batch:
         return output
 
 
-def _memory(cache: Any) -> dict[Any, tuple[Tensor, ...]]:
-    """What methods remember per row for as long as the cache lives: tuples of tensors with one entry per row."""
-    if not hasattr(cache, "headwater_memory"):
-        cache.headwater_memory = {}
-    return cache.headwater_memory
+def _has_slots(layer: Any) -> bool:
+    """Whether a layer keeps keys and values."""
+    return isinstance(layer, DynamicLayer) and layer.is_initialized
+
+
+def _states(layer: Any) -> list[dict[int, Tensor]]:
+    """What a layer of linear attention keeps: tensors with one entry per row."""
+    found = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return [states for states in found if None not in states.values()]
+
+
+def _is_kept(layer: Any) -> bool:
+    """Whether a layer of a cache is one whose rows are known, and the model has written to it."""
+    return type(layer) is DummyLayer or (type(layer) in _KNOWN and (_has_slots(layer) or any(_states(layer))))

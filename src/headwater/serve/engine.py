@@ -149,7 +149,7 @@ class Engine:
         on_step: called after each forward with the number of rows, e.g. to count.
 
     Raises:
-        HeadwaterError: a size is below 1.
+        HeadwaterError: a size is below 1, or the model is one whose answers cannot be written together.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class Engine:
         self.vocabulary = vocabulary_size(routes.model)
         self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers must not be used by two threads at once
         self._ends = end_ids(routes.model, tokenizer)
+        routes.model.eval()
         self._batch = Batch(routes, pad_id(tokenizer))
         self._rows: list[_Row] = []
         self._waiting: deque[Ticket] = deque()
@@ -179,7 +180,6 @@ class Engine:
         self._closing = False
         self._on_step = on_step
         self._seconds_per_answer = 1.0
-        routes.model.eval()
         self._thread = threading.Thread(target=self._run, name="headwater-engine", daemon=True)
         self._thread.start()
         atexit.register(self._stop)  # a thread that comes out of PyTorch after Python's end aborts the process

@@ -208,8 +208,8 @@ class Context:
                 self._note_losses(state)
 
     def _memory(self, cache: Any, begins: bool) -> dict[Any, Any]:
-        # The first forward of a generation may make its cache itself, out of our sight; the next one then adopts what
-        # the last forward of this thread remembered.
+        # The first forward of a generation may make its cache itself, and `close` may not find it in the output; the
+        # next one then adopts what the last forward of this thread remembered.
         if begins:
             self._local.memory = {}
         elif not hasattr(cache, "headwater_memory"):
@@ -227,6 +227,9 @@ class Context:
             state.closed = True
             if state.read is not None:
                 state.read.closed = True
+            made = getattr(output, "past_key_values", None)
+            if state.begins and state.memory and made is not None:
+                made.headwater_memory = state.memory
             self._note_losses(state, further=kwargs.get("encoder_outputs") is not None)
             if state.losses:
                 follow_output(self._with_losses, output, scaled=kwargs.get("num_items_in_batch") is not None)
@@ -335,6 +338,17 @@ def _valid(mask: Any, length: int) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2 and length and mask.shape[1] >= length:
         return mask[:, -length:].bool()  # with a cache the mask also covers the past
     return None
+
+
+def memory_of(cache: Any) -> dict[Any, tuple[Tensor, ...]]:
+    """What methods remember of each row for as long as a key-value cache lives: tensors with one entry a row."""
+    return getattr(cache, "headwater_memory", {})
+
+
+def keep_memory(cache: Any, rows: Tensor) -> None:
+    """Of what methods remember, leaves a cache that of `rows`, int64, repeats allowed; its copies keep their own."""
+    memory = memory_of(cache)
+    cache.headwater_memory = {key: tuple(t[rows.to(t.device)] for t in values) for key, values in memory.items()}
 
 
 def _valid_in_prompt(mask: Any, length: int) -> Tensor | None:

@@ -4,6 +4,7 @@ asks the base model itself. The model keeps its class; only its instance's `gene
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from .context import KEYWORD, Context
 from .layer import MethodLayer
 
 _CHUNKS = "prefill_chunk_size"
+_LOGITS = "logits_to_keep"  # 0 for all
 
 
 def wrap_generate(model: Any, context: Context) -> None:
@@ -58,6 +60,8 @@ class _Generate:
         settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         if kwargs.get(_CHUNKS, getattr(settings, _CHUNKS, None)):
             _refuse_chunks(model)
+        if _head_reads_prompt(model):
+            kwargs.setdefault(_LOGITS, 0)  # transformers shows the head a prompt's last token alone
         prompts = next(
             (p for p in (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds"))) if p is not None), None
         )
@@ -73,8 +77,19 @@ class _Generate:
             return type(model).generate(model, *args, **kwargs)
 
 
+def goes_by_prompt(model: nn.Module) -> str | None:
+    """The method in a model that goes by a row's whole prompt, so that it may not be read in parts; else None."""
+    names = {layer.method_name for layer in model.modules() if isinstance(layer, MethodLayer)}
+    return next((registered(name).title for name in names if registered(name).branch.by_prompt), None)
+
+
+def _head_reads_prompt(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    reads = isinstance(head, MethodLayer) and registered(head.method_name).branch.by_prompt
+    return reads and _LOGITS in inspect.signature(type(model).forward).parameters
+
+
 def _refuse_chunks(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, MethodLayer) and (method := registered(layer.method_name)).branch.by_prompt:
-            what = f"{method.title} goes by a row's whole prompt, and would see the first chunk of it alone"
-            raise HeadwaterError(Problem(what, _CHUNKS, "leave it out"))
+    if (title := goes_by_prompt(model)) is not None:
+        what = f"{title} goes by a row's whole prompt, and would see the first chunk of it alone"
+        raise HeadwaterError(Problem(what, _CHUNKS, "leave it out"))

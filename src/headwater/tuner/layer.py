@@ -194,7 +194,10 @@ def linear_sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if isinstance(layer, nn.modules.conv._ConvNd | nn.Embedding | nn.Bilinear) or None in sizes:
+    other = isinstance(layer, nn.modules.conv._ConvNd | nn.Embedding | nn.Bilinear)
+    # routers to experts, which some models derive from nn.Linear, give back more than a product
+    other |= type(layer).__name__.endswith("Router")
+    if other or None in sizes:
         raise TypeError(
             f"cannot adapt a {type(layer).__name__}: headwater's methods adapt linear layers (also quantised ones); "
             "name only such layers in `target_modules`"

@@ -21,13 +21,15 @@ from ..errors import HeadwaterError, Problem
 from ..methods.base import MethodConfig
 from .layer import MethodLayer, linear_sizes
 
-# By model type, the layers whose weights the model's code takes, everywhere or in its kernels on a GPU, so that their
-# forward never runs. PEFT refuses some of them for its LoRA.
+# By model type, the layers whose weights the model's code takes, everywhere, in training or in its kernels on a GPU, so
+# that their forward does not run there. PEFT refuses some of them for its LoRA.
 _MAMBA, _MAMBA2 = {"x_proj", "dt_proj", "out_proj", "conv1d"}, {"out_proj", "conv1d"}
 _BYPASSED = {
     **dict.fromkeys(("mamba", "falcon_mamba"), _MAMBA),
     **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), _MAMBA2),
     "jamba": {"dt_proj"},
+    **{kind: {"correction_coefs"} for kind in ("gemma3n", "gemma3n_text")},
+    "longcat_flash": {"classifier"},
     "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
 }
 _CARRIES = "carries"
