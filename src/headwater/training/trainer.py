@@ -34,6 +34,7 @@ from .head_monitor import HeadMonitor
 from .loss import CompletionCollator, CompletionHead, completion_losses, count_items, narrowed
 from .memory import SavedBytes
 from .method_callback import MethodCallback
+from .no_gradient import NoGradientCallback
 from .packed import pack, rows_apart, why_not
 from .resume import check_checkpoint
 from .write_errors import whole_or_gone
@@ -118,6 +119,7 @@ class HeadwaterTrainer(Trainer):
         self.add_callback(self.accounts)
         self.method_callback = MethodCallback()
         self.add_callback(self.method_callback)
+        self.add_callback(NoGradientCallback())
         self.head_monitor = HeadMonitor(model)
         self._head: CompletionHead | None = None
         self._parameters: int | None = None
