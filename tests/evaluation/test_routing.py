@@ -63,6 +63,23 @@ def test_mean_gates_leave_padding_out(tiny_llama):
         assert np.ptp(wanted[name]) > 0.05  # the heads are used unequally, so a wrong mean would show
 
 
+def test_mean_gates_of_a_vocabulary_head_are_over_all_tokens(tiny_llama):
+    config = headwater.make_config("rlora", r=4, num_heads=3, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    sequences, inputs = [[1, 2, 3, 4, 5], [9, 8]], []
+    handle = model.get_base_model().lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    with torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=torch.tensor([sequence]))
+    handle.remove()
+    expected = (torch.cat(inputs) @ heads(model)["lm_head"].router.T).softmax(-1).mean(0)
+    found = mean_gates(model, Texts(sequences, [1, 1]), fill=0)["lm_head"]
+    torch.testing.assert_close(torch.as_tensor(found).float(), expected.detach())
+
+
 def test_routing_tells_tasks_apart(tiny_llama, tiny_tokenizer):
     model = adapted(tiny_llama).train()
     texts = {"letters": "abc", "digits": "12345"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
@@ -15,6 +17,7 @@ from headwater.analysis import heads as heads_of
 from headwater.data.encode import DataSpec
 from headwater.data.rows import Row
 from headwater.data.tasks import Task
+from headwater.errors import HeadwaterError
 from headwater.evaluation import EvaluationSpec, TaskScore, score_task
 from headwater.export import by_mean_gates, check_differs_by_task
 from headwater.export.per_task import Exported
@@ -94,14 +97,18 @@ def test_the_update_is_that_of_the_mean_gate_over_training_tokens(row_id, tmp_pa
         torch.testing.assert_close(plain(x).logits, merged(x).logits, atol=5e-5, rtol=1e-4)
 
 
-def test_layers_that_no_text_runs_through_are_left_out(tmp_path):
+def test_layers_that_no_text_runs_through_are_left_out(tmp_path, caplog):
     base = make_tiny_llama()
     base.vision_tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 16)})
+    alone = adapt(BY_ID["rlora"], copy.deepcopy(base), target_modules=["vision_tower.q_proj"])
+    with pytest.raises(HeadwaterError, match=r"first: its rows run through no layer"):
+        by_mean_gates(alone, tmp_path / "alone", make_tiny_tokenizer(), make_tasks(), *SPECS, tmp_path)
     model = adapt(BY_ID["rlora"], base, target_modules="all-linear")
     stir(model)
     model.save_pretrained(tmp_path / "adapter")
     found = by_mean_gates(model, tmp_path / "adapter", make_tiny_tokenizer(), make_tasks(), *SPECS, tmp_path)
     assert [task.plain.n for task in found] == [6, 6]
+    assert "second: left out, as its rows do not run through them: vision_tower.q_proj" in caplog.text
     targets = PeftConfig.from_pretrained(tmp_path / "first").target_modules
     assert "model.layers.1.mlp.up_proj" in targets
     assert not any("vision_tower" in name for name in [*targets, *load_file(tmp_path / "first" / WEIGHTS_FILE)])

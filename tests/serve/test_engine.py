@@ -344,6 +344,19 @@ def test_requests_that_cannot_be_answered_are_refused():
         RunRoutes(adapt(BY_ID["mtl_lora"], sharp_llama()), "run")
 
 
+def test_a_token_for_padding_that_the_model_does_not_have():
+    model, tokenizer, prompts = sharp_llama(), make_tiny_tokenizer(), make_prompts(4)
+    tokenizer.add_tokens([f"<{i}>" for i in range(60)])
+    tokenizer.add_special_tokens({"pad_token": "<further>"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    engine = Engine(Plain(model), tokenizer, max_batch=4)
+    try:
+        answers = engine.generate(prompts, [PLAIN] * 4, greedy([6] * 4))
+    finally:
+        engine.close()
+    assert list(map(tokens_of, answers)) == [alone(model, p, 6) for p in prompts]
+
+
 def test_sliding_windows_are_kept():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     windows = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}

@@ -62,6 +62,24 @@ def test_a_layer_that_runs_at_several_depths_remembers_its_prompt_at_each(tiny_l
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
+def test_gradients_through_a_forward_behind_a_cache_are_of_the_prompt_s_choice(tiny_llama):
+    row, ids = BY_ID["cond_mixlora"], tokens(rows=2)
+    model = adapt(row, tiny_llama(), lora_alpha=64, **row.no_dropout)
+    by_hand, found = [], []
+    weights = [p for name, p in model.named_parameters() if name.endswith(".B")]
+    for gradients, cached in ((by_hand, False), (found, True)):
+        if cached:
+            with torch.no_grad():
+                cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+            logits = model(input_ids=ids[:, -1:], past_key_values=cache, attention_mask=torch.ones_like(ids)).logits
+        else:  # the same keys and values, and the same choice, as the last token is none of the prompt
+            labels = torch.full_like(ids, -100)
+            labels[:, -1] = ids[:, -1]
+            logits = model(input_ids=ids, labels=labels).logits
+        gradients += torch.autograd.grad(logits[:, -1].pow(2).mean(), weights[-1:])
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-4)
+
+
 def test_a_vocabulary_head_that_goes_by_the_prompt_sees_all_of_it(tiny_llama):
     row, x = BY_ID["cond_mixlora"], tokens(rows=3)
     model = adapt(row, tiny_llama(), lora_alpha=64, target_modules=["lm_head"], **row.no_dropout)

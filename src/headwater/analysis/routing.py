@@ -13,6 +13,7 @@ from headwater.analysis.gates import GateRecorder, GateStatistics
 from headwater.analysis.weights import heads, meant_adapter
 from headwater.data.encode import DataSpec, encode_completion, encode_end, encode_prompt
 from headwater.evaluation.forward import (
+    base_of,
     evaluating,
     input_device,
     logits_at,
@@ -22,7 +23,7 @@ from headwater.evaluation.forward import (
     task_keywords,
 )
 from headwater.evaluation.scoring import sample
-from headwater.tuner import context_of, is_adapted, observe
+from headwater.tuner import MethodLayer, context_of, is_adapted, observe
 from headwater.tuner.context import LABELS
 
 if TYPE_CHECKING:
@@ -126,10 +127,12 @@ def _read(model: nn.Module, texts: Texts, fill: int) -> None:
         for start in range(0, len(rows), _BATCH):
             sequences, prompts = zip(*rows[start : start + _BATCH], strict=True)
             padded = pad(sequences, fill).to(input_device(model))
+            # Only gates are wanted, so the least of the logits, unless the vocabulary head has gates itself.
+            width = padded.input_ids.shape[1] if isinstance(base_of(model).get_output_embeddings(), MethodLayer) else 1
             in_prompt = torch.arange(padded.input_ids.shape[1]) < torch.tensor(prompts).unsqueeze(1)
             logits_at(
                 model,
-                torch.zeros((len(prompts), 1), dtype=torch.long),  # only gates are wanted, so the least of the logits
+                torch.arange(width).expand(len(prompts), -1),
                 input_ids=padded.input_ids,
                 attention_mask=padded.attention_mask,
                 **{LABELS: padded.input_ids.masked_fill(in_prompt.to(padded.input_ids.device), -100)},

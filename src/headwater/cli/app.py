@@ -225,7 +225,7 @@ def report(
         str, typer.Argument(metavar="DIR", help="The output_dir of a run, a comparison, `prefer` or `meta train`.")
     ],
 ) -> None:
-    """Write the report of a run or a comparison anew, from what its folder holds now."""
+    """Write a folder's report anew, from what it holds now."""
     from headwater.cli.report import run
 
     run(folder)

@@ -101,7 +101,8 @@ def generate_from_ids(
     Args:
         prompts: token ids, at least one per prompt.
         temperature: 0 takes the likeliest token each time; else tokens are sampled.
-        samples: continuations of each prompt, which come next to each other in the result. The prompt is run once.
+        samples: continuations of each prompt, which come next to each other in the result. The prompt is run once
+            where the model and the method allow it.
         batch_size: prompts in a batch.
         settled: ends prompt `i` early once `settled(i, its text so far)` holds.
         on_batch: called with the number of prompts done after each batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from ..data.encode import DataSpec
     from ..data.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -130,7 +133,11 @@ def by_mean_gates(
         sequences = [encode_whole(row, tokenizer, data_spec, max_positions(model)) for row in chosen]
         prompts = [len(encode_prompt(row, tokenizer, data_spec)) for row in chosen]
         gates = mean_gates(model, Texts(sequences, prompts), fill=pad_id(tokenizer))
-        # Layers that no text runs through, as those for images, have no gates and no say in the task.
+        if not gates:
+            raise HeadwaterError(Problem("its rows run through no layer that the adapter is on", task.name))
+        # Layers that no text runs through, as those for images or of experts that nothing is sent to, have no gates.
+        if without := [layer.name for layer in method_layers(model)[1] if layer.name not in gates]:
+            logger.warning("%s: left out, as its rows do not run through them: %s", task.name, ", ".join(without))
         ranks[task.name] = write_plain_lora(model, adapter, folder / task.name, gates=gates, only=gates)
         counts[task.name] = len(chosen)
     progress("averaging gates", len(tasks), len(tasks))

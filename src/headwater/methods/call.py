@@ -129,6 +129,7 @@ class Call:
         learns: whether gradients are taken.
         training: the branch is in training mode, or was in the forward of which this is the backward.
         again: the branch computes its rank space a second time, in backward; nothing is counted or shown.
+        turns: which of its layer's runs this is, by who counts in `State.turns`; the same in backward.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Call:
     learns: bool = field(default_factory=torch.is_grad_enabled)
     training: bool = False
     again: bool = False
+    turns: dict[Any, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

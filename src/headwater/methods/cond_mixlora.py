@@ -96,8 +96,9 @@ class CondMixLoraBranch(Branch):
         memory = {} if state is None or (call.training and torch.is_grad_enabled()) else state.memory
         key: tuple[Any, ...] = (call.name, id(self.config))  # in backward, `self` is a copy
         if state is not None:  # some models run one layer at several depths
-            state.turns[key] = turn = state.turns.get(key, 0) + 1
-            key = (*key, turn)
+            if key not in call.turns:  # else in backward
+                state.turns[key] = call.turns[key] = state.turns.get(key, 0) + 1
+            key = (*key, call.turns[key])
         rows = call.by_row(z)  # (rows, length, E)
         if state is not None and not state.begins and key in memory:
             chosen = tuple(t.repeat_interleave(rows.shape[0] // t.shape[0], dim=0) for t in memory[key])

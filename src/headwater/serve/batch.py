@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -31,6 +30,7 @@ from ..tuner import is_adapted, observe
 from ..tuner.context import keep_memory, memory_of
 from .routes import BASE, Route, Routes
 
+_NOTHING = getattr(cache_utils, "DummyLayer", ())  # newer than the oldest transformers that headwater runs with
 _KNOWN = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
@@ -204,4 +204,4 @@ def _states(layer: Any) -> list[dict[int, Tensor]]:
 
 def _is_kept(layer: Any) -> bool:
     """Whether a layer of a cache is one whose rows are known, and the model has written to it."""
-    return type(layer) is DummyLayer or (type(layer) in _KNOWN and (_has_slots(layer) or any(_states(layer))))
+    return isinstance(layer, _NOTHING) or (type(layer) in _KNOWN and (_has_slots(layer) or any(_states(layer))))

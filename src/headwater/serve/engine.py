@@ -172,7 +172,8 @@ class Engine:
         self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers must not be used by two threads at once
         self._ends = end_ids(routes.model, tokenizer)
         routes.model.eval()
-        self._batch = Batch(routes, pad_id(tokenizer))
+        fill = pad_id(tokenizer)  # some tokenizers have a token for it that their model does not
+        self._batch = Batch(routes, fill if fill < self.vocabulary else 0)
         self._rows: list[_Row] = []
         self._waiting: deque[Ticket] = deque()
         self._wake = threading.Condition()

@@ -227,8 +227,8 @@ class Context:
             state.closed = True
             if state.read is not None:
                 state.read.closed = True
-            made = getattr(output, "past_key_values", None)
-            if state.begins and state.memory and made is not None:
+            made: Any = getattr(output, "past_key_values", None)
+            if state.begins and state.memory and hasattr(made, "__dict__"):  # not a tuple
                 made.headwater_memory = state.memory
             self._note_losses(state, further=kwargs.get("encoder_outputs") is not None)
             if state.losses:
