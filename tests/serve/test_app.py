@@ -140,7 +140,7 @@ def test_a_signal_that_comes_before_the_server_listens_to_them_ends_it(monkeypat
 
 def test_what_the_model_raises_is_a_500_and_no_end_and_told_to_the_log_alone(caplog):
     class Broken(Plain):
-        broken = True
+        broken = False  # when the engine starts
 
         def apply(self, routes):
             if self.broken:
@@ -149,6 +149,7 @@ def test_what_the_model_raises_is_a_500_and_no_end_and_told_to_the_log_alone(cap
 
     routes = Broken()
     with thread(routes) as (url, _):
+        routes.broken = True
         failed = post(url, prompt="x", max_tokens=2)
         assert failed.status_code == 500
         assert failed.json()["error"]["message"] == "RuntimeError in the server; its log says more"
