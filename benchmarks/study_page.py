@@ -118,7 +118,14 @@ def scores(part: Found) -> str:
         "by seed; p of the paired t test, and by Holm's correction over the rows. The test rows are the same in all "
         "runs, so their own chance is not in the intervals."
     )
-    if timed:
+    if costs := part.get("costs"):
+        rounds = f", mean and most of {costs['rounds']} rounds" if costs["rounds"] > 1 else ""
+        note += " Times and peak memory (the whole process's) were measured apart, with nothing beside:"
+        note += (
+            f" {costs['steps']} steps with {costs['threads']} threads{rounds}, in shuffled order, on {costs['device']}"
+        )
+        note += f" (`{costs['command']}`)."
+    elif timed:
         note += " A step's time is its mean, as the machine was."
     if "activations, MiB" in sizes:
         note += " Activations: what the forward of the first batch keeps for its backward."

@@ -20,6 +20,7 @@ from benchmarks import (
     gpu_speed,
     layers,
     measure,
+    method_costs,
     page,
     scaling,
     study_page,
@@ -187,6 +188,22 @@ def test_what_is_said_over_seven_seeds_is_that_of_the_runs():
         for seed in (5, 6):
             assert f"{mine[seed]:.3f}" in text
             assert f"{other[seed]:.3f}" in text
+
+
+def test_costs_are_measured_of_each_method_as_its_study_says():
+    (part,) = json.loads((measure.RESULTS / "study-methods.json").read_text(encoding="utf-8"))["comparisons"]
+    file = Path(__file__).parents[2] / "examples/studies/small/methods.yaml"
+    made = {m["label"]: method_costs.run_file(file, m, 3, Path("out")) for m in part["methods"]}
+    assert {label for label, content in made.items() if content["mixture"]["batching"] == "balanced"} == {
+        "lora+align", "lora+balanced", "rlora+balanced", "mlora+balanced"
+    }  # fmt: skip
+    assert [label for label, content in made.items() if "align" in content] == ["lora+align"]
+    for entry in part["methods"]:
+        content = made[entry["label"]]
+        assert content["method"] == entry["method"]
+        assert content["training"]["max_steps"] == 3
+        assert all(Path(task["train"]).is_absolute() and "test" not in task for task in content["tasks"])
+        assert "compare" not in content
 
 
 def test_the_readme_s_table_of_costs_is_what_was_measured():
